@@ -1,0 +1,355 @@
+"""The configuration of a run: one typed tree, read from a TOML recipe and `key=value` overrides.
+
+Unknown keys, wrong types and impossible values are all found before anything else happens, and all
+told at once. Method options are checked against the class that the method itself declares, which
+the caller hands in: configuration knows no method by name.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+import tomllib
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_args
+
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    PlainSerializer,
+    ValidationError,
+    model_validator,
+)
+
+from dsprune.errors import ConfigError
+
+__all__ = [
+    "DataConfig",
+    "DistillConfig",
+    "Duration",
+    "OptimConfig",
+    "RunConfig",
+    "Section",
+    "StageName",
+    "TaskConfig",
+    "list_recipes",
+    "load_config",
+    "parse_config",
+]
+
+StageName = Literal["teacher", "prune", "consolidate", "recover", "evaluate"]
+STAGES: tuple[StageName, ...] = get_args(StageName)
+
+
+@dataclass(frozen=True)
+class Duration:
+    """A length of training: `"3 epochs"` or `"500 steps"` (optimizer steps)."""
+
+    count: float
+    unit: Literal["epochs", "steps"]
+
+    def steps(self, steps_per_epoch: int) -> int:
+        """Optimizer steps, given how many make an epoch."""
+        return round(self.count * (steps_per_epoch if self.unit == "epochs" else 1))
+
+    def __str__(self) -> str:
+        return f"{self.count:g} {self.unit}"
+
+
+def _parse_duration(value: Any) -> Duration:
+    if isinstance(value, Duration):
+        return value
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*(epoch|step)s?\s*", str(value))
+    if match is None:
+        raise ValueError('expected a duration such as "3 epochs" or "500 steps"')
+    count = float(match[1])
+    if match[2] == "step" and not count.is_integer():
+        raise ValueError("steps are whole")
+    return Duration(count, "epochs" if match[2] == "epoch" else "steps")
+
+
+DurationField = Annotated[Duration, BeforeValidator(_parse_duration), PlainSerializer(str)]
+
+
+class Section(BaseModel):
+    """Base of every table of a recipe: frozen, no unknown keys, docstrings are the help text."""
+
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", use_attribute_docstrings=True, validate_default=True, arbitrary_types_allowed=True
+    )
+
+
+class ModelConfig(Section):
+    name: str
+    """Pretrained model to start from: a hub id, a folder, or `package:NAME/SUBFOLDER` inside an installed package."""
+    revision: str | None = None
+    """Hub revision (branch, tag or commit) to pin."""
+
+
+class TaskConfig(Section):
+    name: str
+    """Task: one of the nine of GLUE, or `order`, the generated one."""
+    max_length: int = Field(128, ge=8)
+    """Longest sequence in tokens; longer ones are cut."""
+    metric: str | None = None
+    """Metric that picks the best model; by default the first of the task's official ones."""
+
+
+class DataConfig(Section):
+    path: str | None = None
+    """Folder with train/validation files (parquet, csv, tsv, jsonl); by default the data come from the hub."""
+    revision: str | None = None
+    """Hub revision of the data set to pin."""
+    max_train_examples: int | None = Field(None, ge=1)
+    """Use only the first so many training examples."""
+    max_eval_examples: int | None = Field(None, ge=1)
+    """Use only the first so many evaluation examples; figures then say so."""
+
+
+class BatchConfig(Section):
+    size: int = Field(32, ge=1)
+    """Examples in one optimizer step, over all ranks and accumulation steps."""
+    micro: int | None = Field(None, ge=1)
+    """Examples in one forward pass of one rank; by default size / ranks, without accumulation."""
+    eval: int = Field(64, ge=1)
+    """Examples in one evaluation batch of one rank."""
+
+
+class OptimConfig(Section):
+    lr: float = Field(2e-5, gt=0)
+    """Peak learning rate of the weights (AdamW)."""
+    weight_decay: float = Field(0.0, ge=0)
+    """Decoupled weight decay, not on biases and norms."""
+    warmup: float = Field(0.0, ge=0, lt=1)
+    """Share of the stage during which the learning rate rises linearly from zero."""
+    schedule: Literal["linear", "constant"] = "linear"
+    """Learning rate after warm-up: linear decay to zero, or constant."""
+    clip: float = Field(1.0, ge=0)
+    """Global gradient norm above which the weights' gradients are scaled down; 0 turns clipping off."""
+
+
+class TeacherConfig(OptimConfig):
+    path: str | None = None
+    """A dense model already fine-tuned for the task; then the teacher stage is skipped."""
+    duration: DurationField = Duration(3, "epochs")
+    """How long to fine-tune the dense model."""
+
+
+class PruneConfig(OptimConfig):
+    target: float = Field(0.95, ge=0, lt=1)
+    """Share of parameters to remove, counted on the exported model."""
+    target_of: Literal["encoder", "total"] = "encoder"
+    """What `target` is a share of: the encoder's parameters, or all of the model's."""
+    duration: DurationField = Duration(20, "epochs")
+    """Length of the whole stage, the pre-pruning phase included."""
+    start: Literal["pretrained", "teacher"] = "pretrained"
+    """Weights that the student starts from (the paper: pretrained)."""
+
+
+class RecoverConfig(OptimConfig):
+    duration: DurationField = Duration(20, "epochs")
+    """How long the compact model trains on; `"0 steps"` skips the stage."""
+    schedule: Literal["linear", "constant"] = "constant"
+    """Learning rate after warm-up (the paper: constant)."""
+
+
+class DistillConfig(Section):
+    logits: float = Field(0.1, ge=0)
+    """Weight of the logit loss."""
+    temperature: float = Field(2.0, gt=0)
+    """Temperature of the logit loss."""
+    layers: float = Field(0.9, ge=0)
+    """Weight of the layerwise hidden-state loss."""
+    labels: float = Field(0.0, ge=0)
+    """Weight of the task's own loss on the labels (the paper: none beside a teacher)."""
+    match: Literal["fixed", "free", "monotone"] = "free"
+    """Which student layer learns from a teacher layer: the same one, the nearest, or the nearest in rising order."""
+    teacher_layers: tuple[int, ...] | None = None
+    """Teacher layers that teach, counted from 1; by default four, evenly spaced, ending with the last."""
+
+
+class DeepSpeedConfig(Section):
+    student: str = "zero2"
+    """DeepSpeed configuration of the student: a name in ds_configs/ or a path."""
+    teacher: str = "teacher"
+    """DeepSpeed configuration of the teacher (stage 0 or 3): a name in ds_configs/ or a path."""
+
+
+class EvalConfig(Section):
+    every: DurationField = Duration(1, "epochs")
+    """How often to evaluate while training."""
+    bench_batch: int = Field(32, ge=1)
+    """Batch size of the closing latency comparison."""
+    bench_length: int | None = Field(None, ge=8)
+    """Length in tokens of the closing latency comparison; by default `task.max_length`."""
+
+
+class CheckpointConfig(Section):
+    every: DurationField = Duration(1, "epochs")
+    """How often to save while pruning and recovering."""
+    keep: int = Field(2, ge=1)
+    """How many checkpoints of a stage to keep."""
+
+
+class LogConfig(Section):
+    every: int = Field(10, ge=1)
+    """Optimizer steps between two lines of metrics."""
+    tensorboard: bool = True
+    """Write TensorBoard scalars to `OUTPUT/tensorboard`."""
+    wandb: bool = False
+    """Also log to Weights & Biases (`pip install wandb`)."""
+    wandb_project: str = "dsprune"
+    """Project name for Weights & Biases."""
+
+
+class MethodConfig(Section):
+    name: str = "cofi"
+    """Pruning method."""
+    options: Any = None
+    """Options of the method; its other keys stand beside `name`."""
+
+
+class RunConfig(Section):
+    output: str
+    """Folder of the run: checkpoints, logs, and the finished models."""
+    seed: int = Field(42, ge=0)
+    """Seed of data order, dropout, initialisation and pruning noise."""
+    stages: tuple[StageName, ...] = STAGES
+    """Stages of this launch, in order; a finished one is not redone."""
+    model: ModelConfig
+    task: TaskConfig
+    data: DataConfig = DataConfig()
+    batch: BatchConfig = BatchConfig()
+    teacher: TeacherConfig = TeacherConfig()
+    method: MethodConfig = MethodConfig()
+    prune: PruneConfig = PruneConfig()
+    distill: DistillConfig = DistillConfig()
+    recover: RecoverConfig = RecoverConfig()
+    deepspeed: DeepSpeedConfig = DeepSpeedConfig()
+    eval: EvalConfig = EvalConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    log: LogConfig = LogConfig()
+
+    @model_validator(mode="after")
+    def _stages_in_order(self) -> RunConfig:
+        positions = [STAGES.index(stage) for stage in self.stages]
+        if not positions or positions != sorted(set(positions)):
+            raise ValueError(f"stages: name each stage once and in this order: {', '.join(STAGES)}")
+        return self
+
+
+def list_recipes() -> list[str]:
+    """Names of the recipes that ship with dsprune."""
+    folder = resources.files("dsprune") / "recipes"
+    return sorted(entry.name.removesuffix(".toml") for entry in folder.iterdir() if entry.name.endswith(".toml"))
+
+
+def _read_recipe(recipe: str) -> dict[str, Any]:
+    path = Path(recipe)
+    if path.suffix != ".toml" and not path.exists():
+        if recipe not in list_recipes():
+            near = difflib.get_close_matches(recipe, list_recipes(), n=3)
+            hint = f"did you mean {' or '.join(near)}?" if near else f"there are {', '.join(list_recipes())}"
+            raise ConfigError(f"no recipe '{recipe}': {hint}")
+        path = Path(str(resources.files("dsprune") / "recipes" / f"{recipe}.toml"))
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"cannot read recipe {path}: {error}") from error
+    except tomllib.TOMLDecodeError as error:
+        raise ConfigError(f"recipe {path} is not valid TOML: {error}") from error
+
+
+def _apply_override(tree: dict[str, Any], override: str) -> str | None:
+    """Set one `a.b=value`; returns the mistake, if it is one. Values are TOML, bare words are strings."""
+    key, equals, text = override.partition("=")
+    if not equals or not all(key.split(".")):
+        return f"override '{override}' is not of the form key=value"
+    try:
+        value = tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        value = text
+    *parents, leaf = key.split(".")
+    for parent in parents:
+        tree = tree.setdefault(parent, {})
+        if not isinstance(tree, dict):
+            return f"override '{override}': {parent} is a value, not a table"
+    tree[leaf] = value
+    return None
+
+
+def _mistakes(error: ValidationError, schema: type[BaseModel], prefix: str = "") -> Iterable[str]:
+    for item in error.errors():
+        path = [str(part) for part in item["loc"]]
+        name = ".".join([*([prefix] if prefix else []), *path])
+        if item["type"] == "extra_forbidden":
+            yield f"unknown key '{name}'{_suggestion(schema, path)}"
+        elif item["type"] == "missing":
+            yield f"'{name}' is missing: give it in the recipe or as {name}=VALUE"
+        else:
+            message = item["msg"].removeprefix("Value error, ")
+            yield f"'{name}' = {item['input']!r}: {message}" if path else message
+
+
+def _suggestion(schema: type[BaseModel], path: Sequence[str]) -> str:
+    for part in path[:-1]:
+        field = schema.model_fields.get(part)
+        if field is None or not (isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel)):
+            return ""
+        schema = field.annotation
+    near = difflib.get_close_matches(path[-1], schema.model_fields, n=1)
+    return f": did you mean '{near[0]}'?" if near else f": known here are {', '.join(schema.model_fields)}"
+
+
+def parse_config(tree: Mapping[str, Any], method_options: Callable[[str], type[Section]]) -> RunConfig:
+    """Check a recipe's tree and build the configuration.
+
+    Args:
+        tree: what the TOML recipe holds, overrides applied.
+        method_options: class of a method's options by the method's name; raises `ConfigError` for an
+            unknown method.
+
+    Raises:
+        ConfigError: with every mistake that was found.
+    """
+    tree = dict(tree)
+    mistakes: list[str] = []
+    method = dict(tree.get("method") or {})
+    name = method.pop("name", MethodConfig.model_fields["name"].default)
+    try:
+        schema = method_options(str(name))
+        tree["method"] = {"name": name, "options": schema(**method)}
+    except ConfigError as error:
+        mistakes += error.mistakes
+        tree["method"] = {"name": str(name)}
+    except ValidationError as error:
+        mistakes += _mistakes(error, schema, "method")
+        tree["method"] = {"name": name}
+    try:
+        config = RunConfig.model_validate(tree)
+    except ValidationError as error:
+        mistakes += _mistakes(error, RunConfig)
+    if mistakes:
+        raise ConfigError(*mistakes)
+    return config
+
+
+def load_config(
+    recipe: str, overrides: Sequence[str] = (), *, method_options: Callable[[str], type[Section]]
+) -> RunConfig:
+    """Read a recipe (a shipped name or a path), apply `key=value` overrides, check everything.
+
+    Raises:
+        ConfigError: unknown recipe, unreadable file, or any mistake in it, all told at once.
+    """
+    tree = _read_recipe(recipe)
+    mistakes = [mistake for override in overrides if (mistake := _apply_override(tree, override))]
+    if mistakes:
+        raise ConfigError(*mistakes)
+    tree.setdefault("output", f"runs/{Path(recipe).stem}")
+    return parse_config(tree, method_options)
