@@ -1,0 +1,117 @@
+"""Model families as data: which module axes live in which prunable space.
+
+A family is one TOML file in `families/`. This module reads it; `dsprune.structure` lays it over a
+model and checks that it accounts for every parameter.
+"""
+
+from __future__ import annotations
+
+import tomllib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cache
+from importlib import resources
+from typing import Any
+
+from dsprune.errors import ArchitectureError
+
+__all__ = ["FamilySpec", "SublayerSpec", "family_for", "list_families", "load_family"]
+
+Axes = tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class SublayerSpec:
+    """The parts of an attention or FFN sublayer, as paths inside a layer."""
+
+    module: str
+    """Module that computes the sublayer, up to where a removed one can be bypassed."""
+    output: str
+    """Linear whose rows write the residual stream and whose columns read the sublayer's units."""
+    norm: str
+    """Norm that follows the residual add."""
+    cached: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
+    """Integers that modules cache: path -> attribute -> formula over `heads` and `head_dim`."""
+
+
+@dataclass(frozen=True)
+class FamilySpec:
+    """One model family: where its layers are and which space each weight axis lives in.
+
+    The mappings give the axes of each module's weight, output axis first; `"-"` is an axis that
+    pruning leaves alone. A module's bias follows its first axis.
+    """
+
+    name: str
+    model_types: tuple[str, ...]
+    base: str
+    layers: str
+    sizes: Mapping[str, str]
+    embeddings: Mapping[str, Axes]
+    layer: Mapping[str, Axes]
+    attention: SublayerSpec
+    ffn: SublayerSpec
+    pooler: Mapping[str, Axes]
+    heads: Mapping[str, Mapping[str, Axes]]
+    embedding_projection: str | None = None
+
+    def as_dict(self) -> dict[str, Any]:
+        """The spec as plain data, as it stands in the TOML file."""
+        return _read_family(self.name)
+
+
+def _axes(table: Mapping[str, list[str]]) -> dict[str, Axes]:
+    return {path: tuple(axes) for path, axes in table.items()}
+
+
+def _read_family(name: str) -> dict[str, Any]:
+    resource = resources.files("dsprune.arch") / "families" / f"{name}.toml"
+    return tomllib.loads(resource.read_text(encoding="utf-8"))
+
+
+@cache
+def load_family(name: str) -> FamilySpec:
+    """Read the spec of one family by the name of its file.
+
+    Raises:
+        ArchitectureError: no such family.
+    """
+    if name not in list_families():
+        raise ArchitectureError(f"unknown model family '{name}': there are {', '.join(list_families())}")
+    data = _read_family(name)
+    return FamilySpec(
+        name=name,
+        model_types=tuple(data["model_types"]),
+        base=data["base"],
+        layers=data["layers"],
+        sizes=data["sizes"],
+        embeddings=_axes(data["embeddings"]),
+        layer=_axes(data["layer"]),
+        attention=SublayerSpec(**data["attention"]),
+        ffn=SublayerSpec(**data["ffn"]),
+        pooler=_axes(data.get("pooler", {})),
+        heads={kind: _axes(table) for kind, table in data["heads"].items()},
+        embedding_projection=data.get("embedding_projection"),
+    )
+
+
+def list_families() -> list[str]:
+    """Names of the families that ship with dsprune."""
+    folder = resources.files("dsprune.arch") / "families"
+    return sorted(entry.name.removesuffix(".toml") for entry in folder.iterdir() if entry.name.endswith(".toml"))
+
+
+def family_for(model_type: str) -> FamilySpec:
+    """The family of a `config.model_type`.
+
+    Raises:
+        ArchitectureError: no family covers this type.
+    """
+    for name in list_families():
+        family = load_family(name)
+        if model_type in family.model_types:
+            return family
+    known = sorted(kind for name in list_families() for kind in load_family(name).model_types)
+    raise ArchitectureError(
+        f"model type '{model_type}' is not supported: supported are {', '.join(known)} (CONTRIBUTING.md: add a family)"
+    )

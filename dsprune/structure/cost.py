@@ -1,0 +1,118 @@
+"""What a set of gates costs: parameters and multiply-adds, exact for hard gates, differentiable for soft ones.
+
+Every parameter tensor costs the product of its axes' live widths, times the chance that its sublayer
+exists. With gates in {0, 1} this is an integer: the parameter count of the exported model. With
+probabilities it is the expected count under independent gates, the quantity that CoFi constrains
+(arXiv 2204.00408, equation 3; their code leaves norms, some biases and the "all units gone" case
+out, here all are counted).
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from dsprune.structure.gating import Gates, complete
+from dsprune.structure.spaces import Empty, ParamSpec, Structure
+
+__all__ = ["CostModel", "Scope"]
+
+Scope = Literal["encoder", "total"]
+
+
+@dataclass(frozen=True)
+class _Term:
+    """Sum of all parameters of one form: `weight * alive(sublayer) * units ** n_units * hidden ** n_hidden`."""
+
+    sublayer: str | None
+    num_units: int
+    num_hidden: int
+
+
+class CostModel:
+    """Counts of one model under any gates. All results are float64, exact up to 2**53.
+
+    Args:
+        structure: from `analyze`.
+        empty: what a removed sublayer leaves behind, which the count must follow.
+    """
+
+    def __init__(self, structure: Structure, *, empty: Empty = "identity") -> None:
+        self.structure = structure
+        self.empty = empty
+        self._parameters = {
+            "encoder": self._terms(lambda p: p.numel if p.part == "encoder" else 0),
+            "total": self._terms(lambda p: p.numel),
+        }
+        self._token_macs = self._terms(lambda p: p.numel if _is_matmul(p) and not p.per_sequence else 0)
+        self._sequence_macs = self._terms(lambda p: p.numel if _is_matmul(p) and p.per_sequence else 0)
+
+    def _terms(self, count: Callable[[ParamSpec], int]) -> Mapping[_Term, Tensor]:
+        """Counts per form and layer; each form's count is divided by the dense widths it is multiplied by."""
+        sizes = self.structure.sizes
+        terms: dict[_Term, Tensor] = defaultdict(lambda: torch.zeros(sizes.num_layers, dtype=torch.float64))
+        for param in self.structure.params.values():
+            kinds = [space.kind for space in param.axes if space is not None]
+            num_hidden = kinds.count("hidden")
+            term = _Term(param.sublayer.kind if param.sublayer else None, len(kinds) - num_hidden, num_hidden)
+            width = 1
+            for space in param.axes:
+                width *= space.size if space is not None else 1
+            terms[term][param.sublayer.layer if param.sublayer else 0] += count(param) / width
+        return {term: weights for term, weights in terms.items() if weights.any()}
+
+    def _sum(self, terms: Mapping[_Term, Tensor], gates: Gates) -> Tensor:
+        full = {kind: gate.double() for kind, gate in complete(self.structure, gates).items()}
+        hidden = full["hidden"].sum()
+        total = hidden.new_zeros(())
+        for term, weights in terms.items():
+            count = weights.to(hidden.device) * hidden**term.num_hidden
+            if term.sublayer is not None:
+                coarse = full[term.sublayer]
+                units = full["head" if term.sublayer == "attn" else "ffn_dim"]
+                if term.num_units:
+                    count = count * coarse * units.sum(-1)
+                elif self.empty == "identity":
+                    count = count * coarse * (1 - (1 - units).prod(-1))
+            total = total + count.sum()
+        return total
+
+    def parameters(self, gates: Gates, *, of: Scope = "encoder") -> Tensor:
+        """Parameters left: [] float64. `gates` are 0/1, or the probabilities that units are kept.
+
+        "encoder" is everything inside the layers, norms and biases included; "total" adds
+        embeddings, pooler and task head.
+        """
+        return self._sum(self._parameters[of], gates)
+
+    def sparsity(self, gates: Gates, *, of: Scope = "encoder") -> Tensor:
+        """Share of the parameters that is gone: [] float64."""
+        return 1 - self.parameters(gates, of=of) / self.dense(of)
+
+    def dense(self, of: Scope = "encoder") -> int:
+        """Parameters of the dense model."""
+        return sum(p.numel for p in self.structure.params.values() if of == "total" or p.part == "encoder")
+
+    def macs(self, gates: Gates, *, length: int) -> Tensor:
+        """Multiply-adds of one sequence of `length` tokens: linears, attention scores and their sums; [] float64."""
+        full = {kind: gate.double() for kind, gate in complete(self.structure, gates).items()}
+        heads = (full["attn"] * full["head"].sum(-1)).sum()
+        attention = 2 * length * length * self.structure.sizes.head_dim * heads
+        return length * self._sum(self._token_macs, full) + self._sum(self._sequence_macs, full) + attention
+
+    def floor(self, kinds: tuple[str, ...], *, of: Scope = "encoder") -> float:
+        """Highest sparsity that gates of these kinds can reach, all of them closed but one unit of each space
+        that must not be empty (`hidden`)."""
+        gates = {kind: torch.zeros_like(gate) for kind, gate in complete(self.structure, {}).items() if kind in kinds}
+        if "hidden" in gates:
+            gates["hidden"][0] = 1
+        return float(self.sparsity(gates, of=of))
+
+
+def _is_matmul(param: ParamSpec) -> bool:
+    return len(param.shape) == 2 and not param.lookup

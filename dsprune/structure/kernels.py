@@ -1,0 +1,122 @@
+"""The two places where a gate meets arithmetic: a linear with gated rows and columns, and a norm over live coordinates.
+
+Both are autograd functions because the obvious expressions keep a gated copy of every weight, or
+several copies of every activation, alive until the backward pass. Under ZeRO-3 that copy would be a
+whole layer's weights on every rank. These keep the parameter itself (which ZeRO gathers again) and
+recompute.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import Function
+
+__all__ = ["gated_linear", "live_layer_norm"]
+
+
+def _scaled(weight: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
+    return weight * torch.outer(rows, columns).to(weight.dtype)
+
+
+class _GatedLinear(Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, rows: Tensor, columns: Tensor) -> Tensor:
+        ctx.save_for_backward(x, weight, bias, rows, columns)
+        gated_bias = None if bias is None else bias * rows.to(bias.dtype)
+        return torch.nn.functional.linear(x, _scaled(weight, rows, columns), gated_bias)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        (grad,) = grads
+        x, weight, bias, rows, columns = ctx.saved_tensors
+        need_x, need_weight, need_bias, need_rows, need_columns = ctx.needs_input_grad
+        flat = grad.reshape(-1, grad.shape[-1])
+        grad_x = grad @ _scaled(weight, rows, columns) if need_x else None
+        grad_weight = grad_bias = grad_rows = grad_columns = None
+        if need_weight or need_rows or need_columns:
+            # Gradient of the gated weight; its elementwise product with the weight is, summed over a
+            # unit, the first-order Taylor score of that unit.
+            outer = flat.t() @ x.reshape(-1, x.shape[-1])
+            if need_rows or need_columns:
+                taylor = outer.to(rows.dtype) * weight.to(rows.dtype)
+                grad_rows, grad_columns = taylor @ columns, rows @ taylor
+            grad_weight = _scaled(outer, rows, columns) if need_weight else None
+        if bias is not None and (need_bias or need_rows):
+            summed = flat.sum(0)
+            grad_bias = summed * rows.to(summed.dtype) if need_bias else None
+            if grad_rows is not None:
+                grad_rows = grad_rows + summed.to(rows.dtype) * bias.to(rows.dtype)
+        return grad_x, grad_weight, grad_bias, grad_rows, grad_columns
+
+
+def gated_linear(x: Tensor, weight: Tensor, bias: Tensor | None, rows: Tensor, columns: Tensor) -> Tensor:
+    """`rows * (weight @ (columns * x) + bias)` without storing a gated copy of anything.
+
+    Args:
+        x: [..., in].
+        weight: [out, in].
+        bias: [out] or None.
+        rows: [out] gates of the output coordinates, fp32 (or fp64 with an fp64 model).
+        columns: [in] gates of the input units.
+
+    Returns:
+        [..., out] in the dtype of `x`. Gradients of the gates are formed in the gates' own dtype.
+    """
+    return _GatedLinear.apply(x, weight, bias, rows, columns)  # type: ignore[no-any-return]
+
+
+class _LiveLayerNorm(Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, gate: Tensor, alive: Tensor, eps: float
+    ) -> Tensor:
+        wide = x.to(gate.dtype)
+        live = (gate != 0).to(gate.dtype)
+        count = live.sum().clamp(min=1)
+        centred = (wide - (wide * live).sum(-1, keepdim=True) / count) * live
+        rstd = torch.rsqrt(centred.square().sum(-1, keepdim=True) / count + eps)
+        normed = centred * rstd
+        out = torch.addcmul(bias * gate, normed, weight * gate)
+        ctx.save_for_backward(normed, rstd, weight, bias, gate, live, count, alive)
+        return torch.where(alive, out.to(x.dtype), x)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        (grad,) = grads
+        normed, rstd, weight, bias, gate, live, count, alive = ctx.saved_tensors
+        wide = grad.to(gate.dtype)
+        affine = wide * (weight * gate)
+        mean = affine.sum(-1, keepdim=True) / count
+        slope = (affine * normed).sum(-1, keepdim=True) / count
+        grad_x = torch.where(alive, (rstd * (affine - (mean + normed * slope) * live)).to(grad.dtype), grad)
+        width = gate.shape[0]
+        by_normed = (wide * normed).reshape(-1, width).sum(0) * alive
+        by_one = wide.reshape(-1, width).sum(0) * alive
+        grad_weight = (by_normed * gate).to(weight.dtype)
+        grad_bias = (by_one * gate).to(bias.dtype)
+        grad_gate = by_normed * weight + by_one * bias
+        return grad_x, grad_weight, grad_bias, grad_gate, None, None
+
+
+def live_layer_norm(x: Tensor, weight: Tensor, bias: Tensor, gate: Tensor, alive: Tensor, eps: float) -> Tensor:
+    """LayerNorm over the live coordinates of the residual stream, times their gates.
+
+    Mean and variance are those of the narrow, exported model: dead coordinates (gate 0) take no part
+    and come out as 0. Where the sublayer is dead, `x` passes untouched. Nothing here waits for the
+    device: which coordinates are live is arithmetic, not an index.
+
+    Args:
+        x: [..., d] residual stream plus sublayer output.
+        weight: [d] gamma.
+        bias: [d] beta.
+        gate: [d] hidden gates, fp32 (or fp64 with an fp64 model).
+        alive: [] bool, False where the sublayer is removed and the norm with it.
+        eps: as in LayerNorm.
+
+    Returns:
+        [..., d] in the dtype of `x`.
+    """
+    return _LiveLayerNorm.apply(x, weight, bias, gate, alive, eps)  # type: ignore[no-any-return]

@@ -1,0 +1,105 @@
+"""A Selection: the final choice of what is kept, and the scale of what is kept.
+
+It is the narrow waist between methods, which make one, and surgery, cost and consolidation, which
+only ever see one.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from dsprune.errors import CheckpointError, ConfigError
+from dsprune.structure.gating import Gates, complete, sublayer_alive
+from dsprune.structure.spaces import Empty, Space, Structure
+
+__all__ = ["Selection"]
+
+
+@dataclass(frozen=True)
+class Selection:
+    """Kept units and their scales for every space of a structure.
+
+    Attributes:
+        gates: every kind of gate, fp32 on the CPU; 0 removes a unit, anything else keeps it and is
+            its scale, to be folded into the weights.
+        empty: what a sublayer without units computes.
+    """
+
+    gates: Mapping[str, Tensor]
+    empty: Empty = "identity"
+
+    @classmethod
+    def from_gates(cls, structure: Structure, gates: Gates, *, empty: Empty = "identity") -> Selection:
+        """Make a selection from deterministic gates (0: removed, else: kept with that scale).
+
+        Raises:
+            ConfigError: wrong shape, a value that is not finite, or no hidden dimension left.
+        """
+        full = {kind: gate.detach().float().cpu().clone() for kind, gate in complete(structure, gates).items()}
+        for kind, gate in full.items():
+            if not gate.isfinite().all():
+                raise ConfigError(f"gate '{kind}' holds values that are not finite: no selection can be made from it")
+        if not full["hidden"].any():
+            raise ConfigError("no hidden dimension is left: a model needs at least one")
+        return cls(full, empty)
+
+    def gate(self, space: Space) -> Tensor:
+        """Gates of one space: [size]."""
+        gate = self.gates[space.kind]
+        return gate if space.layer is None else gate[space.layer]
+
+    def kept(self, space: Space) -> Tensor:
+        """Indices of the kept units of a space, ascending: [kept] int64. Units of a removed sublayer are gone."""
+        if space.layer is not None and not self._coarse(space.kind)[space.layer]:
+            return torch.empty(0, dtype=torch.int64)
+        return self.gate(space).nonzero().flatten()
+
+    def _coarse(self, kind: str) -> Tensor:
+        return self.gates["attn" if kind == "head" else "ffn"] != 0
+
+    def alive(self, kind: str, layer: int) -> bool:
+        """Whether the `attn` or `ffn` sublayer of a layer still exists in the exported model."""
+        return self.empty == "bias" or bool(sublayer_alive(self.gates)[kind][layer])
+
+    def hard(self) -> dict[str, Tensor]:
+        """The same choice with every scale at 1."""
+        return {kind: (gate != 0).float() for kind, gate in self.gates.items()}
+
+    def layer_sizes(self, structure: Structure) -> list[dict[str, int]]:
+        """What is kept, layer by layer: `heads` and `ffn_dim`."""
+        by_layer: list[dict[str, int]] = [{} for _ in range(structure.sizes.num_layers)]
+        for sublayer in structure.sublayers:
+            name = "heads" if sublayer.kind == "attn" else "ffn_dim"
+            by_layer[sublayer.layer][name] = len(self.kept(sublayer.units))
+        return by_layer
+
+    def save(self, path: Path, **metadata: Any) -> None:
+        """Write to a safetensors file; `metadata` values are kept as JSON."""
+        text = {"empty": self.empty, **{key: json.dumps(value) for key, value in metadata.items()}}
+        save_file({kind: gate.contiguous() for kind, gate in self.gates.items()}, path, metadata=text)
+
+    @classmethod
+    def load(cls, path: Path) -> Selection:
+        """Read what `save` wrote.
+
+        Raises:
+            CheckpointError: missing, damaged or foreign file.
+        """
+        try:
+            with safe_open(path, framework="pt") as file:
+                empty = (file.metadata() or {}).get("empty")
+                gates = {kind: file.get_tensor(kind) for kind in file.keys()}  # noqa: SIM118 (not a dict)
+        except (OSError, SafetensorError) as error:
+            raise CheckpointError(f"cannot read the selection {path}: {error}") from error
+        if empty not in ("identity", "bias"):
+            raise CheckpointError(f"{path} is not a selection: it does not say what an empty sublayer computes")
+        return cls(gates, empty)  # type: ignore[arg-type]
