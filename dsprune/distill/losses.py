@@ -1,0 +1,55 @@
+"""Losses between teacher and student."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+__all__ = ["layer_distances", "layer_loss", "logit_loss"]
+
+
+def logit_loss(student: Tensor, teacher: Tensor, *, temperature: float) -> Tensor:
+    """T^2 * KL(softmax(teacher / T) || softmax(student / T)), mean over examples.
+
+    CoFi, section 3.3 (Hinton et al. 2015). A single output is a regression, where a softmax says
+    nothing: there it is the mean squared error.
+
+    Args:
+        student: [batch, classes] logits.
+        teacher: [batch, classes] logits.
+    """
+    if student.shape[-1] == 1:
+        return F.mse_loss(student.float(), teacher.float())
+    log_student = F.log_softmax(student.float() / temperature, dim=-1)
+    log_teacher = F.log_softmax(teacher.float() / temperature, dim=-1)
+    return F.kl_div(log_student, log_teacher, reduction="batchmean", log_target=True) * temperature**2
+
+
+def layer_loss(student: Tensor, teacher: Tensor, *, num_tokens: Tensor) -> Tensor:
+    """Sum over matched layers of the mean squared error over tokens and width.
+
+    CoFi, equation 5; padding takes no part (their code averages over it).
+
+    Args:
+        student: [layers, tokens, width] projected hidden states of the matched student layers.
+        teacher: [layers, tokens, width] hidden states of the teacher layers.
+        num_tokens: [] what counts as the number of tokens. Given from outside, so that ranks and
+            accumulation steps with unequal token counts still average over the whole batch.
+    """
+    error = (student.float() - teacher.float()).square().sum()
+    return error / (num_tokens * student.shape[-1])
+
+
+@torch.no_grad()
+def layer_distances(student: Tensor, teacher: Tensor, *, num_tokens: Tensor) -> Tensor:
+    """`layer_loss` of every pair, for the dynamic matches: [teacher layers, student layers].
+
+    Args:
+        student: [S, tokens, width] projected hidden states of all student layers.
+        teacher: [T, tokens, width].
+        num_tokens: as in `layer_loss`.
+    """
+    s, t = student.float().flatten(1), teacher.float().flatten(1)
+    squares = t.square().sum(1)[:, None] + s.square().sum(1)[None, :] - 2 * (t @ s.T)
+    return squares / (num_tokens * student.shape[-1])

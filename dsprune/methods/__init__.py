@@ -1,0 +1,32 @@
+"""How gates are chosen: one file a method, and the parts that methods are made of."""
+
+from __future__ import annotations
+
+import difflib
+
+from dsprune.config import Section
+from dsprune.errors import ConfigError
+from dsprune.methods.base import Method, Plan
+from dsprune.methods.cofi import CoFi
+
+__all__ = ["METHODS", "Method", "Plan", "method_class", "method_options"]
+
+METHODS: dict[str, type[Method]] = {"cofi": CoFi}
+
+
+def method_class(name: str) -> type[Method]:
+    """The class of a method.
+
+    Raises:
+        ConfigError: unknown method.
+    """
+    if name not in METHODS:
+        near = difflib.get_close_matches(name, METHODS, n=1)
+        hint = f"did you mean '{near[0]}'?" if near else f"there is {', '.join(METHODS)}"
+        raise ConfigError(f"method.name = '{name}': no such method; {hint}")
+    return METHODS[name]
+
+
+def method_options(name: str) -> type[Section]:
+    """The class of a method's options, for `load_config`."""
+    return method_class(name).Options

@@ -1,0 +1,120 @@
+"""What every pruning method answers, whatever it does inside.
+
+A method sees plain replicated tensors only: the gates it hands out, and their gradients. It is the
+same on every rank; whatever is random in it comes from (seed, step).
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from dsprune.config import Section
+from dsprune.errors import ConfigError
+from dsprune.structure import CostModel, Empty, Scope, Selection, Structure
+
+__all__ = ["Method", "Plan"]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a method has to reach, and in how many optimizer steps."""
+
+    target: float
+    target_of: Scope
+    total_steps: int
+    steps_per_epoch: int
+    seed: int
+
+
+class Method(ABC):
+    """Chooses the gates. Subclasses are registered in `dsprune.methods.METHODS`.
+
+    Args:
+        structure: the prunable structure of the dense model.
+        options: the method's own options.
+        plan: target and length of the stage.
+
+    Raises:
+        ConfigError: options or target that this method cannot meet on this model.
+    """
+
+    Options: ClassVar[type[Section]]
+    """Class of the method's options, checked when the recipe is read."""
+    empty: ClassVar[Empty]
+    """What a sublayer without units computes, in the masked model, the cost and the export alike."""
+
+    def __init__(self, structure: Structure, options: Section, plan: Plan) -> None:
+        self.structure = structure
+        self.plan = plan
+        self.cost = CostModel(structure, empty=self.empty)
+
+    @property
+    @abstractmethod
+    def kinds(self) -> tuple[str, ...]:
+        """Kinds of gates that this method chooses."""
+
+    @property
+    @abstractmethod
+    def start_step(self) -> int:
+        """Optimizer step at which gates come on; before it the dense model distils."""
+
+    @abstractmethod
+    def parameters(self) -> dict[str, Tensor]:
+        """The replicated leaf tensors that define the method's state, by name."""
+
+    @abstractmethod
+    def optimizers(self) -> list[torch.optim.Optimizer]:
+        """Optimizers over `parameters`, stepped once per applied optimizer step."""
+
+    @abstractmethod
+    def gates(self, step: int) -> dict[str, Tensor] | None:
+        """Gates of the forward passes of this step, attached to the graph of `parameters`; None is the dense model."""
+
+    @abstractmethod
+    def penalty(self, step: int) -> Tensor | None:
+        """What joins the loss on the method's own parameters; it depends on no data. [] or None."""
+
+    def after_step(self) -> None:
+        """Called after each applied step of `optimizers`."""
+
+    @abstractmethod
+    def deterministic(self, step: int) -> dict[str, Tensor] | None:
+        """Gates to evaluate with at this step; None is the dense model."""
+
+    @abstractmethod
+    def select(self) -> Selection:
+        """The final choice, landed on the target as nearly as the units allow."""
+
+    @abstractmethod
+    def metrics(self, step: int) -> dict[str, float]:
+        """What to log: expected and hard sparsity, target, multipliers."""
+
+    def check_target(self) -> None:
+        """Refuse a target that the method's gates cannot reach.
+
+        Raises:
+            ConfigError: naming what is reachable.
+        """
+        reachable = self.cost.floor(self.kinds, of=self.plan.target_of)
+        if self.plan.target > reachable:
+            why = "embeddings and the task head stay" if self.plan.target_of == "total" else "some parameters always stay"
+            raise ConfigError(
+                f"prune.target = {self.plan.target:g} of the {self.plan.target_of} is out of reach: gates "
+                f"{', '.join(self.kinds)} can remove at most {reachable:.4f} ({why})"
+            )
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Replicated tensors, for a checkpoint."""
+        return {name: value.detach().clone() for name, value in self.parameters().items()}
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Restore what `state_dict` gave."""
+        with torch.no_grad():
+            for name, value in self.parameters().items():
+                value.copy_(state[name])

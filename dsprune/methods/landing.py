@@ -1,0 +1,72 @@
+"""Landing on the target: from scores and a hunch of how many units to keep, hard gates of the right cost.
+
+Learned probabilities meet a target in expectation; the exported model has a parameter count. The
+difference is closed here, by one threshold shift for all fine units and then unit by unit, so that
+what was asked for is what is exported.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from dsprune.structure import Gates
+
+__all__ = ["land"]
+
+
+def land(
+    hard_gates: Callable[[float], Gates],
+    sparsity: Callable[[Gates], float],
+    scores: Gates,
+    target: float,
+    *,
+    reach: float,
+) -> dict[str, Tensor]:
+    """Gates whose sparsity is the lowest one at or above `target` that this ordering of units gives.
+
+    Args:
+        hard_gates: gates (zero: removed) for a shift of the threshold; a higher shift keeps a
+            superset of units.
+        sparsity: of a set of gates, by exact count.
+        scores: per kind, the order in which units between two neighbouring shifts are given back.
+        target: sparsity to land on.
+        reach: largest shift to try, either way.
+
+    Returns:
+        Gates. If even the densest choice is sparser than the target, that one; if even the sparsest
+        is denser, that one: the caller measures and says so.
+    """
+    low, high = -reach, reach
+    sparse, dense = hard_gates(low), hard_gates(high)
+    if sparsity(dense) >= target:
+        return dict(dense)
+    if sparsity(sparse) <= target:
+        return dict(sparse)
+    for _ in range(40):
+        middle = (low + high) / 2
+        gates = hard_gates(middle)
+        if sparsity(gates) >= target:
+            low, sparse = middle, gates
+        else:
+            high, dense = middle, gates
+    return _fill(sparse, dense, sparsity, scores, target)
+
+
+def _fill(
+    sparse: Gates, dense: Gates, sparsity: Callable[[Gates], float], scores: Gates, target: float
+) -> dict[str, Tensor]:
+    """Give back units of `dense` that `sparse` lacks, best first, as long as the target still holds."""
+    missing = [
+        (float(scores[kind][tuple(index)]), kind, tuple(index))
+        for kind in sparse
+        for index in ((dense[kind] != 0) & (sparse[kind] == 0)).nonzero().tolist()
+    ]
+    gates = {kind: gate.clone() for kind, gate in sparse.items()}
+    for _, kind, index in sorted(missing, reverse=True):
+        gates[kind][index] = dense[kind][index]
+        if sparsity(gates) < target:
+            gates[kind][index] = torch.zeros(())
+    return gates
