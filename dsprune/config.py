@@ -37,6 +37,7 @@ __all__ = [
     "Section",
     "StageName",
     "TaskConfig",
+    "describe_keys",
     "list_recipes",
     "load_config",
     "parse_config",
@@ -85,6 +86,8 @@ class Section(BaseModel):
 
 
 class ModelConfig(Section):
+    """Where the pretrained model comes from."""
+
     name: str
     """Pretrained model to start from: a hub id, a folder, or `package:NAME/SUBFOLDER` inside an installed package."""
     revision: str | None = None
@@ -92,6 +95,8 @@ class ModelConfig(Section):
 
 
 class TaskConfig(Section):
+    """What the model is to do."""
+
     name: str
     """Task: one of the nine of GLUE, or `order`, the generated one."""
     max_length: int = Field(128, ge=8)
@@ -101,6 +106,8 @@ class TaskConfig(Section):
 
 
 class DataConfig(Section):
+    """Where the examples come from."""
+
     path: str | None = None
     """Folder with train/validation files (parquet, csv, tsv, jsonl); by default the data come from the hub."""
     revision: str | None = None
@@ -112,6 +119,8 @@ class DataConfig(Section):
 
 
 class BatchConfig(Section):
+    """How examples are grouped."""
+
     size: int = Field(32, ge=1)
     """Examples in one optimizer step, over all ranks and accumulation steps."""
     micro: int | None = Field(None, ge=1)
@@ -121,6 +130,8 @@ class BatchConfig(Section):
 
 
 class OptimConfig(Section):
+    """How the weights are trained in one stage."""
+
     lr: float = Field(2e-5, gt=0)
     """Peak learning rate of the weights (AdamW)."""
     weight_decay: float = Field(0.0, ge=0)
@@ -134,6 +145,8 @@ class OptimConfig(Section):
 
 
 class TeacherConfig(OptimConfig):
+    """The dense model that teaches, and its fine-tuning."""
+
     path: str | None = None
     """A dense model already fine-tuned for the task; then the teacher stage is skipped."""
     duration: DurationField = Duration(3, "epochs")
@@ -141,6 +154,8 @@ class TeacherConfig(OptimConfig):
 
 
 class PruneConfig(OptimConfig):
+    """The pruning stage: target and training."""
+
     target: float = Field(0.95, ge=0, lt=1)
     """Share of parameters to remove, counted on the exported model."""
     target_of: Literal["encoder", "total"] = "encoder"
@@ -152,6 +167,8 @@ class PruneConfig(OptimConfig):
 
 
 class RecoverConfig(OptimConfig):
+    """The compact model's further training."""
+
     duration: DurationField = Duration(20, "epochs")
     """How long the compact model trains on; `"0 steps"` skips the stage."""
     schedule: Literal["linear", "constant"] = "constant"
@@ -159,6 +176,8 @@ class RecoverConfig(OptimConfig):
 
 
 class DistillConfig(Section):
+    """What the student learns from the teacher."""
+
     logits: float = Field(0.1, ge=0)
     """Weight of the logit loss."""
     temperature: float = Field(2.0, gt=0)
@@ -174,6 +193,8 @@ class DistillConfig(Section):
 
 
 class DeepSpeedConfig(Section):
+    """DeepSpeed configurations of the two engines."""
+
     student: str = "zero2"
     """DeepSpeed configuration of the student: a name in ds_configs/ or a path."""
     teacher: str = "teacher"
@@ -181,6 +202,8 @@ class DeepSpeedConfig(Section):
 
 
 class EvalConfig(Section):
+    """Evaluation while training, and the closing comparison."""
+
     every: DurationField = Duration(1, "epochs")
     """How often to evaluate while training."""
     bench_batch: int = Field(32, ge=1)
@@ -190,6 +213,8 @@ class EvalConfig(Section):
 
 
 class CheckpointConfig(Section):
+    """How often to save, and how much to keep."""
+
     every: DurationField = Duration(1, "epochs")
     """How often to save while pruning and recovering."""
     keep: int = Field(2, ge=1)
@@ -197,6 +222,8 @@ class CheckpointConfig(Section):
 
 
 class LogConfig(Section):
+    """What is written while training."""
+
     every: int = Field(10, ge=1)
     """Optimizer steps between two lines of metrics."""
     tensorboard: bool = True
@@ -208,6 +235,8 @@ class LogConfig(Section):
 
 
 class MethodConfig(Section):
+    """The pruning method; its own options stand in the same table."""
+
     name: str = "cofi"
     """Pruning method."""
     options: Any = None
@@ -215,6 +244,8 @@ class MethodConfig(Section):
 
 
 class RunConfig(Section):
+    """One run: a model, a task, and the stages from dense to compact."""
+
     output: str
     """Folder of the run: checkpoints, logs, and the finished models."""
     seed: int = Field(42, ge=0)
@@ -353,3 +384,21 @@ def load_config(
         raise ConfigError(*mistakes)
     tree.setdefault("output", f"runs/{Path(recipe).stem}")
     return parse_config(tree, method_options)
+
+
+def describe_keys(schema: type[BaseModel], prefix: str = "") -> str:
+    """Every key of a table, with its default and help text, one a line."""
+    lines = []
+    for name, field in schema.model_fields.items():
+        key = f"{prefix}.{name}" if prefix else name
+        inner = field.annotation
+        if isinstance(inner, type) and issubclass(inner, BaseModel):
+            lines.append(describe_keys(inner, key))
+        elif key != "method.options":
+            default = "(required)" if field.is_required() else f"= {_plain(field.default)}"
+            lines.append(f"  {key} {default}\n      {field.description or ''}".rstrip())
+    return "\n".join(lines)
+
+
+def _plain(value: Any) -> str:
+    return f'"{value}"' if isinstance(value, (str, Duration)) else str(value)

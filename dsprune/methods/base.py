@@ -80,7 +80,7 @@ class Method(ABC):
     def penalty(self, step: int) -> Tensor | None:
         """What joins the loss on the method's own parameters; it depends on no data. [] or None."""
 
-    def after_step(self) -> None:
+    def after_step(self) -> None:  # noqa: B027 (most methods have nothing to do)
         """Called after each applied step of `optimizers`."""
 
     @abstractmethod
@@ -103,7 +103,9 @@ class Method(ABC):
         """
         reachable = self.cost.floor(self.kinds, of=self.plan.target_of)
         if self.plan.target > reachable:
-            why = "embeddings and the task head stay" if self.plan.target_of == "total" else "some parameters always stay"
+            why = (
+                "embeddings and the task head stay" if self.plan.target_of == "total" else "some parameters always stay"
+            )
             raise ConfigError(
                 f"prune.target = {self.plan.target:g} of the {self.plan.target_of} is out of reach: gates "
                 f"{', '.join(self.kinds)} can remove at most {reachable:.4f} ({why})"

@@ -54,6 +54,8 @@ COARSE = ("attn", "ffn")
 
 
 class CoFiOptions(Section):
+    """Options of CoFi, beside `method.name`."""
+
     distill_phase: DurationField = Duration(1, "epochs")
     """Pre-pruning phase: the dense student distils, all gates open."""
     warmup: DurationField = Duration(2, "epochs")
@@ -69,6 +71,8 @@ class CoFiOptions(Section):
 
 
 class CoFi(Method):
+    """Learned masks at five granularities under a sparsity constraint; see the module for formulas and sources."""
+
     Options = CoFiOptions
     empty = "identity"
 
@@ -96,9 +100,7 @@ class CoFi(Method):
         self.multipliers = {name: torch.zeros((), requires_grad=True) for name in ("linear", "quadratic")}
         self._optimizers: list[torch.optim.Optimizer] = [
             torch.optim.AdamW(self.log_alpha.values(), lr=options.lr, weight_decay=0.0),
-            torch.optim.AdamW(
-                self.multipliers.values(), lr=options.multiplier_lr, weight_decay=0.0, maximize=True
-            ),
+            torch.optim.AdamW(self.multipliers.values(), lr=options.multiplier_lr, weight_decay=0.0, maximize=True),
         ]
 
     @property
@@ -141,22 +143,41 @@ class CoFi(Method):
             log_alpha.clamp_(LOG_ALPHA_MIN, LOG_ALPHA_MAX)
 
     @torch.no_grad()
-    def hard_gates(self, shift: float = 0.0) -> dict[str, Tensor]:
-        """Deterministic gates; `shift` is added to the fine log-alphas when units are counted.
+    def hard_gates(self, shift: float = 0.0, reopen: int = 0) -> dict[str, Tensor]:
+        """Deterministic gates.
 
         Each group (a layer's heads or neurons, the hidden dimensions) keeps as many units as it
         expects to, the likeliest ones; a sublayer is kept if its probability is at least one half.
+
+        Args:
+            shift: added to the fine log-alphas when units are counted.
+            reopen: how many of the sublayers that would go are kept after all, the likeliest ones.
         """
         gates = {}
+        reopened = self._likeliest_removed()[:reopen]
         for kind, log_alpha in self.log_alpha.items():
             if kind in COARSE:
                 keep = (keep_probability(log_alpha) >= 0.5).long()
+                keep[[layer for _, name, layer in reopened if name == kind]] = 1
                 gates[kind] = deterministic_gate(log_alpha.unsqueeze(-1), keep).squeeze(-1)
             else:
                 expected = keep_probability(log_alpha.double() + shift).sum(-1)
                 least = 1 if kind == "hidden" else 0
                 gates[kind] = deterministic_gate(log_alpha, expected.round().long().clamp(min=least))
         return gates
+
+    def _likeliest_removed(self) -> list[tuple[float, str, int]]:
+        """Sublayers that the learned gates remove, likeliest first: (log-alpha, kind, layer)."""
+        return sorted(
+            (
+                (value, kind, layer)
+                for kind in COARSE
+                if kind in self.log_alpha
+                for layer, value in enumerate(self.log_alpha[kind].tolist())
+                if float(keep_probability(torch.tensor(value))) < 0.5
+            ),
+            reverse=True,
+        )
 
     def deterministic(self, step: int) -> dict[str, Tensor] | None:
         return None if step < self._start else self.hard_gates()
@@ -166,12 +187,18 @@ class CoFi(Method):
         return float(self.cost.sparsity(kept, of=self.plan.target_of))
 
     def select(self) -> Selection:
+        reach = 3 * (LOG_ALPHA_MAX - LOG_ALPHA_MIN)
+        # Sublayers are large. Where those that are left cannot fill what the target allows even with
+        # all their units, the likeliest of the others come back.
+        reopen, removed = 0, len(self._likeliest_removed())
+        while reopen < removed and self._hard_sparsity(self.hard_gates(reach, reopen)) > self.plan.target:
+            reopen += 1
         gates = land(
-            self.hard_gates,
+            lambda shift: self.hard_gates(shift, reopen),
             self._hard_sparsity,
             {kind: a.detach() for kind, a in self.log_alpha.items()},
             self.plan.target,
-            reach=3 * (LOG_ALPHA_MAX - LOG_ALPHA_MIN),
+            reach=reach,
         )
         return Selection.from_gates(self.structure, gates, empty=self.empty)
 

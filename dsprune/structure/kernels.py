@@ -70,9 +70,7 @@ def gated_linear(x: Tensor, weight: Tensor, bias: Tensor | None, rows: Tensor, c
 
 class _LiveLayerNorm(Function):
     @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, gate: Tensor, alive: Tensor, eps: float
-    ) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, gate: Tensor, alive: Tensor, eps: float) -> Tensor:
         wide = x.to(gate.dtype)
         live = (gate != 0).to(gate.dtype)
         count = live.sum().clamp(min=1)

@@ -97,7 +97,7 @@ class Selection:
         try:
             with safe_open(path, framework="pt") as file:
                 empty = (file.metadata() or {}).get("empty")
-                gates = {kind: file.get_tensor(kind) for kind in file.keys()}  # noqa: SIM118 (not a dict)
+                gates = {kind: file.get_tensor(kind) for kind in file.keys()}
         except (OSError, SafetensorError) as error:
             raise CheckpointError(f"cannot read the selection {path}: {error}") from error
         if empty not in ("identity", "bias"):

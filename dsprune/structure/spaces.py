@@ -240,8 +240,10 @@ class _Analysis:
             lookup = len(axes) == 2 and axes[0] == "-"
             # What writes the residual stream is gated where it writes: a table's columns, a norm, or
             # the rows of the projection.
-            gated = tuple(axis in ("hidden", "embedding") and not (len(axes) == 2 and i == 1 and not lookup)
-                          for i, axis in enumerate(axes))
+            gated = tuple(
+                axis in ("hidden", "embedding") and not (len(axes) == 2 and i == 1 and not lookup)
+                for i, axis in enumerate(axes)
+            )
             if self.projected:
                 gated = tuple(axis == "hidden" for axis in axes)
             self._add(_join(self.base, path), axes, "embeddings", gated=gated, lookup=lookup)

@@ -1,0 +1,264 @@
+"""The command line: `dsprune train | consolidate | bench | inspect`, and `deepspeed dsprune/train.py`."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import sys
+import traceback
+import warnings
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from dsprune.errors import ConfigError, DspruneError
+
+__all__ = ["main", "train_main"]
+
+TRAIN_HELP = """\
+Prune a transformer while it trains, with a dense teacher beside it.
+
+stages (each is done once and remembered in the run folder):
+  teacher      fine-tune the dense model on the task; skipped with teacher.path=FOLDER
+  prune        learn what to remove, the teacher distilling
+  consolidate  ZeRO shards + final gates -> a compact Hugging Face folder
+  recover      the compact model trains on, the teacher still distilling
+  evaluate     dense and compact side by side: metric, size, latency
+
+examples:
+  deepspeed dsprune/train.py demo                            all stages of the demo, on the GPUs that are there
+  dsprune train demo --ranks 2                               the same through DeepSpeed's launcher, with 2 ranks
+  dsprune train cofi_sst2 prune.target=0.6 output=runs/s60   a shipped recipe with two keys changed
+  dsprune train my.toml 'stages=["prune", "consolidate"]'    a recipe of your own, two stages only
+  dsprune train cofi_mrpc data.path=/data/glue --dry-run     say what would be done, and do nothing
+"""
+TRAIN_EPILOG = """\
+Any key of a recipe can be overridden; values are TOML, bare words are strings. Recipes: {recipes}
+Exit codes: 0 done, 64 configuration, 65 data or architecture, 66 numerics, 73 cannot write, 74 checkpoint, 70 bug.
+"""
+
+
+def _rank() -> int:
+    return int(os.environ.get("RANK", "0"))
+
+
+def guarded(command: Callable[[], int | None]) -> int:
+    """Run a command; a `DspruneError` becomes one line on rank 0 and its exit code on every rank."""
+    try:
+        return command() or 0
+    except ConfigError as error:
+        if _rank() == 0:
+            for mistake in error.mistakes:
+                print(f"error: {mistake}", file=sys.stderr)
+        return error.exit_code
+    except DspruneError as error:
+        if _rank() == 0:
+            print(f"error: {error}", file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        return 130
+    except Exception:
+        traceback.print_exc()
+        return DspruneError.exit_code
+
+
+def _hush() -> None:
+    """Keep other libraries' chatter off the screen; warnings that matter to a user are ours to give."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    logging.basicConfig(level=logging.WARNING if _rank() else logging.INFO, format="%(message)s", stream=sys.stderr)
+    for name in ("httpx", "datasets", "filelock", "transformers", "deepspeed", "DeepSpeed", "matplotlib"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", module=r"torch|deepspeed")
+
+
+def _train_parser(prog: str) -> argparse.ArgumentParser:
+    from dsprune.config import list_recipes
+
+    parser = argparse.ArgumentParser(
+        prog=prog,
+        description=TRAIN_HELP,
+        epilog=TRAIN_EPILOG.format(recipes=", ".join(list_recipes())),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("recipe", help="a shipped recipe's name, or a path to a TOML file")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="change a key of the recipe")
+    parser.add_argument("--dry-run", action="store_true", help="print configuration, spaces, batch and memory; exit")
+    parser.add_argument("--keys", action=_ShowKeys, help="print every key of a recipe with its default; exit")
+    return parser
+
+
+class _ShowKeys(argparse.Action):
+    """`--keys`: the configuration tree, from the same docstrings that developers read."""
+
+    def __init__(self, option_strings: Sequence[str], dest: str, **options: Any) -> None:
+        super().__init__(option_strings, dest, nargs=0, **options)
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> None:
+        from dsprune.config import RunConfig, describe_keys
+        from dsprune.methods import METHODS
+
+        print(describe_keys(RunConfig))
+        for name, method in METHODS.items():
+            print(f"\nwith method.name = {name}:\n{describe_keys(method.Options, 'method')}")
+        parser.exit()
+
+
+def _exit_rank(code: int) -> None:
+    """Leave at once after an error: destructors of half-built engines must not wait for other ranks."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    if code != 0:
+        os._exit(code)
+
+
+def train_main(arguments: Sequence[str]) -> int:
+    """What one rank of `deepspeed dsprune/train.py` does."""
+    parser = _train_parser("deepspeed dsprune/train.py")
+    parser.add_argument("--local_rank", type=int, default=None, help=argparse.SUPPRESS)
+    options = parser.parse_intermixed_args(list(arguments))
+    if options.local_rank is not None:
+        os.environ.setdefault("LOCAL_RANK", str(options.local_rank))
+    _hush()
+
+    def command() -> int:
+        from dsprune.engine.launch import execute, plan_text
+
+        if options.dry_run:
+            text = plan_text(options.recipe, options.overrides)
+            if _rank() == 0:
+                print(text)
+        else:
+            execute(options.recipe, options.overrides)
+        return 0
+
+    code = guarded(command)
+    _exit_rank(code)
+    return code
+
+
+def _train(options: argparse.Namespace) -> int:
+    from dsprune.engine.launch import launch, plan_text
+
+    if options.dry_run:
+        if options.ranks:
+            os.environ["WORLD_SIZE"] = str(options.ranks)
+        print(plan_text(options.recipe, options.overrides))
+        return 0
+    return launch(options.recipe, options.overrides, ranks=options.ranks)
+
+
+def _consolidate(options: argparse.Namespace) -> int:
+    from dsprune.consolidate import consolidate
+
+    report = consolidate(
+        options.source,
+        options.out,
+        stage=options.stage,
+        dtype=options.dtype,
+        force=options.force,
+        verify_hashes=not options.skip_hashes,
+        progress=sys.stderr.isatty(),
+    )
+    print(report.render())
+    return 0
+
+
+def _bench(options: argparse.Namespace) -> int:
+    from dsprune.measure.bench import bench_models
+
+    report = bench_models(
+        options.dense,
+        options.compact,
+        batch_sizes=options.batch,
+        length=options.length,
+        dtype=options.dtype,
+        device=options.device,
+        runs=options.runs,
+        warmup=options.warmup,
+        progress=sys.stderr.isatty(),
+    )
+    print(report.render())
+    if options.json is not None:
+        report.to_json(options.json)
+    return 0
+
+
+def _inspect(options: argparse.Namespace) -> int:
+    from dsprune.measure.inspection import describe_compact, describe_spaces, inspect_config, inspect_dense
+
+    source = Path(options.source)
+    if source.is_dir():
+        config = inspect_config(source)
+        if "dsprune" in config:
+            print(describe_compact(config))
+            return 0
+    print(describe_spaces(inspect_dense(options.source)))
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    import dsprune
+
+    parser = argparse.ArgumentParser(prog="dsprune", description="Structured pruning of transformers under DeepSpeed.")
+    parser.add_argument("--version", action="version", version=f"dsprune {dsprune.__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    train = commands.add_parser("train", help="run a recipe", parents=[_train_parser("dsprune train")], add_help=False)
+    train.description, train.formatter_class = TRAIN_HELP, argparse.RawDescriptionHelpFormatter
+    train.add_argument("--ranks", type=int, help="processes to start (default: the number of GPUs, or 1)")
+    train.set_defaults(run=_train)
+
+    consolidate = commands.add_parser(
+        "consolidate",
+        help="turn a checkpoint into a Hugging Face folder",
+        description="Offline: reads ZeRO shards and final gates in one process, writes a compact model that loads in "
+        "plain transformers, and compares its logits with the masked model's before it says done.",
+    )
+    consolidate.add_argument("source", help="a run folder, or one checkpoint of it (step-...)")
+    consolidate.add_argument("out", help="folder to write; must not exist or be empty")
+    consolidate.add_argument("--stage", choices=["teacher", "prune", "recover"], help="which stage of a run (prune)")
+    consolidate.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"])
+    consolidate.add_argument("--force", action="store_true", help="replace what is in OUT")
+    consolidate.add_argument("--skip-hashes", action="store_true", help="check file sizes only, not their hashes")
+    consolidate.set_defaults(run=_consolidate)
+
+    bench = commands.add_parser(
+        "bench",
+        help="latency and throughput of two models side by side",
+        description="Times two models alternately in one process: medians with spread, device, dtype, batch and "
+        "length named.",
+    )
+    bench.add_argument("dense", help="model folder to compare with")
+    bench.add_argument("compact", help="model folder to time")
+    bench.add_argument("--batch", type=int, nargs="+", default=[1, 32, 128], help="batch sizes (1 32 128)")
+    bench.add_argument("--length", type=int, default=128, help="tokens a sequence (128)")
+    bench.add_argument("--dtype", default="float32", help="float32, bfloat16 or float16")
+    bench.add_argument("--device", help="cpu or cuda (default: cuda if there is one)")
+    bench.add_argument("--runs", type=int, default=20, help="timed runs of each model (20)")
+    bench.add_argument("--warmup", type=int, default=3, help="untimed runs first (3)")
+    bench.add_argument("--json", type=Path, help="also write the figures here")
+    bench.set_defaults(run=_bench)
+
+    inspect = commands.add_parser(
+        "inspect",
+        help="what can be pruned in a model, or what was kept",
+        description="A dense model: its gates and what each removes. A compact model or a run: what was kept.",
+    )
+    inspect.add_argument("source", help="model folder, hub id, or run folder")
+    inspect.set_defaults(run=_inspect)
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The `dsprune` command."""
+    options, extra = _parser().parse_known_args(arguments)
+    # argparse loses overrides that stand behind an option (`train demo --ranks 2 seed=1`).
+    if extra and options.command == "train" and not any(word.startswith("-") for word in extra):
+        options.overrides += extra
+    elif extra:
+        _parser().error(f"unrecognized arguments: {' '.join(extra)}")
+    _hush()
+    return guarded(lambda: options.run(options))

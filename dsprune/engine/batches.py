@@ -1,0 +1,78 @@
+"""Micro-batches of one rank, a function of (seed, step) alone, on the device."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from dsprune.tasks.sampling import epoch_order, micro_batch, steps_per_epoch
+from torch import Tensor
+
+from dsprune.engine.ds_config import BatchPlan
+from dsprune.engine.world import World
+from dsprune.tasks import Encoded
+
+__all__ = ["Batches", "MicroBatch", "to_device"]
+
+
+@dataclass
+class MicroBatch:
+    """One micro-batch on the device.
+
+    Attributes:
+        inputs: the model's arguments, [batch, length] each.
+        labels: [batch].
+        token_index: [tokens] positions of real tokens in the flattened [batch * length].
+        num_tokens: [] real tokens of a mean micro-batch of this step, over all ranks and accumulation steps.
+    """
+
+    inputs: dict[str, Tensor]
+    labels: Tensor
+    token_index: Tensor
+    num_tokens: Tensor
+
+
+def to_device(batch: dict[str, Tensor], world: World) -> tuple[dict[str, Tensor], Tensor, Tensor]:
+    """A collated batch as (inputs, labels, token_index) on the device."""
+    token_index = batch["attention_mask"].flatten().nonzero().flatten()
+    move = {name: tensor.to(world.device, non_blocking=True) for name, tensor in batch.items()}
+    labels = move.pop("labels")
+    return move, labels, token_index.to(world.device, non_blocking=True)
+
+
+class Batches:
+    """The training data of one stage, cut for one rank."""
+
+    def __init__(self, data: Encoded, plan: BatchPlan, world: World, seed: int) -> None:
+        self.data = data
+        self.plan = plan
+        self.world = world
+        self.seed = seed
+        self.steps_per_epoch = steps_per_epoch(len(data), plan.size)
+        self._epoch = -1
+        self._order = torch.empty(0)
+
+    def indices(self, step: int) -> Tensor:
+        """Examples of one optimizer step, over all ranks: [batch.size]."""
+        epoch, position = divmod(step, self.steps_per_epoch)
+        if epoch != self._epoch:
+            self._order = epoch_order(self.data.lengths, batch_size=self.plan.size, seed=self.seed, epoch=epoch)
+            self._epoch = epoch
+        return self._order[position]
+
+    def num_tokens(self, step: int) -> int:
+        """Real tokens of one optimizer step, over all ranks."""
+        return int(self.data.lengths[self.indices(step)].sum())
+
+    def micro_batch(self, step: int, micro_step: int) -> MicroBatch:
+        """This rank's micro-batch of a step."""
+        mine = micro_batch(
+            self.indices(step),
+            micro_step=micro_step,
+            rank=self.world.rank,
+            world_size=self.world.size,
+            micro_batch_size=self.plan.micro,
+        )
+        inputs, labels, token_index = to_device(self.data.collate(mine), self.world)
+        mean_tokens = self.num_tokens(step) / (self.plan.world_size * self.plan.accumulation)
+        return MicroBatch(inputs, labels, token_index, torch.tensor(mean_tokens, device=self.world.device))

@@ -1,0 +1,44 @@
+"""Evaluation over all ranks: every example counted once, every rank in step."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+import torch
+from dsprune.tasks.sampling import eval_shard
+from torch import Tensor
+
+from dsprune.engine.batches import to_device
+from dsprune.engine.world import World
+from dsprune.tasks import Encoded, Task
+
+__all__ = ["evaluate", "evaluate_all"]
+
+Forward = Callable[[Mapping[str, Tensor]], Tensor]
+"""Inputs on the device to logits [batch, classes]."""
+
+
+@torch.no_grad()
+def evaluate(forward: Forward, task: Task, data: Encoded, world: World, *, batch_size: int) -> dict[str, float]:
+    """The task's metrics on one split. Collective: all ranks must call, and under ZeRO-3 forward in step."""
+    logits: list[Tensor] = []
+    kept: list[Tensor] = []
+    for indices, num_real in eval_shard(len(data), rank=world.rank, world_size=world.size, batch_size=batch_size):
+        inputs, _, _ = to_device(data.collate(indices), world)
+        out = forward(inputs)[:num_real].float().cpu()
+        logits.append(out)
+        kept.append(torch.as_tensor(indices[:num_real], dtype=torch.int64))
+    shards = world.gather((torch.cat(kept).numpy(), torch.cat(logits).numpy()))
+    order = torch.cat([torch.from_numpy(indices) for indices, _ in shards])
+    predictions = torch.cat([torch.from_numpy(values) for _, values in shards])
+    return task.score(predictions[order.argsort()], data.labels)
+
+
+def evaluate_all(
+    forward: Forward, task: Task, evals: Mapping[str, Encoded], world: World, *, batch_size: int
+) -> dict[str, float]:
+    """Metrics of all evaluation splits; named `metric`, or `split/metric` where there are several. Collective."""
+    scores = {split: evaluate(forward, task, data, world, batch_size=batch_size) for split, data in evals.items()}
+    if len(scores) == 1:
+        return next(iter(scores.values()))
+    return {f"{split}/{name}": value for split, values in scores.items() for name, value in values.items()}

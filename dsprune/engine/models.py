@@ -1,0 +1,160 @@
+"""Models and tokenizers: where they come from, and how they enter ZeRO."""
+
+from __future__ import annotations
+
+import gc
+import importlib.util
+import logging
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer, PreTrainedTokenizerBase
+from transformers.integrations import HfDeepSpeedConfig, unset_hf_deepspeed_config
+
+from dsprune.arch import family_for
+from dsprune.consolidate import load_compact
+from dsprune.engine.ds_config import precision, zero_stage
+from dsprune.engine.requirements import quiet_import
+from dsprune.errors import ArchitectureError, ConfigError
+from dsprune.tasks import Task
+
+__all__ = ["encoder_layers", "is_compact", "load_model", "load_tokenizer", "release", "resolve_source"]
+
+logger = logging.getLogger(__name__)
+PACKAGE_PREFIX = "package:"
+
+
+def resolve_source(name: str) -> str:
+    """A model source that `from_pretrained` understands.
+
+    `package:NAME/SUBFOLDER` is a folder inside an installed Python package; anything else is passed
+    through: a folder, or a hub id.
+
+    Raises:
+        ConfigError: the package or the folder is not there.
+    """
+    if name.startswith(PACKAGE_PREFIX):
+        package, _, subfolder = name.removeprefix(PACKAGE_PREFIX).partition("/")
+        spec = importlib.util.find_spec(package)
+        if spec is None or not spec.submodule_search_locations:
+            raise ConfigError(
+                f"model '{name}': package '{package}' is not installed (pip install {package.replace('_', '-')})"
+            )
+        name = str(Path(next(iter(spec.submodule_search_locations))) / subfolder)
+    looks_local = name.startswith((".", "/", "~")) or Path(name).exists()
+    if looks_local and not (Path(name) / "config.json").is_file():
+        raise ConfigError(f"model folder '{name}' has no config.json")
+    return name
+
+
+def load_tokenizer(source: str, revision: str | None = None) -> PreTrainedTokenizerBase:
+    """The tokenizer of a model source.
+
+    Raises:
+        ConfigError: it cannot be found or read.
+    """
+    try:
+        return AutoTokenizer.from_pretrained(resolve_source(source), revision=revision)  # type: ignore[no-any-return]
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"no tokenizer in '{source}': {_first_line(error)}") from error
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+
+
+def is_compact(source: str) -> bool:
+    """Whether a folder holds a compact model, of sizes that no stock class has."""
+    config = Path(source) / "config.json"
+    return config.is_file() and '"dsprune' in config.read_text(encoding="utf-8")
+
+
+@contextmanager
+def _partitioned_loading(ds_config: Mapping[str, Any]) -> Iterator[None]:
+    """Under ZeRO-3, let weights go straight into partitions while they are loaded."""
+    if zero_stage(ds_config) != 3:
+        yield
+        return
+    keep = HfDeepSpeedConfig(dict(ds_config))
+    try:
+        yield
+    finally:
+        del keep
+        unset_hf_deepspeed_config()
+
+
+_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def load_model(source: str, task: Task, ds_config: Mapping[str, Any], *, revision: str | None = None) -> nn.Module:
+    """A model with the task's head, dense or compact, ready to become an engine.
+
+    Weights missing from the source (a fresh task head) are initialised from torch's seed, which the
+    caller sets. Under ZeRO-3 the weights never stand whole on one rank.
+
+    Raises:
+        ConfigError: the source cannot be read.
+        ArchitectureError: a family that dsprune does not know.
+    """
+    quiet_import()
+    source = resolve_source(source)
+    options: dict[str, Any] = {"dtype": _DTYPES[precision(ds_config)] if zero_stage(ds_config) == 3 else torch.float32}
+    with _partitioned_loading(ds_config):
+        if is_compact(source):
+            model = load_compact(source, **options)
+        else:
+            model = _load_dense(source, task, revision, options)
+    return model
+
+
+def _load_dense(source: str, task: Task, revision: str | None, options: dict[str, Any]) -> nn.Module:
+    try:
+        config = AutoConfig.from_pretrained(source, revision=revision)
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"cannot load model '{source}': {_first_line(error)}") from error
+    family_for(config.model_type)
+    trained = any(name.endswith("ForSequenceClassification") for name in config.architectures or [])
+    if trained and config.num_labels != task.num_labels:
+        raise ArchitectureError(
+            f"model '{source}' has {config.num_labels} labels and task '{task.name}' has {task.num_labels}"
+        )
+    if not trained:
+        options |= label_config(task)
+    try:
+        return AutoModelForSequenceClassification.from_pretrained(source, revision=revision, **options)  # type: ignore[no-any-return]
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"cannot load model '{source}': {_first_line(error)}") from error
+
+
+def label_config(task: Task) -> dict[str, Any]:
+    """What a fresh head's configuration says about its labels."""
+    names = task.labels or ("score",)
+    return {
+        "num_labels": task.num_labels,
+        "id2label": dict(enumerate(names)),
+        "label2id": {name: i for i, name in enumerate(names)},
+        "problem_type": "regression" if task.problem == "regression" else "single_label_classification",
+    }
+
+
+def encoder_layers(model: nn.Module) -> list[str]:
+    """Paths of the encoder layers of a dense or compact model, from its root."""
+    family = family_for(str(model.config.model_type).removeprefix("dsprune_"))
+    base = family.base if hasattr(model, family.base) else ""
+    root = f"{base}.{family.layers}" if base else family.layers
+    layers = model.get_submodule(root)
+    return [f"{root}.{i}" for i in range(len(list(layers.children())))]
+
+
+def release(*objects: Any) -> None:
+    """Free what engines hold before the next stage; the caller drops its own references as well."""
+    for item in objects:
+        if hasattr(item, "destroy"):
+            item.destroy()
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()

@@ -1,0 +1,145 @@
+"""Everything that can be known to be wrong before training starts, found before training starts."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from dsprune.tasks.labels import label_permutation
+from torch import nn
+from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrainedTokenizerBase
+
+from dsprune.config import RunConfig
+from dsprune.distill import check_teacher_layers, default_teacher_layers
+from dsprune.engine.ds_config import BatchPlan, load_ds_config, plan_batch, student_config, teacher_config
+from dsprune.engine.models import label_config, load_tokenizer, resolve_source
+from dsprune.errors import ArchitectureError, ConfigError, OutputError
+from dsprune.methods import Method, Plan, method_class
+from dsprune.structure import Structure, analyze
+from dsprune.tasks import Task, build_task
+
+__all__ = ["Preflight", "check_output", "preflight", "skeleton"]
+
+
+@dataclass(frozen=True)
+class Preflight:
+    """What was found good."""
+
+    task: Task
+    tokenizer: PreTrainedTokenizerBase
+    batch: BatchPlan
+    structure: Structure
+    student_ds: dict[str, Any]
+    teacher_ds: dict[str, Any]
+    teacher_layers: tuple[int, ...]
+
+
+def skeleton(source: str, task: Task, revision: str | None = None) -> nn.Module:
+    """The dense model with the task's head, on the meta device: shapes without weights.
+
+    Raises:
+        ConfigError: the source cannot be read.
+    """
+    try:
+        config = AutoConfig.from_pretrained(resolve_source(source), revision=revision, **label_config(task))
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"cannot load model '{source}': {str(error).splitlines()[0]}") from error
+    try:
+        with torch.device("meta"):
+            return AutoModelForSequenceClassification.from_config(config)  # type: ignore[no-any-return]
+    except ValueError as error:
+        raise ArchitectureError(f"model '{source}': {str(error).splitlines()[0]}") from error
+
+
+def check_output(folder: Path) -> None:
+    """See that a run folder can be written.
+
+    Raises:
+        OutputError: it cannot, or is a file.
+    """
+    nearest = folder
+    while not nearest.exists():
+        nearest = nearest.parent
+    if not nearest.is_dir():
+        raise OutputError(f"output '{folder}': {nearest} is a file: choose another folder")
+    if not os.access(nearest, os.W_OK | os.X_OK):
+        raise OutputError(
+            f"output '{folder}': {nearest} cannot be written: choose another folder or mend its permissions"
+        )
+
+
+def _check_teacher(config: RunConfig, task: Task) -> None:
+    """A given teacher must know the task's labels, in some order."""
+    if config.teacher.path is None:
+        return
+    source = resolve_source(config.teacher.path)
+    try:
+        teacher = AutoConfig.from_pretrained(source)
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"cannot load teacher '{source}': {str(error).splitlines()[0]}") from error
+    if teacher.num_labels != task.num_labels:
+        raise ArchitectureError(
+            f"teacher '{source}' has {teacher.num_labels} labels and task '{task.name}' has {task.num_labels}"
+        )
+    if task.labels:
+        label_permutation(teacher.id2label, task.labels)
+
+
+def _check_lengths(config: RunConfig, model: nn.Module) -> None:
+    positions = getattr(model.config, "max_position_embeddings", None)
+    if positions is not None and config.task.max_length > positions:
+        raise ConfigError(f"task.max_length = {config.task.max_length}: the model has {positions} positions")
+
+
+def build_method(config: RunConfig, structure: Structure, *, total_steps: int, steps_per_epoch: int) -> Method:
+    """The configured method on this structure.
+
+    Raises:
+        ConfigError: a target out of reach, or options that do not fit the length of the stage.
+    """
+    plan = Plan(
+        target=config.prune.target,
+        target_of=config.prune.target_of,
+        total_steps=total_steps,
+        steps_per_epoch=steps_per_epoch,
+        seed=config.seed,
+    )
+    return method_class(config.method.name)(structure, config.method.options, plan)
+
+
+def preflight(config: RunConfig, world_size: int) -> Preflight:
+    """Check the whole configuration against model, task, DeepSpeed and machine. No weights, no data, no collective.
+
+    Raises:
+        ConfigError: with all mistakes of configuration together; other errors as found.
+    """
+    mistakes: list[str] = []
+
+    def collect(check: Any, *args: Any, **kwargs: Any) -> Any:
+        try:
+            return check(*args, **kwargs)
+        except ConfigError as error:
+            mistakes.extend(error.mistakes)
+            return None
+
+    batch = collect(plan_batch, config.batch, world_size)
+    student = collect(load_ds_config, config.deepspeed.student)
+    teacher = collect(load_ds_config, config.deepspeed.teacher)
+    student_ds = collect(student_config, student, batch, clip=config.prune.clip) if student and batch else None
+    teacher_ds = collect(teacher_config, teacher, world_size) if teacher is not None else None
+    task = collect(build_task, config.task, config.data, seed=config.seed)
+    tokenizer = collect(load_tokenizer, config.model.name, config.model.revision)
+    if mistakes:
+        raise ConfigError(*mistakes)
+    check_output(Path(config.output))
+    model = skeleton(config.model.name, task, config.model.revision)
+    structure = analyze(model)
+    _check_lengths(config, model)
+    _check_teacher(config, task)
+    layers = config.distill.teacher_layers or default_teacher_layers(structure.sizes.num_layers)
+    layers = check_teacher_layers(layers, structure.sizes.num_layers)
+    build_method(config, structure, total_steps=0, steps_per_epoch=0)
+    return Preflight(task, tokenizer, batch, structure, student_ds, teacher_ds, layers)

@@ -1,0 +1,436 @@
+"""The stages of a run, each finished once: teacher, prune, consolidate, recover, evaluate."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import dsprune
+from dsprune.config import OptimConfig, RunConfig
+from dsprune.consolidate import open_checkpoint
+from dsprune.engine.batches import Batches
+from dsprune.engine.checkpoint import CheckpointStore, Snapshot, save_verification_batch
+from dsprune.engine.ds_config import student_config
+from dsprune.engine.evaluate import evaluate_all
+from dsprune.engine.journal import Journal, write_json
+from dsprune.engine.models import load_model, release, resolve_source
+from dsprune.engine.preflight import Preflight, build_method
+from dsprune.engine.replica import Replica
+from dsprune.engine.student import Student, build_student_engine
+from dsprune.engine.teacher import Teacher
+from dsprune.engine.trainer import LayerMatcher, Meter, Trainer, log_step
+from dsprune.engine.world import World
+from dsprune.errors import CheckpointError, ConfigError
+from dsprune.methods.noise import stable_seed
+from dsprune.structure import Selection, attach_gates
+from dsprune.tasks import TaskData
+
+__all__ = ["Run"]
+
+logger = logging.getLogger(__name__)
+VERIFY_EXAMPLES = 8
+"""Evaluation examples that consolidation compares logits on."""
+
+
+class Run:
+    """One run folder and the stages that fill it.
+
+    Args:
+        config: checked configuration.
+        ready: what `preflight` found.
+        data: loaded and tokenised data.
+        world: the ranks.
+        journal: metrics of the run.
+    """
+
+    def __init__(self, config: RunConfig, ready: Preflight, data: TaskData, world: World, journal: Journal) -> None:
+        self.config = config
+        self.ready = ready
+        self.task = ready.task
+        self.data = data
+        self.world = world
+        self.journal = journal
+        self.folder = Path(config.output)
+        self.batches = Batches(data.train, ready.batch, world, config.seed)
+
+    # --- what is already there -------------------------------------------------------------
+
+    def _settings(self, stage: str) -> dict[str, Any]:
+        """The part of the configuration that decides what a stage produces."""
+        whole = self.config.model_dump(mode="json")
+        common = ["seed", "model", "task", "data", "batch"]
+        own = {
+            "teacher": ["teacher"],
+            "prune": ["teacher", "method", "prune", "distill"],
+            "consolidate": ["teacher", "method", "prune", "distill"],
+            "recover": ["teacher", "method", "prune", "distill", "recover"],
+            "evaluate": ["teacher", "method", "prune", "distill", "recover", "eval"],
+        }
+        return {key: whole[key] for key in common + own[stage]}
+
+    def is_done(self, stage: str) -> bool:
+        """Whether a stage is finished, with the settings of this launch.
+
+        Raises:
+            ConfigError: it was finished with other settings.
+        """
+        path = self.folder / stage / "done.json"
+        if not path.exists():
+            return False
+        done = json.loads(path.read_text(encoding="utf-8"))["settings"]
+        ours = self._settings(stage)
+        changed = [key for key in ours if done.get(key) != ours[key]]
+        if changed:
+            raise ConfigError(
+                f"stage '{stage}' in {self.folder} was finished with other settings of {', '.join(changed)}: "
+                f"choose another output=, or remove {path.parent} to redo it"
+            )
+        return True
+
+    def _finish(self, stage: str, **facts: Any) -> None:
+        if self.world.is_main:
+            (self.folder / stage).mkdir(parents=True, exist_ok=True)
+            write_json(self.folder / stage / "done.json", {"settings": self._settings(stage), **facts})
+        self.world.gather(None)
+
+    def _facts(self, stage: str) -> dict[str, Any]:
+        path = self.folder / stage / "done.json"
+        return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+
+    @property
+    def teacher_source(self) -> str:
+        """Where the fine-tuned dense model is.
+
+        Raises:
+            ConfigError: it was neither given nor fine-tuned.
+        """
+        if self.config.teacher.path is not None:
+            return resolve_source(self.config.teacher.path)
+        folder = self.folder / "teacher" / "model"
+        if not (folder / "config.json").exists():
+            raise ConfigError(f"there is no teacher in {folder}: run stage 'teacher' first, or give teacher.path=")
+        return str(folder)
+
+    @property
+    def compact_source(self) -> Path:
+        """Folder of the consolidated model.
+
+        Raises:
+            ConfigError: nothing was consolidated yet.
+        """
+        folder = self.folder / "compact"
+        if not (folder / "config.json").exists():
+            raise ConfigError(f"there is no compact model in {folder}: run stage 'consolidate' first")
+        return folder
+
+    @property
+    def final_source(self) -> Path:
+        """Folder of the last compact model: the recovered one where there is one."""
+        recovered = self.folder / "recovered"
+        return recovered if (recovered / "config.json").exists() else self.compact_source
+
+    # --- stages -----------------------------------------------------------------------------
+
+    def run_stage(self, stage: str) -> None:
+        """Run one stage, or say that it is finished. Collective: all ranks must call."""
+        if self.is_done(stage):
+            self.journal.say(f"{stage}: already finished in {self.folder}")
+            return
+        began = time.perf_counter()
+        getattr(self, f"_{stage}")()
+        self.journal.say(f"{stage}: finished in {time.perf_counter() - began:.0f} s")
+
+    def _seed(self, purpose: str) -> None:
+        torch.manual_seed(stable_seed(purpose, self.config.seed))
+
+    def _student_ds(self, optim: OptimConfig) -> dict[str, Any]:
+        """The student's DeepSpeed configuration with this stage's clipping."""
+        unfilled = {k: v for k, v in self.ready.student_ds.items() if k != "gradient_clipping"}
+        return student_config(unfilled, self.ready.batch, clip=optim.clip)
+
+    def _teacher(self) -> None:
+        if self.config.teacher.path is not None:
+            self.journal.say(f"teacher: given, {self.config.teacher.path}")
+            return
+        config = self.config.teacher
+        ds_config = self._student_ds(config)
+        self._seed("head")
+        model = load_model(self.config.model.name, self.task, ds_config, revision=self.config.model.revision)
+        student = Student(model, self.task)
+        engine = build_student_engine(student, ds_config, lr=config.lr, weight_decay=config.weight_decay)
+        trainer = self._trainer("teacher", engine, config, config.duration.steps(self.batches.steps_per_epoch))
+        best, scores = self._train(trainer, {"figures": {"stage": "teacher"}})
+        release(engine)
+        self._export(best, self.folder / "teacher" / "model")
+        self._finish("teacher", checkpoint=str(best), metrics=scores)
+
+    def _prune(self) -> None:
+        config = self.config.prune
+        total = config.duration.steps(self.batches.steps_per_epoch)
+        method = build_method(
+            self.config, self.ready.structure, total_steps=total, steps_per_epoch=self.batches.steps_per_epoch
+        )
+        teacher = self._load_teacher()
+        ds_config = self._student_ds(config)
+        source = self.teacher_source if config.start == "teacher" else self.config.model.name
+        self._seed("head")
+        model = load_model(source, self.task, ds_config, revision=self.config.model.revision)
+        student = Student(
+            model,
+            self.task,
+            distill=self.config.distill,
+            teacher_width=teacher.width,
+            gating=attach_gates(model, self.ready.structure, empty=method.empty),
+        )
+        engine = build_student_engine(student, ds_config, lr=config.lr, weight_decay=config.weight_decay)
+        sources = tuple(range(self.ready.structure.sizes.num_layers))
+        trainer = self._trainer("prune", engine, config, total, teacher, sources, Replica(method))
+        last, scores = self._train(trainer, {"method": method})
+        release(engine, teacher.engine)
+        self._finish("prune", checkpoint=str(last), metrics=scores)
+
+    def _consolidate(self) -> None:
+        facts = self._facts("prune")
+        if not facts:
+            raise ConfigError(f"stage 'prune' is not finished in {self.folder}: run it first")
+        self._export(Path(facts["checkpoint"]), self.folder / "compact")
+        self._finish("consolidate", model=str(self.folder / "compact"))
+
+    def _recover(self) -> None:
+        config = self.config.recover
+        total = config.duration.steps(self.batches.steps_per_epoch)
+        source = self.compact_source
+        if total == 0:
+            self.journal.say("recover: 0 steps, skipped")
+            return
+        teacher = self._load_teacher()
+        ds_config = self._student_ds(config)
+        model = load_model(str(source), self.task, ds_config)
+        student = Student(
+            model,
+            self.task,
+            distill=self.config.distill,
+            teacher_width=teacher.width,
+            projection=self._pruned_projection(),
+        )
+        engine = build_student_engine(student, ds_config, lr=config.lr, weight_decay=config.weight_decay)
+        sources = self._compact_layers(source)
+        trainer = self._trainer("recover", engine, config, total, teacher, sources)
+        best, scores = self._train(trainer, {"source": source})
+        release(engine, teacher.engine)
+        self._export(best, self.folder / "recovered")
+        self._finish("recover", checkpoint=str(best), metrics=scores, model=str(self.folder / "recovered"))
+
+    def _evaluate(self) -> None:
+        from dsprune.engine.report import write_report
+
+        write_report(self)
+        self._finish("evaluate")
+
+    # --- parts of a training stage ----------------------------------------------------------
+
+    def _load_teacher(self) -> Teacher:
+        layers = self.ready.teacher_layers if self.config.distill.layers > 0 else ()
+        return Teacher(self.teacher_source, self.task, self.ready.teacher_ds, layers)
+
+    def _compact_layers(self, folder: Path) -> tuple[int, ...]:
+        """For each layer of the compact model, the dense layer that it was."""
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        facts = config.get("dsprune")
+        if facts is None:
+            return tuple(range(self.ready.structure.sizes.num_layers))
+        return tuple(layer["source"] for layer in facts["layers"])
+
+    def _pruned_projection(self) -> tuple[Tensor, Tensor] | None:
+        """The projection that pruning trained, cut to the hidden dimensions that are left."""
+        checkpoint = Path(self._facts("prune").get("checkpoint", ""))
+        if self.config.distill.layers == 0 or not (checkpoint / "selection.safetensors").exists():
+            return None
+        source = open_checkpoint(checkpoint)
+        kept = Selection.load(checkpoint / "selection.safetensors").kept(self.ready.structure.hidden)
+        return source.read("projection.weight")[:, kept], source.read("projection.bias")
+
+    def _trainer(
+        self,
+        stage: str,
+        engine: Any,
+        optim: OptimConfig,
+        total: int,
+        teacher: Teacher | None = None,
+        sources: tuple[int, ...] = (),
+        replica: Replica | None = None,
+    ) -> Trainer:
+        matcher = None
+        if teacher is not None and teacher.has_taps:
+            matcher = LayerMatcher(self.config.distill.match, self.ready.teacher_layers, sources)
+        return Trainer(
+            stage=stage,
+            engine=engine,
+            world=self.world,
+            batches=self.batches,
+            optim=optim,
+            total_steps=total,
+            seed=self.config.seed,
+            teacher=teacher,
+            matcher=matcher,
+            replica=replica,
+        )
+
+    def _train(self, trainer: Trainer, about: Mapping[str, Any]) -> tuple[Path, dict[str, float]]:
+        """Train to the end of the stage, from its newest checkpoint if it has one.
+
+        Returns:
+            The checkpoint to export (the best one, or in the prune stage the last) and its metrics.
+        """
+        stage = trainer.stage
+        store = CheckpointStore(
+            self.folder / stage / "checkpoints",
+            stage,
+            self.world,
+            keep=self.config.checkpoint.keep,
+            method=self.config.method.name if stage != "teacher" else None,
+        )
+        begin, scores = self._resume(trainer, store)
+        eval_every = max(1, self.config.eval.every.steps(self.batches.steps_per_epoch))
+        save_every = max(1, self.config.checkpoint.every.steps(self.batches.steps_per_epoch))
+        total, meter = trainer.total_steps, Meter()
+        self.journal.start_bar(stage, total, begin)
+        for step in range(begin, total):
+            meter.add(trainer.step(step), self.batches.num_tokens(step))
+            done, note = step + 1, None
+            if done % self.config.log.every == 0 or done == total:
+                note = log_step(self.journal, trainer, meter, done)
+            self.journal.advance(note)
+            fresh = done % eval_every == 0 or done == total
+            if fresh:
+                scores = self._evaluate_student(trainer, done)
+            # The best checkpoint is picked by score, so wherever there is a new score there is a checkpoint.
+            if done % save_every == 0 or done == total or (fresh and stage != "prune"):
+                score = self._score(scores) if fresh and stage != "prune" else None
+                store.save(trainer.engine, self._snapshot(trainer, done, scores, score, about), trainer.replica)
+        self.journal.end_bar()
+        chosen = store.committed()[-1] if stage == "prune" else store.best()
+        chosen = self.world.broadcast(chosen)
+        assert chosen is not None
+        return chosen, json.loads((chosen / "state.json").read_text(encoding="utf-8"))["metrics"]
+
+    def _resume(self, trainer: Trainer, store: CheckpointStore) -> tuple[int, dict[str, float]]:
+        restored = store.load_newest(trainer.engine, trainer.replica)
+        if restored is None:
+            return 0, {}
+        state, tensors = restored
+        if trainer.matcher is not None:
+            trainer.matcher.distances = tensors.get("distances")
+        self.journal.forget_after(trainer.stage, state["step"])
+        self.journal.say(f"{trainer.stage}: going on from step {state['step']}")
+        return int(state["step"]), dict(state["metrics"])
+
+    def _score(self, scores: Mapping[str, float]) -> float:
+        """The metric that picks the best checkpoint: the primary one, its mean where there are several splits."""
+        values = [value for name, value in scores.items() if name.split("/")[-1] == self.task.primary]
+        return sum(values) / len(values)
+
+    def _evaluate_student(self, trainer: Trainer, done: int) -> dict[str, float]:
+        engine = trainer.engine
+        engine.eval()
+        gates = trainer.replica.method.deterministic(done) if trainer.replica else None
+        if gates is not None:
+            gates = {kind: gate.to(self.world.device) for kind, gate in gates.items()}
+        scores = evaluate_all(
+            lambda inputs: engine(inputs, None, gates)[0],
+            self.task,
+            self.data.evals,
+            self.world,
+            batch_size=self.config.batch.eval,
+        )
+        self.journal.log(trainer.stage, done, {f"eval/{name}": value for name, value in scores.items()})
+        self.journal.say(f"{trainer.stage}: step {done}: " + "  ".join(f"{k} {v:.4f}" for k, v in scores.items()))
+        return scores
+
+    def _snapshot(
+        self,
+        trainer: Trainer,
+        done: int,
+        scores: dict[str, float],
+        score: float | None,
+        about: Mapping[str, Any],
+    ) -> Snapshot:
+        distances = trainer.matcher.distances if trainer.matcher else None
+        return Snapshot(
+            step=done,
+            state={"metrics": scores, "config": self.config.model_dump(mode="json")},
+            tensors={} if distances is None else {"distances": distances},
+            score=score,
+            describe=lambda folder: self._describe(folder, trainer, scores, about),
+        )
+
+    def _describe(self, folder: Path, trainer: Trainer, scores: Mapping[str, float], about: Mapping[str, Any]) -> None:
+        """Write what turns weights into a model: configuration, tokenizer, selection, a batch, figures."""
+        model = folder / "model"
+        model.mkdir()
+        if "source" in about:
+            for path in about["source"].iterdir():
+                if path.suffix in (".json", ".py", ".txt", ".model") and "safetensors" not in path.name:
+                    shutil.copy2(path, model / path.name)
+        else:
+            hf_model = trainer.engine.module.model
+            config = type(hf_model.config).from_dict(hf_model.config.to_dict())
+            config.architectures = [type(hf_model).__name__]
+            config.save_pretrained(model)
+            self.ready.tokenizer.save_pretrained(model)
+        first = next(iter(self.data.evals.values()))
+        batch = first.collate(list(range(min(VERIFY_EXAMPLES, len(first)))))
+        save_verification_batch(folder / "verify.safetensors", {k: v for k, v in batch.items() if k != "labels"})
+        if "method" in about:
+            selection: Selection = about["method"].select()
+            selection.save(folder / "selection.safetensors")
+        write_json(folder / "figures.json", self._figures(trainer.stage, scores))
+
+    def _figures(self, stage: str, scores: Mapping[str, float]) -> dict[str, Any]:
+        """Figures for the model card."""
+        return {
+            "dsprune": dsprune.__version__,
+            "stage": stage,
+            "task": self.task.name,
+            "base_model": self.config.model.name,
+            "method": self.config.method.name,
+            "target": self.config.prune.target,
+            "target_of": self.config.prune.target_of,
+            "metric": dict(scores),
+            "dense": self._facts("teacher").get("metrics", {}),
+        }
+
+    def _export(self, checkpoint: Path, out: Path) -> None:
+        """Consolidate a checkpoint in a process of its own, while all ranks wait. Collective."""
+        with self.world.together("consolidating"):
+            process = self._start_export(checkpoint, out) if self.world.is_main else None
+            # Short collectives instead of one long wait: a large model takes longer than any time-out.
+            while (code := self.world.broadcast(process.poll() if process else None)) is None:
+                time.sleep(0.5)
+            if process is not None and code != 0:
+                output = process.stdout.read() if process.stdout else ""
+                lines = output.strip().splitlines() or ["no output"]
+                raise CheckpointError(f"consolidating {checkpoint} failed with exit code {code}: {lines[-1]}")
+
+    @staticmethod
+    def _start_export(checkpoint: Path, out: Path) -> subprocess.Popen[str]:
+        root = str(Path(dsprune.__file__).parent.parent)
+        path = os.pathsep.join([root, *filter(None, [os.environ.get("PYTHONPATH")])])
+        return subprocess.Popen(
+            [sys.executable, "-m", "dsprune", "consolidate", str(checkpoint), str(out), "--force"],
+            env={**os.environ, "PYTHONPATH": path},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )

@@ -1,0 +1,59 @@
+"""The teacher: a dense model under its own ZeRO engine, forward only."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from dsprune.tasks.labels import label_permutation
+from torch import Tensor
+
+from dsprune.distill import HiddenTap
+from dsprune.engine.ds_config import precision
+from dsprune.engine.models import encoder_layers, load_model
+from dsprune.engine.requirements import quiet_import
+from dsprune.tasks import Task
+
+deepspeed = quiet_import()
+
+__all__ = ["Teacher"]
+
+_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+class Teacher:
+    """A fine-tuned dense model that only answers. Building one is collective: all ranks must call.
+
+    Args:
+        source: folder or hub id of the fine-tuned model.
+        task: its labels decide the order of the logits.
+        ds_config: filled teacher configuration, ZeRO stage 0 or 3.
+        layers: layers whose hidden states are wanted, counted from 1.
+
+    Raises:
+        ArchitectureError: the model's labels are not the task's.
+    """
+
+    def __init__(self, source: str, task: Task, ds_config: Mapping[str, Any], layers: Sequence[int] = ()) -> None:
+        model = load_model(source, task, ds_config)
+        self.width = int(model.config.hidden_size)
+        self._order = label_permutation(model.config.id2label, task.labels) if task.labels else None
+        model.to(_DTYPES[precision(ds_config)])
+        paths = encoder_layers(model)
+        self.tap = HiddenTap(model, [paths[i - 1] for i in layers])
+        self.has_taps = bool(layers)
+        self.engine, *_ = deepspeed.initialize(model=model, config=dict(ds_config))
+        self.engine.eval()
+
+    @torch.no_grad()
+    def logits(self, inputs: Mapping[str, Tensor]) -> Tensor:
+        """Logits in the task's label order: [batch, classes]. Collective under ZeRO-3."""
+        logits: Tensor = self.engine(**inputs).logits
+        return logits if self._order is None else logits[:, self._order]
+
+    @torch.no_grad()
+    def teach(self, inputs: Mapping[str, Tensor], token_index: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Logits, and the hidden states of the chosen layers: [layers, tokens, width]. Collective under ZeRO-3."""
+        logits = self.logits(inputs)
+        return logits, torch.stack(self.tap.take(token_index)) if self.has_taps else None

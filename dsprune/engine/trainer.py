@@ -1,0 +1,265 @@
+"""The training loop of all three training stages: fine-tune the teacher, prune, recover.
+
+A step: gates from the method, a forward and backward pass for every micro-batch, one flat all-reduce
+for everything that is replicated, the engine's step, and, if the engine applied it, the replica's.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dsprune.config import OptimConfig
+from dsprune.distill import match_layers
+from dsprune.engine.batches import Batches, MicroBatch
+from dsprune.engine.journal import Journal
+from dsprune.engine.replica import Reduced, Replica, reduce_flat
+from dsprune.engine.student import PARTS, Lesson
+from dsprune.engine.teacher import Teacher
+from dsprune.engine.world import World
+from dsprune.errors import NumericsError
+from dsprune.methods.noise import stable_seed
+from dsprune.structure import sublayer_alive
+
+__all__ = ["LayerMatcher", "StepResult", "Trainer", "learning_rate"]
+
+MAX_SKIPPED_STEPS = 25
+"""Consecutive steps that fp16 loss scaling may skip before a run is given up."""
+FINGERPRINT_EVERY = 100
+"""Optimizer steps between two checks that all replicas are bitwise equal."""
+
+
+def learning_rate(config: OptimConfig, step: int, total_steps: int, *, decay_from: int = 0) -> float:
+    """Learning rate of one step: linear warm-up, then constant, or decaying linearly to zero.
+
+    Args:
+        config: peak rate, warm-up share and schedule.
+        step: optimizer step.
+        total_steps: length of the stage.
+        decay_from: step before which nothing decays (the pre-pruning phase).
+    """
+    warmup = round(config.warmup * total_steps)
+    if step < warmup:
+        return config.lr * (step + 1) / warmup
+    if config.schedule == "constant":
+        return config.lr
+    begin = max(warmup, decay_from)
+    return config.lr * min(1.0, (total_steps - step) / max(1, total_steps - begin))
+
+
+@dataclass
+class LayerMatcher:
+    """Which student layer learns from which teacher layer, step after step.
+
+    Attributes:
+        rule: fixed, free or monotone.
+        teacher_layers: counted from 1.
+        sources: per student layer, the dense layer that it was (from 0).
+        distances: [teacher layers, student layers] of the last step, globally reduced.
+    """
+
+    rule: Any
+    teacher_layers: Sequence[int]
+    sources: Sequence[int]
+    distances: Tensor | None = None
+
+    @property
+    def searches(self) -> bool:
+        return self.rule != "fixed" and bool(self.teacher_layers)
+
+    def match(self, gates: dict[str, Tensor] | None) -> list[int]:
+        """The match of a step; a layer can learn while its FFN sublayer lives (the paper's rule)."""
+        live = [True] * len(self.sources)
+        if gates is not None and "ffn" in gates and "ffn_dim" in gates:
+            ffn = {kind: gates[kind] for kind in ("ffn", "ffn_dim")}
+            ones = torch.ones(len(live), 1)
+            live = sublayer_alive({**ffn, "attn": ones[:, 0], "head": ones})["ffn"].tolist()
+        return match_layers(
+            self.rule,
+            teacher_layers=self.teacher_layers,
+            live=live,
+            sources=self.sources,
+            distances=self.distances,
+        )
+
+
+@dataclass
+class StepResult:
+    """What one optimizer step gave, the same on every rank."""
+
+    losses: dict[str, float]
+    applied: bool
+    match: list[int] = field(default_factory=list)
+
+
+class Trainer:
+    """Runs optimizer steps of one stage.
+
+    Args:
+        engine: the student's engine.
+        batches: training data of this rank.
+        optim: learning rate and its schedule.
+        total_steps: length of the stage.
+        teacher: who teaches; None in the teacher stage.
+        matcher: layer matching; None without layerwise distillation.
+        replica: a method's state; None outside the prune stage.
+    """
+
+    def __init__(
+        self,
+        *,
+        stage: str,
+        engine: Any,
+        world: World,
+        batches: Batches,
+        optim: OptimConfig,
+        total_steps: int,
+        seed: int,
+        teacher: Teacher | None = None,
+        matcher: LayerMatcher | None = None,
+        replica: Replica | None = None,
+    ) -> None:
+        self.stage = stage
+        self.engine = engine
+        self.world = world
+        self.batches = batches
+        self.optim = optim
+        self.total_steps = total_steps
+        self.seed = seed
+        self.teacher = teacher
+        self.matcher = matcher
+        self.replica = replica
+        self.decay_from = replica.method.start_step if replica else 0
+        self.skipped = 0
+
+    def step(self, step: int) -> StepResult:
+        """One optimizer step. Collective: all ranks must call.
+
+        Raises:
+            NumericsError: losses or gate gradients that are not finite, or replicas that drifted apart.
+        """
+        self.engine.train()
+        gates = self.replica.gates(step, self.world.device) if self.replica else None
+        match = self.matcher.match(self.replica.current if self.replica else None) if self.matcher else []
+        self._set_lr(step)
+        scale = self._loss_scale()
+        sums: dict[str, Tensor] = {}
+        accumulation = self.batches.plan.accumulation
+        for micro_step in range(accumulation):
+            parts, distances = self._micro_step(step, micro_step, gates, match)
+            for name, value in (("losses", parts), ("distances", distances)):
+                sums[name] = sums[name] + value if name in sums else value
+            if micro_step < accumulation - 1:
+                self.engine.step()
+        reduced = self._reduce(sums, gates, scale)
+        if not reduced.finite and scale == 1.0:
+            raise NumericsError(
+                f"{self.stage} step {step}: a loss or gate gradient is not finite: lower the learning rate "
+                "or look at the data of this step"
+            )
+        self.engine.step()
+        applied = bool(self.engine.was_step_applied()) and reduced.finite
+        self._after(step, reduced, applied)
+        losses = dict(zip(PARTS, reduced.tensors["losses"].tolist(), strict=True))
+        return StepResult(losses, applied, match)
+
+    def _micro_step(
+        self, step: int, micro_step: int, gates: dict[str, Tensor] | None, match: list[int]
+    ) -> tuple[Tensor, Tensor]:
+        batch = self.batches.micro_batch(step, micro_step)
+        lesson = self._lesson(batch, match)
+        # Dropout is a function of its place in the run, so that a resumed run repeats it exactly.
+        torch.manual_seed(stable_seed("dropout", self.stage, self.seed, step, micro_step, self.world.rank))
+        loss, parts, distances = self.engine(batch.inputs, batch.labels, gates, lesson)
+        self.engine.backward(loss)
+        accumulation = self.batches.plan.accumulation
+        return parts / accumulation, distances / accumulation
+
+    def _lesson(self, batch: MicroBatch, match: list[int]) -> Lesson | None:
+        if self.teacher is None:
+            return None
+        logits, hidden = self.teacher.teach(batch.inputs, batch.token_index)
+        search = self.matcher is not None and self.matcher.searches
+        return Lesson(logits, hidden, batch.token_index, batch.num_tokens, match, search)
+
+    def _reduce(self, sums: dict[str, Tensor], gates: dict[str, Tensor] | None, scale: float) -> Reduced:
+        tensors = dict(sums)
+        for kind, gate in (gates or {}).items():
+            grad = gate.grad if gate.grad is not None else torch.zeros_like(gate)
+            tensors[f"gate.{kind}"] = grad / scale
+        return reduce_flat(self.world, tensors)
+
+    def _after(self, step: int, reduced: Reduced, applied: bool) -> None:
+        self.skipped = 0 if applied else self.skipped + 1
+        if self.skipped > MAX_SKIPPED_STEPS:
+            raise NumericsError(
+                f"{self.stage} step {step}: fp16 loss scaling skipped {self.skipped} steps in a row: use bf16, or a "
+                "lower learning rate"
+            )
+        if self.matcher is not None and self.matcher.searches and reduced.finite:
+            self.matcher.distances = reduced.tensors["distances"]
+        if self.replica is not None and applied:
+            grads = {k.removeprefix("gate."): v for k, v in reduced.tensors.items() if k.startswith("gate.")}
+            self.replica.step(step, grads)
+        if self.replica is not None and step % FINGERPRINT_EVERY == 0:
+            self.replica.check_equal(self.world, step)
+
+    def lr(self, step: int) -> float:
+        return learning_rate(self.optim, step, self.total_steps, decay_from=self.decay_from)
+
+    def _set_lr(self, step: int) -> None:
+        for group in self.engine.basic_optimizer.param_groups:
+            group["lr"] = self.lr(step)
+
+    def _loss_scale(self) -> float:
+        """Factor that the engine multiplies losses with: 1 outside fp16."""
+        if not self.engine.fp16_enabled():
+            return 1.0
+        optimizer = self.engine.optimizer
+        scale = optimizer.loss_scale if hasattr(optimizer, "loss_scale") else optimizer.cur_scale
+        return float(scale)
+
+
+class Meter:
+    """Means of losses and throughput between two lines of the journal."""
+
+    def __init__(self) -> None:
+        self._reset()
+
+    def _reset(self) -> None:
+        self._sums: dict[str, float] = {}
+        self._steps = self._tokens = 0
+        self._began = time.perf_counter()
+
+    def add(self, result: StepResult, tokens: int) -> None:
+        for name, value in result.losses.items():
+            self._sums[name] = self._sums.get(name, 0.0) + value
+        self._steps += 1
+        self._tokens += tokens
+
+    def take(self) -> dict[str, float]:
+        """Means since the last call, and tokens per second over all ranks."""
+        seconds = time.perf_counter() - self._began
+        means = {f"loss/{name}": value / self._steps for name, value in self._sums.items()}
+        means["tokens_per_second"] = self._tokens / seconds
+        self._reset()
+        return means
+
+
+def log_step(journal: Journal, trainer: Trainer, meter: Meter, step: int) -> dict[str, str]:
+    """Write one line of metrics; returns what the progress bar shows. `step` counts steps done."""
+    metrics = meter.take() | {"lr/weights": trainer.lr(step - 1)}
+    if trainer.replica is not None:
+        metrics |= trainer.replica.method.metrics(step)
+        for i, optimizer in enumerate(trainer.replica.method.optimizers()):
+            metrics[f"lr/{('gates', 'multipliers')[i] if i < 2 else i}"] = optimizer.param_groups[0]["lr"]
+    journal.log(trainer.stage, step, metrics)
+    note = {"loss": f"{metrics['loss/total']:.4f}"}
+    if "sparsity/hard" in metrics:
+        note["sparsity"] = f"{metrics['sparsity/hard']:.1%}"
+    return note

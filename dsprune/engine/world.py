@@ -1,0 +1,101 @@
+"""The ranks of a run: how they start, agree, and fail together."""
+
+from __future__ import annotations
+
+import datetime
+import logging
+import os
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import torch
+import torch._dynamo  # before any model is built under ZeRO-3, whose patched constructors break its lazy import
+import torch.distributed as dist
+
+from dsprune.engine.requirements import quiet_import
+from dsprune.errors import DspruneError
+
+deepspeed = quiet_import()
+
+__all__ = ["World", "start_world"]
+
+logger = logging.getLogger(__name__)
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class World:
+    """This process among its peers."""
+
+    rank: int
+    size: int
+    device: torch.device
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+    def broadcast(self, value: T | None) -> T:
+        """Rank 0's value on every rank. Collective: all ranks must call."""
+        box: list[Any] = [value]
+        if self.size > 1:
+            dist.broadcast_object_list(box, src=0)
+        return box[0]  # type: ignore[no-any-return]
+
+    def gather(self, value: T) -> list[T]:
+        """Every rank's value on every rank. Collective: all ranks must call."""
+        if self.size == 1:
+            return [value]
+        values: list[Any] = [None] * self.size
+        dist.all_gather_object(values, value)
+        return values
+
+    def sum_(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Sum over ranks, in place. Collective: all ranks must call."""
+        if self.size > 1:
+            dist.all_reduce(tensor)
+        return tensor
+
+    @contextmanager
+    def together(self, doing: str) -> Iterator[None]:
+        """A step that all ranks take, or none: any rank's error becomes every rank's. Collective."""
+        error: Exception | None = None
+        try:
+            yield
+        except Exception as caught:
+            error = caught
+        told = self.gather(None if error is None else (type(error), str(error)))
+        failed = {rank: report for rank, report in enumerate(told) if report is not None}
+        if not failed:
+            return
+        first, (kind, message) = next(iter(failed.items()))
+        if not issubclass(kind, DspruneError):
+            if error is not None:
+                raise error
+            raise DspruneError(f"{doing}: rank {first} failed: {kind.__name__}: {message}")
+        where = "" if len(failed) == self.size else f" (on rank {', '.join(map(str, failed))})"
+        raise kind(f"{message}{where}") from error
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def start_world(timeout_minutes: float = 30.0) -> World:
+    """Join the process group that the launcher describes, or make one of a single process."""
+    if "RANK" not in os.environ:
+        os.environ.update(
+            RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(_free_port())
+        )
+    accelerator = deepspeed.accelerator.get_accelerator()
+    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    if accelerator.device_name() != "cpu":
+        accelerator.set_device(local_rank)
+    deepspeed.init_distributed(timeout=datetime.timedelta(minutes=timeout_minutes), verbose=False)
+    device = torch.device(accelerator.device_name(local_rank) if accelerator.device_name() != "cpu" else "cpu")
+    return World(rank=dist.get_rank(), size=dist.get_world_size(), device=device)

@@ -1,0 +1,111 @@
+"""What can be pruned in a model, and what was kept in a compact one, as tables."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from dsprune.measure.tables import render_table
+
+from dsprune.errors import ConfigError
+from dsprune.structure import CostModel, Structure, analyze, gate_shapes
+
+__all__ = ["describe_compact", "describe_spaces", "inspect_config", "inspect_dense"]
+
+
+def describe_spaces(structure: Structure) -> str:
+    """The gates of a dense model: kind, shape, what one gate removes and what that saves alone."""
+    sizes = structure.sizes
+    cost = CostModel(structure)
+    shapes = gate_shapes(sizes)
+    removes = {
+        "head": "an attention head",
+        "attn": "an attention sublayer and its norm",
+        "ffn": "an FFN sublayer and its norm",
+        "ffn_dim": "an FFN neuron",
+        "hidden": "a coordinate of the residual stream",
+    }
+    encoder = cost.dense("encoder")
+    rows = []
+    for kind, shape in shapes.items():
+        saved = _saved_by_one(structure, cost, kind)
+        rows.append([kind, "x".join(map(str, shape)), removes[kind], f"{saved:,}", f"{saved / encoder:.3%}"])
+    total = cost.dense("total")
+    lines = [
+        render_table(["gate", "shape", "one gate removes", "parameters", "of the encoder"], rows),
+        f"{structure.family.name}: {sizes.num_layers} layers, {sizes.num_heads} heads of {sizes.head_dim}, FFN "
+        f"{sizes.ffn_dim}, hidden {sizes.hidden}",
+        f"parameters: encoder {encoder:,}, total {total:,}; the rest ({total - encoder:,}) is embeddings and task head",
+    ]
+    return "\n".join(lines)
+
+
+def _saved_by_one(structure: Structure, cost: CostModel, kind: str) -> int:
+    """Parameters that go with one unit of a kind, all else kept; hidden units also take from outside the encoder."""
+    import torch
+
+    gate = torch.ones(gate_shapes(structure.sizes)[kind])
+    gate.view(-1)[0] = 0
+    return cost.dense("encoder") - int(cost.parameters({kind: gate}, of="encoder"))
+
+
+def describe_compact(config: Mapping[str, Any]) -> str:
+    """What was kept, layer by layer, from the `dsprune` table of a compact model's config.json."""
+    facts = config["dsprune"]
+    dense = facts["dense"]
+    by_source = {layer["source"]: layer for layer in facts["layers"]}
+    rows = []
+    for i in range(dense["num_layers"]):
+        layer = by_source.get(i, {"heads": 0, "ffn_dim": 0})
+        heads, ffn = layer["heads"], layer["ffn_dim"]
+        rows.append([str(i), f"{heads} / {dense['num_heads']}", f"{ffn} / {dense['ffn_dim']}"])
+    counted = facts["parameters"]
+    lines = [
+        render_table(["layer", "heads", "FFN size"], rows),
+        f"hidden: {facts['hidden']} / {dense['hidden']}",
+        *(
+            f"{part} parameters: {counted[part]:,} of {counted[f'dense_{part}']:,} "
+            f"({1 - counted[part] / counted[f'dense_{part}']:.2%} of the {part} removed)"
+            for part in ("encoder", "total")
+        ),
+    ]
+    return "\n".join(lines)
+
+
+def inspect_config(folder: Path) -> Mapping[str, Any]:
+    """config.json of a model folder, or of the last model of a run folder.
+
+    Raises:
+        ConfigError: neither is there.
+    """
+    for candidate in (folder, folder / "recovered", folder / "compact", folder / "teacher" / "model"):
+        path = candidate / "config.json"
+        if not path.is_file():
+            continue
+        config: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        if "architectures" in config or "model_type" in config:
+            return config
+    raise ConfigError(f"{folder} is neither a model folder (config.json) nor a run that has a model yet")
+
+
+def inspect_dense(source: str) -> Structure:
+    """The structure of a dense model, by folder or hub id, from its configuration alone.
+
+    Raises:
+        ConfigError: no such model.
+        ArchitectureError: no family covers it.
+    """
+    import torch
+    import transformers
+
+    try:
+        config = transformers.AutoConfig.from_pretrained(source)
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"cannot load model '{source}': {str(error).splitlines()[0]}") from error
+    name = (config.architectures or [""])[0]
+    cls = getattr(transformers, name, transformers.AutoModel)
+    with torch.device("meta"):
+        model = cls._from_config(config) if hasattr(cls, "_from_config") else cls.from_config(config)
+    return analyze(model)

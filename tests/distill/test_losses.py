@@ -1,0 +1,55 @@
+import pytest
+import torch
+from torch import nn
+
+from dsprune.distill import HiddenTap, layer_distances, layer_loss, logit_loss
+
+
+def test_logit_loss_is_the_scaled_divergence():
+    student, teacher = torch.randn(5, 3), torch.randn(5, 3)
+    p, q = torch.softmax(teacher / 2, -1), torch.softmax(student / 2, -1)
+    expected = 4 * (p * (p / q).log()).sum(-1).mean()
+    torch.testing.assert_close(logit_loss(student, teacher, temperature=2.0), expected)
+    assert float(logit_loss(teacher, teacher, temperature=2.0)) == pytest.approx(0.0, abs=1e-6)
+
+
+def test_a_regression_student_still_learns():
+    """A softmax over one logit is 1 whatever the logit: the divergence would be 0 for ever."""
+    student = torch.zeros(4, 1, requires_grad=True)
+    logit_loss(student, torch.ones(4, 1), temperature=2.0).backward()
+    assert student.grad.abs().min() > 0
+
+
+def test_layer_loss_does_not_see_padding_and_adds_up_over_micro_batches():
+    """Pitfall 11; unequal token counts still average over the whole batch."""
+    student, teacher = torch.randn(2, 10, 4), torch.randn(2, 10, 4)
+    whole = layer_loss(student, teacher, num_tokens=torch.tensor(10.0))
+    expected = sum((student[i] - teacher[i]).square().mean() for i in range(2))
+    torch.testing.assert_close(whole, expected)
+    mean_tokens = torch.tensor(5.0)
+    parts = [layer_loss(student[:, s], teacher[:, s], num_tokens=mean_tokens) for s in (slice(0, 3), slice(3, 10))]
+    torch.testing.assert_close(sum(parts) / 2, whole)
+
+
+def test_distances_are_the_loss_of_every_pair():
+    student, teacher = torch.randn(3, 7, 4), torch.randn(2, 7, 4)
+    tokens = torch.tensor(7.0)
+    distances = layer_distances(student, teacher, num_tokens=tokens)
+    assert distances.shape == (2, 3)
+    for i in range(2):
+        for j in range(3):
+            expected = layer_loss(student[j : j + 1], teacher[i : i + 1], num_tokens=tokens)
+            torch.testing.assert_close(distances[i, j], expected)
+
+
+def test_tap_packs_real_tokens_and_keeps_nothing():
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    tap = HiddenTap(model, ["1", "0"])
+    x = torch.randn(2, 3, 4)
+    out = model(x)
+    mask = torch.tensor([[1, 1, 0], [1, 0, 0]])
+    states = tap.take(mask.flatten().nonzero().flatten())
+    torch.testing.assert_close(states[0], out[mask.bool()])
+    torch.testing.assert_close(states[1], model[0](x)[mask.bool()])
+    with pytest.raises(KeyError):
+        tap.take(torch.tensor([0]))

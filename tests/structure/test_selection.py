@@ -1,0 +1,42 @@
+import pytest
+import torch
+
+from dsprune.errors import CheckpointError, ConfigError
+from dsprune.structure import Selection, analyze, ones
+from tests.helpers.models import tiny_model
+from tests.helpers.selections import random_gates
+
+
+def test_round_trip(tmp_path):
+    structure = analyze(tiny_model("bert"))
+    selection = Selection.from_gates(structure, random_gates(structure, 3, soft=True), empty="bias")
+    selection.save(tmp_path / "s.safetensors", step=7)
+    loaded = Selection.load(tmp_path / "s.safetensors")
+    assert loaded.empty == "bias"
+    assert all(torch.equal(loaded.gates[kind], gate) for kind, gate in selection.gates.items())
+
+
+def test_units_of_a_removed_sublayer_are_gone():
+    structure = analyze(tiny_model("bert"))
+    gates = ones(structure)
+    gates["attn"][1] = 0
+    gates["head"][0, 2] = 0
+    selection = Selection.from_gates(structure, gates)
+    heads = [len(selection.kept(sublayer.units)) for sublayer in structure.sublayers_of("attn")]
+    assert heads == [3, 0]
+    assert not selection.alive("attn", 1)
+    assert selection.layer_sizes(structure) == [{"heads": 3, "ffn_dim": 64}, {"heads": 0, "ffn_dim": 64}]
+
+
+def test_impossible_selections_are_refused():
+    structure = analyze(tiny_model("bert"))
+    with pytest.raises(ConfigError, match="no hidden dimension is left"):
+        Selection.from_gates(structure, {"hidden": torch.zeros(32)})
+    with pytest.raises(ConfigError, match="not finite"):
+        Selection.from_gates(structure, {"attn": torch.tensor([1.0, float("nan")])})
+
+
+def test_a_damaged_file_is_one_clear_error(tmp_path):
+    (tmp_path / "s.safetensors").write_bytes(b"nonsense")
+    with pytest.raises(CheckpointError, match="cannot read the selection"):
+        Selection.load(tmp_path / "s.safetensors")
