@@ -175,7 +175,8 @@ class Trainer:
         lesson = self._lesson(batch, match)
         # Dropout is a function of its place in the run, so that a resumed run repeats it exactly.
         torch.manual_seed(stable_seed("dropout", self.stage, self.seed, step, micro_step, self.world.rank))
-        loss, parts, distances = self.engine(batch.inputs, batch.labels, gates, lesson)
+        # A copy of the dict: ZeRO-3 rewrites the dicts among its arguments, and the leaves must stay ours.
+        loss, parts, distances = self.engine(batch.inputs, batch.labels, gates and dict(gates), lesson)
         self.engine.backward(loss)
         accumulation = self.batches.plan.accumulation
         return parts / accumulation, distances / accumulation

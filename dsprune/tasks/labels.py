@@ -1,0 +1,60 @@
+"""The label order of a model that somebody else fine-tuned, against the task's.
+
+Released models for one task differ in their order (MNLI is notorious): logits are matched by label
+name, never by position alone where names are known.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Mapping, Sequence
+
+from dsprune.errors import ArchitectureError
+
+__all__ = ["label_permutation"]
+
+logger = logging.getLogger(__name__)
+
+
+def label_permutation(id2label: Mapping[int, str], labels: Sequence[str]) -> list[int] | None:
+    """The permutation that puts a model's logits into the task's order: `logits[:, permutation]`.
+
+    Names are compared without regard to case, spaces, hyphens and underscores.
+
+    Args:
+        id2label: the model's `config.id2label`.
+        labels: the task's class names in order.
+
+    Returns:
+        None where the order is the same, or where the model has the default names `LABEL_0`, ... and
+        its order has to be believed.
+
+    Raises:
+        ArchitectureError: another number of labels, or names that do not match.
+    """
+    names = [str(id2label[index]) for index in sorted(id2label)]
+    if len(names) != len(labels):
+        raise ArchitectureError(
+            f"the model has {len(names)} labels ({', '.join(names)}) and the task {len(labels)} ({', '.join(labels)})"
+        )
+    if names == [f"LABEL_{index}" for index in range(len(names))]:
+        logger.warning(
+            "the model does not name its labels (%s): taken to be in the task's order, %s",
+            ", ".join(names),
+            ", ".join(labels),
+        )
+        return None
+    position = {_canonical(name): index for index, name in enumerate(names)}
+    wanted = [_canonical(label) for label in labels]
+    if set(position) != set(wanted):
+        raise ArchitectureError(
+            f"the model's labels ({', '.join(names)}) are not the task's ({', '.join(labels)}): "
+            "rename id2label in the model's config.json"
+        )
+    permutation = [position[label] for label in wanted]
+    return None if permutation == list(range(len(labels))) else permutation
+
+
+def _canonical(name: str) -> str:
+    return re.sub(r"[\s_-]+", "", name).casefold()

@@ -1,0 +1,116 @@
+"""Invariants 4 and 5: one trajectory whatever the ZeRO stage, world size and accumulation; replicas equal bit by bit."""
+
+from functools import cache
+
+import numpy as np
+import pytest
+
+from dsprune.methods import METHODS
+from tests.helpers.settings import ROWS
+from tests.helpers.training import Setup, build_trainer, trajectory
+from tests.helpers.world import run_world
+
+pytestmark = pytest.mark.dist
+
+
+def test_every_method_has_a_row():
+    assert {row.name for row in ROWS} == set(METHODS)
+
+
+@cache
+def _reference(row_index: int, family: str):
+    return run_world(trajectory, 1, Setup(ROWS[row_index], family=family))[0]
+
+
+def _assert_same(result, reference, *, rtol):
+    for step, (ours, theirs) in enumerate(zip(result["losses"], reference["losses"], strict=True)):
+        for part, value in theirs.items():
+            assert ours[part] == pytest.approx(value, rel=rtol, abs=1e-6), f"step {step}, {part}"
+    for name, value in reference["state"].items():
+        np.testing.assert_allclose(result["state"][name], value, rtol=rtol, atol=1e-4, err_msg=name)
+
+
+VARIANTS = [
+    pytest.param(1, {"stage": 0, "accumulation": 2}, id="zero0 x1 accumulating"),
+    pytest.param(1, {"stage": 3}, id="zero3 x1"),
+    pytest.param(2, {"stage": 0}, id="zero0 x2"),
+    pytest.param(2, {"stage": 1, "accumulation": 2}, id="zero1 x2 accumulating"),
+    pytest.param(2, {"stage": 2}, id="zero2 x2"),
+    pytest.param(2, {"stage": 2, "accumulation": 4}, id="zero2 x2 accumulating"),
+    pytest.param(2, {"stage": 3, "teacher": "teacher_zero3"}, id="zero3 x2, sharded teacher"),
+    pytest.param(2, {"stage": 3, "accumulation": 2}, id="zero3 x2 accumulating"),
+    pytest.param(2, {"stage": 3, "activation_checkpointing": True}, id="zero3 x2 checkpointing"),
+]
+
+
+@pytest.mark.parametrize("row_index", range(len(ROWS)), ids=[row.name for row in ROWS])
+@pytest.mark.parametrize(("world_size", "changes"), VARIANTS)
+def test_every_way_of_running_is_one_trajectory(row_index, world_size, changes):
+    reference = _reference(row_index, "bert")
+    results = run_world(trajectory, world_size, Setup(ROWS[row_index]).at(**changes))
+    assert len({result["fingerprint"] for result in results}) == 1
+    _assert_same(results[0], reference, rtol=2e-5)
+
+
+@pytest.mark.parametrize("family", ["roberta", "distilbert", "electra-projected"])
+def test_every_family_is_one_trajectory(family):
+    results = run_world(trajectory, 2, Setup(ROWS[0], stage=3, accumulation=2, family=family))
+    _assert_same(results[0], _reference(0, family), rtol=2e-5)
+
+
+def test_the_penalty_and_the_gates_learn():
+    """The trajectories above could all agree on standing still."""
+    reference = _reference(0, "bert")
+    fresh = run_world(_initial_state, 1, Setup(ROWS[0]))[0]
+    for name, value in reference["state"].items():
+        assert not np.array_equal(value, fresh[name]), f"{name} never moved"
+
+
+def _initial_state(setup):
+    return {name: value.numpy() for name, value in build_trainer(setup).replica.method.state_dict().items()}
+
+
+def test_bf16_follows_fp32():
+    reference = _reference(0, "bert")
+    results = run_world(trajectory, 2, Setup(ROWS[0], stage=2, precision="bf16"))
+    assert len({result["fingerprint"] for result in results}) == 1
+    for ours, theirs in zip(results[0]["losses"], reference["losses"], strict=True):
+        assert ours["total"] == pytest.approx(theirs["total"], rel=0.05)
+
+
+def _diverge(setup):
+    import torch
+
+    from dsprune.errors import NumericsError
+
+    trainer = build_trainer(setup)
+    trainer.step(0)
+    if trainer.world.rank == 1:
+        with torch.no_grad():
+            trainer.replica.method.parameters()["log_alpha.head"][0, 0] += 1e-6
+    with pytest.raises(NumericsError) as caught:
+        trainer.replica.check_equal(trainer.world, 1)
+    return str(caught.value)
+
+
+def test_replicas_that_drift_apart_stop_the_run():
+    messages = run_world(_diverge, 2, Setup(ROWS[0], stage=2))
+    assert messages == ["step 1: gates and multipliers on rank 1 differ from rank 0's"] * 2
+
+
+def _poison(setup):
+    from dsprune.errors import NumericsError
+
+    trainer = build_trainer(setup)
+    trainer.step(0)
+    before = trainer.replica.fingerprint()
+    teach = trainer.teacher.teach
+    if trainer.world.rank == 1:
+        trainer.teacher.teach = lambda *args: tuple(value * float("nan") for value in teach(*args))
+    with pytest.raises(NumericsError, match="step 1: a loss or gate gradient is not finite"):
+        trainer.step(1)
+    return before == trainer.replica.fingerprint()
+
+
+def test_a_loss_that_is_not_finite_on_one_rank_stops_all_before_anything_is_applied():
+    assert run_world(_poison, 2, Setup(ROWS[0], stage=2)) == [True, True]

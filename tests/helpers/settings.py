@@ -1,0 +1,23 @@
+"""One row per method: every shared test (trajectory, replicas, resume, export) runs every row.
+
+Adding a method without a row fails `test_every_method_has_a_row`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+
+@dataclass(frozen=True)
+class MethodRow:
+    name: str
+    options: dict[str, Any] = field(default_factory=dict)
+    target: float = 0.5
+    steps: int = 6
+    match: str = "monotone"
+
+
+ROWS = [
+    MethodRow("cofi", {"distill_phase": "1 steps", "warmup": "3 steps", "lr": 0.05, "multiplier_lr": 0.05}),
+]
