@@ -24,12 +24,12 @@ Axes = tuple[str, ...]
 class SublayerSpec:
     """The parts of an attention or FFN sublayer, as paths inside a layer."""
 
-    module: str
-    """Module that computes the sublayer, up to where a removed one can be bypassed."""
     output: str
     """Linear whose rows write the residual stream and whose columns read the sublayer's units."""
     norm: str
     """Norm that follows the residual add."""
+    skip: Mapping[str, str]
+    """How a removed sublayer is bypassed: module -> which of its arguments it returns instead of computing."""
     cached: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
     """Integers that modules cache: path -> attribute -> formula over `heads` and `head_dim`."""
 

@@ -74,7 +74,6 @@ class Sublayer:
     kind: SublayerKind
     layer: int
     units: Space
-    module: str
     output: str
     norm: str
 
@@ -256,7 +255,7 @@ class _Analysis:
             if kind == "attn"
             else Space("ffn_dim", layer, self.sizes.ffn_dim)
         )
-        paths = {part: _join(root, getattr(spec, part)) for part in ("module", "output", "norm")}
+        paths = {part: _join(root, getattr(spec, part)) for part in ("output", "norm")}
         sublayer = Sublayer(kind, layer, units, **paths)
         for path, axes in self.family.layer.items():
             if path != spec.norm and units.kind not in axes:

@@ -34,7 +34,8 @@ def _entries(space: Space, selection: Selection) -> Tensor:
 
 def _scale(param: ParamSpec, axis: int, space: Space, selection: Selection) -> Tensor | None:
     """Scale of each entry along a gated axis; None where there is nothing to fold."""
-    scale = selection.gate(space).repeat_interleave(space.block)
+    # In double: a product of gates must not be rounded before it meets the weight.
+    scale = selection.gate(space).double().repeat_interleave(space.block)
     if param.sublayer is not None and axis == 0 and space.kind == "hidden" and _is_output(param):
         scale = scale * selection.gates[param.sublayer.kind][param.sublayer.layer]
     return None if bool((scale == 1).all()) else scale

@@ -52,12 +52,12 @@ def epoch_order(lengths: Tensor, *, batch_size: int, seed: int, epoch: int) -> T
         epoch: counted from 0.
     """
     steps = steps_per_epoch(len(lengths), batch_size)
-    random = np.random.default_rng((seed, epoch))
-    shuffled = random.permutation(len(lengths))[: steps * batch_size]
+    rng = np.random.default_rng((seed, epoch))
+    shuffled = rng.permutation(len(lengths))[: steps * batch_size]
     tokens = lengths.numpy()[shuffled]
     megabatch = np.arange(len(shuffled)) // (MEGABATCH * batch_size)
     grouped = shuffled[np.lexsort((tokens, megabatch))].reshape(steps, batch_size)
-    return torch.from_numpy(grouped[random.permutation(steps)])
+    return torch.from_numpy(grouped[rng.permutation(steps)])
 
 
 def micro_batch(

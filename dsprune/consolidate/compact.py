@@ -1,0 +1,215 @@
+"""The compact model's configuration, and the compact model itself from one in memory or on disk."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import transformers
+from torch import nn
+from transformers.initialization import no_init_weights
+
+from dsprune.consolidate import modeling_dsprune
+from dsprune.errors import ArchitectureError, CheckpointError
+from dsprune.structure import CostModel, ParamSpec, Selection, Structure, analyze, cut, is_removed
+
+__all__ = [
+    "apply_selection",
+    "compact_config",
+    "compact_name",
+    "load_compact",
+    "model_class",
+    "surviving",
+    "without_weights",
+]
+
+MODELING = Path(modeling_dsprune.__file__)
+
+
+def surviving(structure: Structure, selection: Selection) -> Iterator[tuple[str, ParamSpec]]:
+    """Parameters of the compact model: its name there, and its place in the dense one."""
+    place = {source: i for i, source in enumerate(kept_layers(structure, selection))}
+    for param in structure.params.values():
+        if not is_removed(param, selection):
+            yield compact_name(structure, param, place), param
+
+
+def kept_layers(structure: Structure, selection: Selection) -> list[int]:
+    """Dense layers of which a sublayer is left."""
+    return [
+        i
+        for i in range(structure.sizes.num_layers)
+        if any(selection.alive(kind, i) for kind in ("attn", "ffn"))
+    ]
+
+
+def compact_name(structure: Structure, param: ParamSpec, place: dict[int, int]) -> str:
+    """Name of a parameter once layers without sublayers are gone and the others have moved up."""
+    if param.sublayer is None:
+        return param.name
+    dense = structure.layer_paths[param.sublayer.layer]
+    root = dense.rpartition(".")[0]
+    return f"{root}.{place[param.sublayer.layer]}{param.name.removeprefix(dense)}"
+
+
+def _facts(structure: Structure, selection: Selection, method: str | None) -> dict[str, Any]:
+    """The `dsprune` table of config.json; `layers` has the shape of transformers' own `per_layer_config`."""
+    sizes = structure.sizes
+    cost = CostModel(structure, empty=selection.empty)
+    by_layer = selection.layer_sizes(structure)
+    layers = [{"source": i, **by_layer[i]} for i in kept_layers(structure, selection)]
+    hard = selection.hard()
+    return {
+        "format": modeling_dsprune.FORMAT,
+        "method": method,
+        "family": structure.family.as_dict(),
+        "dense": {
+            "num_layers": sizes.num_layers,
+            "num_heads": sizes.num_heads,
+            "hidden": sizes.hidden,
+            "ffn_dim": sizes.ffn_dim,
+        },
+        "empty": selection.empty,
+        "hidden": len(selection.kept(structure.hidden)),
+        "head_dim": sizes.head_dim,
+        "layers": layers,
+        "parameters": {
+            "encoder": int(cost.parameters(hard, of="encoder")),
+            "total": int(cost.parameters(hard, of="total")),
+            "dense_encoder": cost.dense("encoder"),
+            "dense_total": cost.dense("total"),
+        },
+    }
+
+
+def compact_config(
+    dense: dict[str, Any], structure: Structure, selection: Selection, *, method: str | None = None
+) -> dict[str, Any]:
+    """config.json of the compact model.
+
+    Args:
+        dense: config.json of the dense model.
+        structure: of the dense model.
+        selection: what is kept.
+        method: name of the method, for the record.
+
+    Returns:
+        A stock configuration where all that is left fits the stock class, else one that names the
+        compact classes. Either way `dsprune` tells sizes and parameter counts.
+
+    Raises:
+        ArchitectureError: an empty attention sublayer that keeps its bias, which no class can express yet.
+    """
+    facts = _facts(structure, selection, method)
+    if selection.empty == "bias" and any(layer["heads"] == 0 for layer in facts["layers"]):
+        raise ArchitectureError("an attention sublayer without heads that keeps its bias cannot be exported")
+    layers = facts["layers"]
+    size_names = structure.family.sizes
+    config = {key: value for key, value in dense.items() if key not in ("transformers_version", "_name_or_path")}
+    config |= {
+        size_names["num_layers"]: len(layers),
+        size_names["num_heads"]: max((layer["heads"] for layer in layers), default=0),
+        size_names["ffn_dim"]: max((layer["ffn_dim"] for layer in layers), default=0),
+        size_names["hidden"]: facts["hidden"],
+        "dsprune": facts,
+    }
+    if _fits_stock(config, structure, selection):
+        return config
+    return config | _compact_identity(dense)
+
+
+def _compact_identity(dense: dict[str, Any]) -> dict[str, Any]:
+    model_type = dense["model_type"]
+    stem = modeling_dsprune.FAMILIES[model_type]
+    stock = (dense.get("architectures") or [f"{stem}Model"])[0]
+    head = stock.removeprefix(stem)
+    if (model_type, head) not in modeling_dsprune.MODELS:
+        raise ArchitectureError(f"{stock} cannot be exported: supported heads are {', '.join(modeling_dsprune.HEADS)}")
+    module = MODELING.stem
+    auto_map = {"AutoConfig": f"{module}.Compact{stem}Config", "AutoModel": f"{module}.Compact{stem}Model"}
+    auto_map[modeling_dsprune.HEADS[head]] = f"{module}.Compact{stock}"
+    return {"model_type": f"dsprune_{model_type}", "architectures": [f"Compact{stock}"], "auto_map": auto_map}
+
+
+def _fits_stock(config: dict[str, Any], structure: Structure, selection: Selection) -> bool:
+    """Whether the stock class built from this configuration is the compact model, parameter by parameter."""
+    names = structure.family.sizes
+    heads, hidden = config[names["num_heads"]], config[names["hidden"]]
+    if heads * structure.sizes.head_dim != hidden or not config["architectures"]:
+        return False
+    from dsprune.structure import compact_shape
+
+    ours = {name: compact_shape(param, selection) for name, param in surviving(structure, selection)}
+    theirs = without_weights(config)
+    return ours == {name: tuple(param.shape) for name, param in theirs.named_parameters()}
+
+
+def model_class(config: dict[str, Any]) -> type[nn.Module]:
+    """The class that config.json names, stock or compact.
+
+    Raises:
+        CheckpointError: it names none that is known.
+    """
+    name = (config.get("architectures") or [""])[0]
+    cls = getattr(modeling_dsprune, name, None) or getattr(transformers, name, None)
+    if cls is None or not name:
+        raise CheckpointError(f"config.json names the architecture '{name}', which is unknown here")
+    return cls  # type: ignore[no-any-return]
+
+
+def without_weights(config: dict[str, Any]) -> nn.Module:
+    """The model that config.json describes, parameters on the meta device, buffers real; in eval mode."""
+    from accelerate import init_empty_weights
+
+    cls = model_class(config)
+    built = cls.config_class.from_dict(dict(config))  # type: ignore[attr-defined]
+    with no_init_weights(), init_empty_weights(include_buffers=False):
+        return cls(built).eval()
+
+
+def apply_selection(model: nn.Module, selection: Selection) -> nn.Module:
+    """The compact model of a dense one in memory: scales folded, removed units cut away.
+
+    Args:
+        model: a dense `transformers` model of a known family, with its weights.
+        selection: what is kept.
+
+    Returns:
+        A new model in eval mode, of the same dtype; equal to the masked model up to rounding.
+
+    Raises:
+        ArchitectureError: unknown family or head.
+    """
+    structure = analyze(model)
+    dense = {**model.config.to_dict(), "architectures": [type(model).__name__]}
+    compact = without_weights(compact_config(dense, structure, selection))
+    state = {
+        name: cut(param, model.get_parameter(param.name).detach(), selection)
+        for name, param in surviving(structure, selection)
+    }
+    compact.load_state_dict(state, assign=True)
+    return compact
+
+
+def load_compact(folder: str | Path, **options: Any) -> nn.Module:
+    """Load a model folder that dsprune wrote, as the class that it names.
+
+    Args:
+        folder: the folder.
+        options: for `from_pretrained` (dtype, device_map, ...).
+
+    Raises:
+        CheckpointError: not such a folder.
+    """
+    path = Path(folder) / "config.json"
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{folder} is not a model folder: {path} cannot be read") from error
+    if "dsprune" not in config:
+        raise CheckpointError(f"{folder} was not made by dsprune: load it with transformers")
+    return model_class(config).from_pretrained(str(folder), **options)  # type: ignore[attr-defined, no-any-return]
+
+

@@ -1,0 +1,300 @@
+"""Consolidation: a committed checkpoint in, a Hugging Face folder out, in memory that a single tensor bounds."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import shutil
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from dsprune.consolidate import verify
+from dsprune.consolidate.card import render_card
+from dsprune.consolidate.compact import MODELING, compact_config, surviving, without_weights
+from dsprune.consolidate.manifest import check_files, find_checkpoint, read_manifest
+from dsprune.consolidate.shards import ShardedTensors, open_shards
+from dsprune.consolidate.writer import DTYPES, SafetensorsStream
+from dsprune.errors import CheckpointError, ConfigError, OutputError
+from dsprune.structure import CostModel, Selection, Structure, analyze, attach_gates, cut
+
+__all__ = ["ConsolidationReport", "consolidate", "open_checkpoint"]
+
+logger = logging.getLogger(__name__)
+PREFIX = "model."
+"""What the engine puts before the model's own parameter names; other parameters serve distillation only."""
+
+
+@dataclass(frozen=True)
+class ConsolidationReport:
+    """What was written.
+
+    Attributes:
+        out: the folder.
+        parameters: counted in the written files.
+        dense_parameters: of the dense model.
+        encoder_sparsity: share of the encoder's parameters that is gone.
+        total_sparsity: share of all parameters that is gone.
+        difference: largest difference between masked and compact logits; None where nothing was cut.
+        stock: whether a stock class loads it.
+        seconds: wall time.
+    """
+
+    out: Path
+    parameters: int
+    dense_parameters: int
+    encoder_sparsity: float
+    total_sparsity: float
+    difference: float | None
+    stock: bool
+    seconds: float
+
+    def render(self) -> str:
+        """A few lines for people."""
+        how = "a stock class" if self.stock else "trust_remote_code=True, or `import dsprune` first"
+        lines = [
+            f"wrote {self.out} in {self.seconds:.1f} s; loads with {how}",
+            f"parameters: {self.parameters:,} of {self.dense_parameters:,} "
+            f"(sparsity: encoder {self.encoder_sparsity:.2%}, total {self.total_sparsity:.2%})",
+        ]
+        if self.difference is not None:
+            lines.append(f"verified: masked and compact logits differ by at most {self.difference:.1e}")
+        return "\n".join(lines)
+
+
+def open_checkpoint(checkpoint: str | Path) -> ShardedTensors:
+    """The weights of a committed checkpoint, read lazily; names as the engine has them."""
+    return open_shards(Path(checkpoint) / "student")
+
+
+def consolidate(
+    source: str | Path,
+    out: str | Path,
+    *,
+    stage: str | None = None,
+    dtype: str = "float32",
+    force: bool = False,
+    verify_hashes: bool = True,
+    progress: bool = False,
+) -> ConsolidationReport:
+    """Turn a checkpoint into a model folder: fold, slice, stream, verify, rename.
+
+    Args:
+        source: a run folder or one checkpoint of it.
+        out: folder to write.
+        stage: which stage of a run folder (prune, recover, teacher); by default prune.
+        dtype: of the written weights: float32, bfloat16 or float16.
+        force: replace what is in `out`.
+        verify_hashes: check the hash of every file that is read, not only its size.
+        progress: show a progress bar.
+
+    Raises:
+        CheckpointError: the checkpoint is incomplete, damaged or of another model, or the result is
+            not equal to what was trained.
+        OutputError: `out` holds something, or cannot be written.
+        ConfigError: unknown dtype.
+    """
+    began = time.perf_counter()
+    if dtype not in DTYPES:
+        raise ConfigError(f"dtype '{dtype}': there are {', '.join(DTYPES)}")
+    checkpoint = find_checkpoint(source, stage)
+    manifest = read_manifest(checkpoint)
+    check_files(checkpoint, manifest, hashes=verify_hashes)
+    with _written_aside(Path(out), force=force) as scratch:
+        export = _Export(checkpoint, manifest, scratch, DTYPES[dtype], progress)
+        difference = export.run()
+    facts = export.facts["parameters"]
+    return ConsolidationReport(
+        out=Path(out),
+        parameters=facts["total"],
+        dense_parameters=facts["dense_total"],
+        encoder_sparsity=1 - facts["encoder"] / facts["dense_encoder"],
+        total_sparsity=1 - facts["total"] / facts["dense_total"],
+        difference=difference,
+        stock="auto_map" not in export.config,
+        seconds=time.perf_counter() - began,
+    )
+
+
+@contextmanager
+def _written_aside(out: Path, *, force: bool) -> Iterator[Path]:
+    """A sibling folder to write into, renamed to `out` at the end and removed on failure."""
+    if out.exists() and not out.is_dir():
+        raise OutputError(f"{out} is a file: choose another folder")
+    if out.exists() and any(out.iterdir()) and not force:
+        raise OutputError(f"{out} is not empty: choose another folder, or use --force")
+    scratch = out.with_name(f".{out.name}.tmp-{os.getpid()}")
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        scratch.mkdir()
+    except OSError as error:
+        raise OutputError(f"cannot write to {out.parent}: {error.strerror}") from error
+    try:
+        yield scratch
+        if out.exists():
+            retired = out.with_name(f".{out.name}.old-{os.getpid()}")
+            out.rename(retired)
+            scratch.rename(out)
+            shutil.rmtree(retired)
+        else:
+            scratch.rename(out)
+    except OSError as error:
+        raise OutputError(f"cannot write {out}: {error.strerror or error}") from error
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
+class _Export:
+    """One consolidation; holds paths and shapes, never weights."""
+
+    def __init__(
+        self, checkpoint: Path, manifest: dict[str, Any], scratch: Path, dtype: torch.dtype, progress: bool
+    ) -> None:
+        self.checkpoint = checkpoint
+        self.manifest = manifest
+        self.scratch = scratch
+        self.dtype = dtype
+        self.progress = progress
+        self.weights = open_checkpoint(checkpoint)
+        try:
+            self.trained = json.loads((checkpoint / "model" / "config.json").read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise CheckpointError(f"{checkpoint}/model/config.json cannot be read: {error}") from error
+        self.model = without_weights(self.trained)
+        self._check_names()
+
+    def _read(self, name: str) -> Tensor:
+        return self.weights.read(f"{PREFIX}{name}")
+
+    def _check_names(self) -> None:
+        """See that the shards hold this model and no other."""
+        ours = {name: tuple(param.shape) for name, param in self.model.named_parameters()}
+        theirs = {
+            name.removeprefix(PREFIX): self.weights.shape(name)
+            for name in self.weights.names()
+            if name.startswith(PREFIX)
+        }
+        wrong = sorted(name for name in ours.keys() | theirs.keys() if ours.get(name) != theirs.get(name))
+        if wrong:
+            raise CheckpointError(
+                f"{self.checkpoint} holds the weights of another model than its config.json: {wrong[0]} is "
+                f"{theirs.get(wrong[0], 'missing')} there and {ours.get(wrong[0], 'missing')} here"
+            )
+
+    def run(self) -> float | None:
+        """Write everything; returns the largest difference of logits, or None where nothing was cut."""
+        selection = self.checkpoint / "selection.safetensors"
+        if selection.exists():
+            difference = self._run_cut(Selection.load(selection))
+        else:
+            difference = self._run_plain()
+        self._write_config()
+        return difference
+
+    # --- weights ----------------------------------------------------------------------------
+
+    def _write(self, tensors: Iterator[tuple[str, Tensor]], shapes: dict[str, tuple[int, ...]]) -> None:
+        with SafetensorsStream(self.scratch, shapes, self.dtype) as stream:
+            for name, tensor in self._bar(tensors, len(shapes)):
+                if not bool(tensor.isfinite().all()):
+                    raise CheckpointError(f"{self.checkpoint}: '{name}' holds values that are not finite")
+                stream.write(name, tensor)
+
+    def _bar(self, items: Iterator[tuple[str, Tensor]], total: int) -> Iterator[tuple[str, Tensor]]:
+        if not self.progress:
+            return items
+        from tqdm import tqdm
+
+        return iter(tqdm(items, total=total, desc="consolidate", unit="tensor"))
+
+    def _run_cut(self, selection: Selection) -> float:
+        from dsprune.structure import compact_shape
+
+        structure = analyze(self.model)
+        self.config = compact_config(self.trained, structure, selection, method=self.manifest.get("method"))
+        self.facts = self.config["dsprune"]
+        params = dict(surviving(structure, selection))
+        shapes = {name: compact_shape(param, selection) for name, param in params.items()}
+        self._check_count(structure, selection, shapes)
+        self._write(((name, cut(p, self._read(p.name), selection)) for name, p in params.items()), shapes)
+        return self._verify_cut(structure, selection)
+
+    def _check_count(self, structure: Structure, selection: Selection, shapes: dict[str, tuple[int, ...]]) -> None:
+        counted = int(CostModel(structure, empty=selection.empty).parameters(selection.hard(), of="total"))
+        written = sum(int(torch.Size(shape).numel()) for shape in shapes.values())
+        assert counted == written, f"counted {counted} parameters, about to write {written}"
+
+    def _run_plain(self) -> None:
+        self.config = dict(self.trained)
+        self.facts = self.config.get("dsprune") or self._dense_facts()
+        names = [name for name, _ in self.model.named_parameters()]
+        shapes = {name: self.weights.shape(f"{PREFIX}{name}") for name in names}
+        self._write(((name, self._read(name)) for name in names), shapes)
+        self._verify_plain()
+
+    def _dense_facts(self) -> dict[str, Any]:
+        cost = CostModel(analyze(self.model))
+        counts = {part: cost.dense(part) for part in ("encoder", "total")}  # type: ignore[arg-type]
+        return {"parameters": {**counts, **{f"dense_{part}": count for part, count in counts.items()}}}
+
+    # --- verification -----------------------------------------------------------------------
+
+    def _batch(self) -> dict[str, Tensor]:
+        path = self.checkpoint / "verify.safetensors"
+        if not path.exists():
+            raise CheckpointError(f"{path} is missing: nothing to verify the logits on")
+        return load_file(str(path))
+
+    def _written_logits(self, batch: dict[str, Tensor]) -> Tensor:
+        model = without_weights(self.config)
+        reader = verify.SafetensorsReader(self.scratch)
+        missing = {name for name, _ in model.named_parameters()} ^ reader.names()
+        if missing:
+            raise CheckpointError(f"written and expected parameters differ: {', '.join(sorted(missing)[:3])}")
+        verify.stream_weights(model, reader)
+        return verify.logits(model, batch)
+
+    def _verify_cut(self, structure: Structure, selection: Selection) -> float:
+        """Masked dense model against the compact one that was written, both in fp32."""
+        batch = self._batch()
+        gating = attach_gates(self.model, structure, empty=selection.empty)
+        gating.set(selection.gates)
+        verify.stream_weights(self.model, self._read)
+        masked = verify.logits(self.model, batch)
+        written = self._written_logits(batch)
+        if self.dtype is not torch.float32:
+            difference = float((masked - written).abs().max())
+            logger.warning("written in %s: logits differ from fp32 by up to %.1e", self.dtype, difference)
+            return difference
+        return verify.compare(written, masked, "masked and compact model")
+
+    def _verify_plain(self) -> None:
+        logits = self._written_logits(self._batch())
+        verify.compare(logits, logits, "written model")
+
+    # --- everything else --------------------------------------------------------------------
+
+    def _write_config(self) -> None:
+        for path in (self.checkpoint / "model").iterdir():
+            if path.name != "config.json":
+                shutil.copy2(path, self.scratch / path.name)
+        config = {**self.config, "dtype": str(self.dtype).removeprefix("torch.")}
+        text = json.dumps(config, indent=2, sort_keys=True)
+        (self.scratch / "config.json").write_text(text + "\n", encoding="utf-8")
+        if "auto_map" in config:
+            shutil.copy2(MODELING, self.scratch / MODELING.name)
+        if "dsprune" in config:
+            path = self.checkpoint / "figures.json"
+            figures = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+            (self.scratch / "README.md").write_text(render_card(config, figures), encoding="utf-8")
+        for path in self.scratch.iterdir():
+            with path.open("rb") as file:
+                os.fsync(file.fileno())

@@ -1,0 +1,193 @@
+"""Reading DeepSpeed's shards without DeepSpeed: mapped, tensor by tensor, and without running what they pickle.
+
+ZeRO keeps fp32 master weights in flat partitions: stages 1 and 2 cut each group's concatenation into
+equal parts, one a rank; stage 3 gives every rank an equal part of every parameter. A parameter is
+therefore a few slices of a few files, and only those pages are read.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import pickle
+import zipfile
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dsprune.errors import CheckpointError
+
+__all__ = ["ShardedTensors", "open_shards"]
+
+logger = logging.getLogger(__name__)
+
+
+class _Inert:
+    """Stands in for a class that a shard pickles; holds what it is given and does nothing."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        self.args = args
+
+
+# What shards hold beside tensors and plain values. Anything else is refused by torch's safe unpickler.
+_STAND_INS = [
+    (_Inert, name)
+    for name in (
+        "deepspeed.runtime.zero.config.ZeroStageEnum",
+        "deepspeed.utils.tensor_fragment.fragment_address",
+        "deepspeed.runtime.fp16.loss_scaler.LossScaler",
+        "deepspeed.runtime.fp16.loss_scaler.DynamicLossScaler",
+    )
+]
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """One shard, its tensors mapped from the file."""
+    try:
+        with torch.serialization.safe_globals(_STAND_INS):  # type: ignore[arg-type]
+            shard: dict[str, Any] = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+    except (OSError, RuntimeError, EOFError, zipfile.BadZipFile, pickle.UnpicklingError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise CheckpointError(f"{path} cannot be read: it is damaged or holds what no checkpoint holds ({reason})") from error
+    return shard
+
+
+@dataclass
+class _Placed:
+    """A parameter as slices of flat tensors, in order."""
+
+    shape: tuple[int, ...]
+    pieces: list[Tensor] = field(default_factory=list)
+
+
+class ShardedTensors:
+    """The weights of one DeepSpeed checkpoint, fp32, read when asked for."""
+
+    def __init__(self, placed: dict[str, _Placed], source: Path) -> None:
+        self._placed = placed
+        self.source = source
+
+    def names(self) -> Iterator[str]:
+        """Names of all tensors, in the checkpoint's order."""
+        return iter(self._placed)
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._placed
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Full shape of a tensor."""
+        return self._placed[name].shape
+
+    def read(self, name: str) -> Tensor:
+        """One tensor, fp32 on the CPU: a view of the file where it lies in one piece, else a copy.
+
+        Raises:
+            CheckpointError: there is no such tensor.
+        """
+        if name not in self._placed:
+            raise CheckpointError(f"{self.source} holds no tensor '{name}'")
+        placed = self._placed[name]
+        pieces = [piece.float() for piece in placed.pieces]
+        flat = pieces[0] if len(pieces) == 1 else torch.cat(pieces)
+        return flat[: math.prod(placed.shape)].view(placed.shape)
+
+
+def open_shards(folder: Path) -> ShardedTensors:
+    """Open the folder that `engine.save_checkpoint` wrote for one tag.
+
+    Raises:
+        CheckpointError: files are missing, damaged, or of ranks that do not belong together.
+    """
+    models = sorted(folder.glob("*model_states.pt"))
+    if not models:
+        raise CheckpointError(f"{folder} holds no model states: it is not a checkpoint of DeepSpeed")
+    partitions = sorted(folder.glob("*optim_states.pt"), key=_rank)
+    if not partitions:
+        return ShardedTensors(_from_module(_read(models[0])), folder)
+    shards = [_read(path)["optimizer_state_dict"] for path in partitions]
+    _check_ranks(shards, folder)
+    model = _read(models[0])
+    sharded = "fp32_flat_groups" in shards[0]
+    placed = _from_stage3(model, shards) if sharded else _from_stage12(model, shards)
+    placed |= _frozen(model, [_read(path) for path in models[1:]] if sharded else [], sharded)
+    placed |= {name: _Placed(tuple(t.shape), [t.flatten()]) for name, t in _buffers(model)}
+    for alias, original in dict(model.get("shared_params") or {}).items():
+        placed[alias] = placed[original]
+    return ShardedTensors(placed, folder)
+
+
+def _rank(path: Path) -> int:
+    return int(path.name.split("zero_pp_rank_")[1].split("_")[0])
+
+
+def _check_ranks(shards: list[dict[str, Any]], folder: Path) -> None:
+    count = shards[0]["partition_count"]
+    expected = max(count) if isinstance(count, list) else int(count)
+    if expected != len(shards):
+        raise CheckpointError(f"{folder} was written by {expected} ranks and holds the shards of {len(shards)}")
+
+
+def _from_module(model: dict[str, Any]) -> dict[str, _Placed]:
+    """Stage 0: whole tensors."""
+    if any(t.dtype in (torch.float16, torch.bfloat16) for t in model["module"].values()):
+        logger.warning("the checkpoint holds half-precision weights without fp32 masters: exporting those")
+    return {name: _Placed(tuple(tensor.shape), [tensor.flatten()]) for name, tensor in model["module"].items()}
+
+
+def _buffers(model: dict[str, Any]) -> list[tuple[str, Tensor]]:
+    return [(name, model["module"][name]) for name in model.get("buffer_names", []) if name in model["module"]]
+
+
+def _from_stage12(model: dict[str, Any], shards: list[dict[str, Any]]) -> dict[str, _Placed]:
+    """Stages 1 and 2: each group is one flat vector, cut into equal parts over ranks."""
+    placed: dict[str, _Placed] = {}
+    paddings = shards[0].get("param_alignment_paddings")
+    for group, shapes in enumerate(model["param_shapes"]):
+        parts = [shard["single_partition_of_fp32_groups"][group] for shard in shards]
+        offset = 0
+        for i, (name, shape) in enumerate(shapes.items()):
+            numel = math.prod(shape)
+            placed[name] = _Placed(tuple(shape), _slices(parts, offset, numel))
+            offset += numel + (int(paddings[group][i]) if paddings is not None else 0)
+    return placed
+
+
+def _from_stage3(model: dict[str, Any], shards: list[dict[str, Any]]) -> dict[str, _Placed]:
+    """Stage 3: every rank holds ceil(numel / ranks) of every parameter, one after the other."""
+    placed: dict[str, _Placed] = {}
+    world_size, offset = len(shards), 0
+    for shapes in model["param_shapes"]:
+        for name, shape in shapes.items():
+            numel = math.ceil(math.prod(shape) / world_size)
+            pieces = [piece for shard in shards for piece in _slices(shard["fp32_flat_groups"], offset, numel)]
+            placed[name] = _Placed(tuple(shape), pieces)
+            offset += numel
+    return placed
+
+
+def _slices(parts: list[Tensor], offset: int, numel: int) -> list[Tensor]:
+    """The pieces of `[offset, offset + numel)` in the concatenation of `parts`."""
+    pieces = []
+    for part in parts:
+        if numel and offset < part.numel():
+            piece = part[offset : offset + numel]
+            pieces.append(piece)
+            numel -= piece.numel()
+            offset += piece.numel()
+        offset -= part.numel()
+    if numel:
+        raise CheckpointError("a shard is shorter than the parameters that it should hold")
+    return pieces
+
+
+def _frozen(model: dict[str, Any], others: list[dict[str, Any]], sharded: bool) -> dict[str, _Placed]:
+    shapes = model.get("frozen_param_shapes") or {}
+    states = [model, *others] if sharded else [model]
+    return {
+        name: _Placed(tuple(shape), [state["frozen_param_fragments"][name].flatten() for state in states])
+        for name, shape in shapes.items()
+    }

@@ -1,0 +1,87 @@
+"""Running a model whose weights are not in memory: every module's parameters come just before it computes.
+
+Masked and compact models are compared this way, so that verification needs no more memory than
+consolidation itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import Tensor, nn
+
+from dsprune.consolidate.writer import names_in
+from dsprune.errors import CheckpointError
+
+__all__ = ["TOLERANCE", "SafetensorsReader", "compare", "logits", "stream_weights"]
+
+TOLERANCE = 1e-4
+"""Largest difference of logits, relative to the largest logit (at least 1), that rounding may cause in fp32."""
+
+Reader = Callable[[str], Tensor]
+
+
+class SafetensorsReader:
+    """Reads tensors of a model folder by name, mapped from the files."""
+
+    def __init__(self, folder: Path) -> None:
+        self._where = names_in(sorted(folder.glob("*.safetensors")))
+
+    def names(self) -> set[str]:
+        return set(self._where)
+
+    def __call__(self, name: str) -> Tensor:
+        with safe_open(self._where[name], framework="pt") as file:
+            tensor: Tensor = file.get_tensor(name)
+        return tensor.float()
+
+
+def stream_weights(model: nn.Module, read: Reader) -> None:
+    """Let a model on the meta device fetch each module's own parameters when it runs, and drop them after."""
+    for path, module in model.named_modules():
+        names = [name for name, _ in module.named_parameters(recurse=False)]
+        if names:
+            module.register_forward_pre_hook(_fetch(path, names, read))
+            module.register_forward_hook(_drop(names))
+
+
+def _fetch(path: str, names: list[str], read: Reader) -> Any:
+    def hook(module: nn.Module, _args: Any) -> None:
+        for name in names:
+            value = read(f"{path}.{name}" if path else name)
+            setattr(module, name, nn.Parameter(value, requires_grad=False))
+
+    return hook
+
+
+def _drop(names: list[str]) -> Any:
+    def hook(module: nn.Module, _args: Any, _output: Any) -> None:
+        for name in names:
+            value = getattr(module, name)
+            setattr(module, name, nn.Parameter(torch.empty_like(value, device="meta"), requires_grad=False))
+
+    return hook
+
+
+@torch.inference_mode()
+def logits(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
+    """First output of a model on a batch, fp32."""
+    return model(**batch)[0].float()  # type: ignore[no-any-return]
+
+
+def compare(ours: Tensor, theirs: Tensor, what: str) -> float:
+    """Largest absolute difference.
+
+    Raises:
+        CheckpointError: not finite, or beyond `TOLERANCE`.
+    """
+    if not ours.isfinite().all():
+        raise CheckpointError(f"{what}: the logits are not finite")
+    difference = float((ours - theirs).abs().max())
+    if difference > TOLERANCE * max(1.0, float(theirs.abs().max())):
+        raise CheckpointError(f"{what}: logits differ by {difference:.2e}; nothing was exported")
+    return difference

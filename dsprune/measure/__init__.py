@@ -1,0 +1,1 @@
+"""What is measured and shown: latency against the dense model, pictures, tables."""

@@ -1,0 +1,39 @@
+"""Tasks by name: one line each."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable
+
+from dsprune.config import DataConfig, TaskConfig
+from dsprune.errors import ConfigError
+from dsprune.tasks.base import Task
+from dsprune.tasks.glue import GLUE, build_glue
+from dsprune.tasks.order import build_order
+
+__all__ = ["TASKS", "build_task", "task_names"]
+
+TASKS: dict[str, Callable[[TaskConfig, DataConfig, int], Task]] = {
+    **dict.fromkeys(GLUE, build_glue),
+    "order": build_order,
+}
+"""What builds each task, from its name and settings, where its data are, and the seed of generated data."""
+
+
+def task_names() -> list[str]:
+    """All tasks that there are."""
+    return list(TASKS)
+
+
+def build_task(task: TaskConfig, data: DataConfig, *, seed: int) -> Task:
+    """A task, ready to load its data; local files are looked up but not yet read.
+
+    Raises:
+        ConfigError: unknown task or metric, or contradictory data settings.
+        DataError: `data.path` without the files of the task.
+    """
+    if task.name not in TASKS:
+        near = difflib.get_close_matches(task.name.lower().replace("-", ""), TASKS, n=1)
+        hint = f"did you mean '{near[0]}'?" if near else f"there are {', '.join(TASKS)}"
+        raise ConfigError(f"task.name = '{task.name}': no such task; {hint}")
+    return TASKS[task.name](task, data, seed)
