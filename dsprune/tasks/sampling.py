@@ -60,9 +60,7 @@ def epoch_order(lengths: Tensor, *, batch_size: int, seed: int, epoch: int) -> T
     return torch.from_numpy(grouped[rng.permutation(steps)])
 
 
-def micro_batch(
-    step_indices: Tensor, *, micro_step: int, rank: int, world_size: int, micro_batch_size: int
-) -> Tensor:
+def micro_batch(step_indices: Tensor, *, micro_step: int, rank: int, world_size: int, micro_batch_size: int) -> Tensor:
     """One rank's share of one accumulation step: [micro_batch_size].
 
     All shares of a step together are the step's examples, each once. Ranks take turns within an
@@ -96,7 +94,8 @@ def eval_shard(
         lengths: [num_examples] tokens of each example; given, batches hold examples of similar length.
     """
     order = torch.arange(num_examples) if lengths is None else lengths.argsort(descending=True, stable=True)
-    batches = [EvalBatch(chunk.tolist(), len(chunk)) for chunk in order.split(batch_size) if len(chunk)]
+    chunks = [order[start : start + batch_size].tolist() for start in range(0, num_examples, batch_size)]
+    batches = [EvalBatch(chunk, len(chunk)) for chunk in chunks]
     filler = EvalBatch([0], 0)
     batches += [filler] * (-len(batches) % world_size)
     return batches[rank::world_size]

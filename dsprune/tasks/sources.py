@@ -118,8 +118,7 @@ def read_file(path: Path, split: str, *, text_columns: Sequence[str]) -> Split:
     try:
         columns = READERS[path.suffix](path, text_columns)
     except (pa.ArrowException, OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise DataError(f"cannot read {path}: {reason}") from error
+        raise DataError(f"cannot read {path}: {_reason(error)}") from error
     if path.stem == split:
         return Split(split, str(path), columns)
     return Split(path.stem, str(path), columns, (f"{path.stem}: {path.name} is not the official {split} split",))
@@ -127,19 +126,19 @@ def read_file(path: Path, split: str, *, text_columns: Sequence[str]) -> Split:
 
 def _read_parquet(path: Path, _: Sequence[str]) -> Columns:
     with path.open("rb") as file:
-        table: Columns = pa.parquet.read_table(file).to_pydict()
-    return table
+        columns: Columns = pa.parquet.read_table(file).to_pydict()
+    return columns
 
 
 def _read_delimited(path: Path, text_columns: Sequence[str], *, delimiter: str, quote_char: str | bool) -> Columns:
-    table: Columns = pa.csv.read_csv(
+    columns: Columns = pa.csv.read_csv(
         path,
         parse_options=pa.csv.ParseOptions(
             delimiter=delimiter, quote_char=quote_char, newlines_in_values=bool(quote_char)
         ),
         convert_options=pa.csv.ConvertOptions(column_types=dict.fromkeys(text_columns, pa.string())),
     ).to_pydict()
-    return table
+    return columns
 
 
 def _read_json(path: Path, _: Sequence[str]) -> Columns:
@@ -189,13 +188,16 @@ def read_hub(dataset: str, subset: str, split: str, *, revision: str | None = No
     """
     import datasets  # seconds of imports that local and generated data do not need
 
+    origin = f"{dataset} ({subset}, {split}) on the hub"
     if not progress:
         datasets.disable_progress_bars()
     try:
         table = datasets.load_dataset(dataset, subset, split=split, revision=revision)
     except (datasets.exceptions.DatasetsError, OSError, ValueError, RuntimeError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise DataError(
-            f"cannot get {dataset} ({subset}, {split}) from the hub: {reason}; or give a local folder as data.path=FOLDER"
-        ) from error
-    return Split(split, f"hub {dataset} ({subset}, {split})", {name: table[name] for name in table.column_names})
+        raise DataError(f"cannot get {origin}: {_reason(error)}; a local folder can be given as data.path") from error
+    return Split(split, origin, {name: list(table[name]) for name in table.column_names})
+
+
+def _reason(error: Exception) -> str:
+    """The first line of a foreign error."""
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)

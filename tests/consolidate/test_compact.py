@@ -1,0 +1,152 @@
+"""Invariants 2 and 3: masked = compact, counted = real; for every family and head, over random and awkward gates."""
+
+import json
+
+import pytest
+import torch
+import transformers
+
+from dsprune.consolidate import apply_selection, load_compact
+from dsprune.consolidate.modeling_dsprune import Bypass
+from dsprune.errors import ArchitectureError, CheckpointError
+from dsprune.structure import CostModel, Selection, analyze, attach_gates, ones
+from tests.helpers.models import FAMILIES, HEADS, tiny_batch, tiny_model
+from tests.helpers.selections import awkward_gates, random_gates
+
+TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-10}
+
+
+def _difference(model, structure, selection, dtype):
+    """Largest difference between masked and compact outputs."""
+    compact = apply_selection(model, selection)
+    gating = attach_gates(model, structure)
+    gating.set({kind: gate.to(dtype) for kind, gate in selection.gates.items()})
+    batch = tiny_batch()
+    with torch.no_grad():
+        masked, ours = model(**batch)[0], compact(**batch)[0]
+    gating.remove()
+    if masked.shape != ours.shape:  # the bare encoder hands out the residual stream itself
+        masked = masked[..., selection.kept(structure.hidden)]
+    assert masked.abs().max() > 1e-2
+    return float((masked - ours).abs().max()), compact
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=["fp32", "fp64"])
+@pytest.mark.parametrize("name", [*FAMILIES, *HEADS])
+def test_the_compact_model_is_the_masked_model(name, dtype):
+    model = tiny_model(name, dtype=dtype)
+    structure = analyze(model)
+    cost = CostModel(structure)
+    cases = dict(awkward_gates(structure))
+    cases |= {f"hard {seed}": random_gates(structure, seed) for seed in range(4)}
+    cases |= {f"soft {seed}": random_gates(structure, seed, soft=True) for seed in range(4)}
+    for label, gates in cases.items():
+        selection = Selection.from_gates(structure, gates)
+        difference, compact = _difference(model, structure, selection, dtype)
+        assert difference <= TOLERANCE[dtype], label
+        real = sum(param.numel() for param in compact.parameters())
+        assert real == int(cost.parameters(selection.hard(), of="total")), label
+
+
+def test_a_removed_sublayer_costs_nothing():
+    model = tiny_model("bert")
+    gates = ones(analyze(model))
+    gates["attn"][0] = 0
+    gates["ffn"][1] = 0
+    compact = apply_selection(model, Selection.from_gates(analyze(model), gates))
+    first, second = compact.bert.encoder.layer
+    assert isinstance(first.attention, Bypass)
+    assert isinstance(second.output, Bypass)
+    assert not list(first.attention.parameters())
+
+
+def test_layers_without_sublayers_are_not_there():
+    model = tiny_model("bert")
+    gates = ones(analyze(model))
+    gates["attn"][0] = 0
+    gates["ffn_dim"][0] = 0
+    compact = apply_selection(model, Selection.from_gates(analyze(model), gates))
+    assert len(compact.bert.encoder.layer) == compact.config.num_hidden_layers == 1
+    assert [layer["source"] for layer in compact.config.dsprune["layers"]] == [1]
+
+
+def test_the_compact_model_trains_and_checkpoints_activations():
+    model = tiny_model("bert")
+    structure = analyze(model)
+    compact = apply_selection(model, Selection.from_gates(structure, random_gates(structure, 1)))
+    compact.activation_checkpointing_enable()
+    compact.train()
+    compact(**tiny_batch(), labels=torch.zeros(3, dtype=torch.long)).loss.backward()
+    assert all(param.grad is not None for param in compact.parameters())
+
+
+@pytest.mark.parametrize("name", [*FAMILIES, *HEADS])
+def test_save_pretrained_round_trips(name, tmp_path):
+    model = tiny_model(name)
+    structure = analyze(model)
+    compact = apply_selection(model, Selection.from_gates(structure, random_gates(structure, 2)))
+    compact.save_pretrained(tmp_path / "once")
+    again = load_compact(tmp_path / "once").eval()
+    again.save_pretrained(tmp_path / "twice")
+    assert (tmp_path / "twice" / "modeling_dsprune.py").exists()
+    batch = tiny_batch()
+    with torch.no_grad():
+        expected = compact(**batch)[0]
+        assert torch.equal(again(**batch)[0], expected)
+        assert torch.equal(load_compact(tmp_path / "twice").eval()(**batch)[0], expected)
+
+
+def test_the_auto_classes_know_compact_folders_once_dsprune_is_imported(tmp_path):
+    model = tiny_model("roberta")
+    structure = analyze(model)
+    compact = apply_selection(model, Selection.from_gates(structure, random_gates(structure, 3)))
+    compact.save_pretrained(tmp_path)
+    loaded = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path).eval()
+    with torch.no_grad():
+        assert torch.equal(loaded(**tiny_batch())[0], compact(**tiny_batch())[0])
+    base = transformers.AutoModel.from_pretrained(tmp_path)
+    assert type(base).__name__ == "CompactRobertaModel"
+
+
+@pytest.mark.parametrize("case", ["whole layers", "uniform ffn", "nothing"])
+def test_uniform_sizes_become_a_stock_model(case, tmp_path):
+    model = tiny_model("bert")
+    structure = analyze(model)
+    gates = ones(structure)
+    if case == "whole layers":
+        gates["attn"][0] = 0
+        gates["ffn"][0] = 0
+    if case == "uniform ffn":
+        gates["ffn_dim"][:, ::2] = 0
+    compact = apply_selection(model, Selection.from_gates(structure, gates))
+    assert type(compact) is transformers.BertForSequenceClassification
+    compact.save_pretrained(tmp_path)
+    assert "auto_map" not in json.loads((tmp_path / "config.json").read_text())
+    stock = transformers.BertForSequenceClassification.from_pretrained(tmp_path).eval()
+    with torch.no_grad():
+        assert torch.equal(stock(**tiny_batch())[0], compact(**tiny_batch())[0])
+
+
+def test_uniform_heads_alone_are_not_stock():
+    """A stock BERT with half the heads would make each twice as wide."""
+    model = tiny_model("bert")
+    gates = ones(analyze(model))
+    gates["head"][:, 2:] = 0
+    compact = apply_selection(model, Selection.from_gates(analyze(model), gates))
+    assert type(compact).__name__ == "CompactBertForSequenceClassification"
+
+
+def test_what_is_not_a_compact_folder_is_refused(tmp_path):
+    with pytest.raises(CheckpointError, match="is not a model folder"):
+        load_compact(tmp_path)
+    tiny_model("bert").save_pretrained(tmp_path)
+    with pytest.raises(CheckpointError, match="was not made by dsprune"):
+        load_compact(tmp_path)
+
+
+def test_an_empty_attention_that_keeps_its_bias_is_refused():
+    model = tiny_model("bert")
+    gates = ones(analyze(model))
+    gates["head"][0] = 0
+    with pytest.raises(ArchitectureError, match="keeps its bias"):
+        apply_selection(model, Selection.from_gates(analyze(model), gates, empty="bias"))
