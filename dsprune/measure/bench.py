@@ -1,292 +1,345 @@
-"""Latency and throughput of two models, side by side: one process, the same input, alternating runs.
+"""Two models side by side: latency, throughput, memory, and the multiply-adds that explain them.
 
-A figure of either model alone says little on a shared machine. Alternating makes both see the same
-disturbances; medians and the spread between the 10th and 90th percentile are reported.
+Both run in one process, in turn, on the same input, so that a clock that changes speed or a busy
+neighbour hits both. Every figure names what it was taken on.
 """
 
 from __future__ import annotations
 
-import gc
+import ctypes
 import json
 import platform
-import statistics
+import re
 import time
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import transformers
+from safetensors import SafetensorError
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
+from tqdm import tqdm
 
 from dsprune.errors import ConfigError
-from dsprune.measure.tables import render_table
+from dsprune.measure.bench_report import BenchReport, BenchRow, Measurement, ModelFacts
 
-__all__ = ["BenchReport", "BenchRow", "bench_models"]
+__all__ = ["BenchReport", "bench_models", "count_macs"]
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 AUTO_CLASSES = {
     "ForSequenceClassification": "AutoModelForSequenceClassification",
     "ForTokenClassification": "AutoModelForTokenClassification",
     "ForQuestionAnswering": "AutoModelForQuestionAnswering",
+    "Model": "AutoModel",
 }
-
-
-@dataclass(frozen=True)
-class BenchRow:
-    """One batch size. Times are milliseconds a forward pass; a spread is (10th, 90th percentile).
-
-    Attributes:
-        mac_ratio: multiply-adds of the dense model over those of the compact one.
-        dense_peak_mb: on CUDA the peak of allocated memory in this model's passes; None on CPU.
-        compact_peak_mb: likewise.
-    """
-
-    batch_size: int
-    dense_ms: float
-    compact_ms: float
-    dense_spread: tuple[float, float]
-    compact_spread: tuple[float, float]
-    mac_ratio: float
-    dense_peak_mb: float | None
-    compact_peak_mb: float | None
-
-    @property
-    def speedup(self) -> float:
-        """Ratio of the median latencies; below 1 the compact model is slower."""
-        return self.dense_ms / self.compact_ms
-
-
-@dataclass(frozen=True)
-class BenchReport:
-    """Everything that a figure needs to be compared with another."""
-
-    dense: str
-    compact: str
-    device: str
-    dtype: str
-    length: int
-    runs: int
-    threads: int
-    versions: dict[str, str]
-    dense_parameters: int
-    compact_parameters: int
-    rows: tuple[BenchRow, ...]
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain data, speedups included."""
-        data = asdict(self)
-        for row, plain in zip(self.rows, data["rows"], strict=True):
-            plain["speedup"] = row.speedup
-            plain["share_of_mac_ratio"] = row.speedup / row.mac_ratio
-        return data
-
-    def to_json(self, path: str | Path) -> None:
-        """Write `to_dict` to a file."""
-        Path(path).write_text(json.dumps(self.to_dict(), indent=2) + "\n", encoding="utf-8")
-
-    def render(self) -> str:
-        """A table for people."""
-        headers = ["batch", "dense ms", "(p10-p90)", "compact ms", "(p10-p90)", "speedup", "MAC ratio", "achieved"]
-        headers += ["dense tok/s", "compact tok/s", "peak MB"]
-        lines = [
-            render_table(headers, [self._row(row) for row in self.rows]),
-            f"median of {self.runs} alternating runs; length {self.length}, {self.dtype}, {self.device}",
-            f"parameters: dense {self.dense_parameters:,}, compact {self.compact_parameters:,} (total)",
-        ]
-        slower = [row.batch_size for row in self.rows if row.speedup < 1]
-        if slower:
-            lines.append(f"the compact model is SLOWER at batch {', '.join(map(str, slower))}")
-        return "\n".join(lines)
-
-    def _row(self, row: BenchRow) -> list[str]:
-        tokens = row.batch_size * self.length * 1000
-        peak = "-" if row.dense_peak_mb is None else f"{row.dense_peak_mb:.0f} / {row.compact_peak_mb:.0f}"
-        return [
-            str(row.batch_size),
-            f"{row.dense_ms:.2f}",
-            "{:.1f}-{:.1f}".format(*row.dense_spread),
-            f"{row.compact_ms:.2f}",
-            "{:.1f}-{:.1f}".format(*row.compact_spread),
-            f"{row.speedup:.2f}x",
-            f"{row.mac_ratio:.2f}x",
-            f"{row.speedup / row.mac_ratio:.0%}",
-            f"{tokens / row.dense_ms:,.0f}",
-            f"{tokens / row.compact_ms:,.0f}",
-            peak,
-        ]
-
-
-def _device(name: str | None) -> torch.device:
-    device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise ConfigError("device 'cuda' was asked for and this machine has no usable GPU")
-    return device
-
-
-def _device_name(device: torch.device) -> str:
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    name = platform.processor() or platform.machine()
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        models = [line.split(":", 1)[1].strip() for line in cpuinfo.read_text().splitlines() if "model name" in line]
-        name = models[0] if models else name
-    return f"CPU ({name}), {torch.get_num_threads()} thread(s)"
-
-
-def _load(source: str, dtype: torch.dtype, device: torch.device) -> nn.Module:
-    remote = (Path(source) / "config.json").is_file()
-    try:
-        config = transformers.AutoConfig.from_pretrained(source, trust_remote_code=remote)
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"cannot load model '{source}': {str(error).splitlines()[0]}") from error
-    name = (config.architectures or [""])[0]
-    auto = next((cls for suffix, cls in AUTO_CLASSES.items() if name.endswith(suffix)), "AutoModel")
-    model = getattr(transformers, auto).from_pretrained(source, dtype=dtype, trust_remote_code=remote)
-    return model.to(device).eval()  # type: ignore[no-any-return]
-
-
-def _check(dense: nn.Module, compact: nn.Module, length: int) -> None:
-    sizes = [model.config.vocab_size for model in (dense, compact)]
-    if sizes[0] != sizes[1]:
-        raise ConfigError(f"the models have vocabularies of {sizes[0]} and {sizes[1]}: they cannot share an input")
-    for model in (dense, compact):
-        positions = getattr(model.config, "max_position_embeddings", None)
-        if positions is not None and length > positions:
-            raise ConfigError(f"length {length}: a model has {positions} positions")
-
-
-def _batch(vocab: int, size: int, length: int, device: torch.device, seed: int) -> dict[str, Tensor]:
-    generator = torch.Generator().manual_seed(seed)
-    ids = torch.randint(5, vocab, (size, length), generator=generator).to(device)
-    return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-
-
-@torch.inference_mode()
-def _time(model: nn.Module, batch: dict[str, Tensor], device: torch.device) -> float:
-    """Milliseconds of one forward pass."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    began = time.perf_counter()
-    model(**batch)
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return 1000 * (time.perf_counter() - began)
-
-
-@torch.inference_mode()
-def _macs(model: nn.Module, batch: dict[str, Tensor]) -> int:
-    """Multiply-adds of one example, counted on a real forward pass."""
-    one = {name: tensor[:1] for name, tensor in batch.items()}
-    with FlopCounterMode(display=False) as counter, torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
-        model(**one)
-    return int(counter.get_total_flops()) // 2
-
-
-def _peak_mb(model: nn.Module, batch: dict[str, Tensor], device: torch.device) -> float | None:
-    if device.type != "cuda":
-        return None
-    torch.cuda.reset_peak_memory_stats(device)
-    _time(model, batch, device)
-    return torch.cuda.max_memory_allocated(device) / 2**20
-
-
-def _spread(times: list[float]) -> tuple[float, float]:
-    cuts = statistics.quantiles(times, n=10, method="inclusive")
-    return cuts[0], cuts[-1]
-
-
-def _measure(
-    models: Sequence[nn.Module], batch: dict[str, Tensor], device: torch.device, *, runs: int, warmup: int
-) -> BenchRow:
-    for _ in range(warmup):
-        for model in models:
-            _time(model, batch, device)
-    times: list[list[float]] = [[], []]
-    gc.disable()
-    try:
-        for _ in range(runs):
-            for kept, model in zip(times, models, strict=True):
-                kept.append(_time(model, batch, device))
-    finally:
-        gc.enable()
-    macs = [_macs(model, batch) for model in models]
-    peaks = [_peak_mb(model, batch, device) for model in models]
-    return BenchRow(
-        batch_size=len(batch["input_ids"]),
-        dense_ms=statistics.median(times[0]),
-        compact_ms=statistics.median(times[1]),
-        dense_spread=_spread(times[0]),
-        compact_spread=_spread(times[1]),
-        mac_ratio=macs[0] / max(1, macs[1]),
-        dense_peak_mb=peaks[0],
-        compact_peak_mb=peaks[1],
-    )
+MEMORY_NOTES = {
+    "cuda": "peak: weights + the most that one forward holds above them in PyTorch's allocator (no context, no inputs)",
+    "cpu": "peak: weights + the growth of resident memory (VmHWM) during one forward, good to a tenth or two",
+}
 
 
 def bench_models(
     dense: str | Path,
     compact: str | Path,
     *,
-    batch_sizes: Sequence[int] = (1, 32, 128),
-    length: int = 128,
+    batch_sizes: Sequence[int],
+    length: int,
     dtype: str = "float32",
     device: str | None = None,
     runs: int = 20,
     warmup: int = 3,
+    threads: int | None = None,
     seed: int = 0,
     progress: bool = False,
 ) -> BenchReport:
-    """Time two model folders against each other.
+    """Time two models in turn on the same random token ids.
+
+    A local folder whose config.json has an `auto_map` brings its own modelling file, and that code
+    is run; code from the hub never is.
 
     Args:
-        dense: folder (or hub id) of the model to compare with.
-        compact: folder of the model to time.
-        batch_sizes: sequences in a forward pass, one row of the report each.
-        length: tokens in a sequence, none of them padding.
+        dense: model folder or hub id.
+        compact: model folder or hub id.
+        batch_sizes: sequences a forward; each size is a row of the report.
+        length: tokens a sequence; nothing is padding.
         dtype: float32, bfloat16 or float16.
-        device: "cpu" or "cuda"; by default a GPU where there is one.
-        runs: timed passes of each model, at least 2.
-        warmup: untimed passes first.
-        seed: of the random input.
-        progress: show a progress bar.
+        device: `cpu` or `cuda[:N]`; by default a GPU if there is one.
+        runs: timed forwards of each model at each batch size.
+        warmup: forwards before those.
+        threads: CPU threads of torch while this runs; by default as many as it has now.
+        seed: of the token ids.
+        progress: show a bar on stderr.
 
     Raises:
-        ConfigError: a folder that is no model, models that cannot share an input, a device or dtype
-            that is not to be had.
+        ConfigError: a folder that is no model, a length that a model has no positions for, models of
+            different vocabularies, a device that is not there, an unknown or unfit dtype, a batch
+            that does not fit into GPU memory.
     """
-    place = _device(device)
-    if dtype not in DTYPES:
-        raise ConfigError(f"dtype '{dtype}': there are {', '.join(DTYPES)}")
-    if dtype == "float16" and place.type == "cpu":
-        raise ConfigError("float16 on CPU is emulated and says nothing about speed: use float32 or bfloat16")
-    if runs < 2 or length < 1 or min(batch_sizes, default=0) < 1:
-        raise ConfigError("runs must be at least 2, length and batch sizes at least 1")
-    models = [_load(str(source), DTYPES[dtype], place) for source in (dense, compact)]
-    _check(models[0], models[1], length)
-    sizes = list(batch_sizes)
-    if progress:
-        from tqdm import tqdm
+    place = _check_options(batch_sizes, length, dtype, device, runs, warmup, threads)
+    sources = [str(dense), str(compact)]
+    models = [_load(source, DTYPES[dtype]) for source in (dense, compact)]
+    _check_fit(sources, models, length)
+    models = [model.to(place) for model in models]
+    with _threads(threads), torch.inference_mode():
+        facts = [_facts(source, model, length) for source, model in zip(sources, models, strict=True)]
+        rows = []
+        with tqdm(total=len(batch_sizes) * (warmup + runs), desc="bench", disable=not progress) as bar:
+            for size in batch_sizes:
+                inputs = _inputs(models[0], size, length, seed, place)
+                timings = _measure(models, inputs, runs, warmup, bar)
+                rows.append(BenchRow(size, *timings, facts[0].macs / facts[1].macs))
+        return BenchReport(
+            dense=facts[0],
+            compact=facts[1],
+            rows=tuple(rows),
+            device=_device_name(place),
+            device_type=place.type,
+            threads=torch.get_num_threads(),
+            dtype=dtype,
+            matmul_precision=torch.get_float32_matmul_precision(),
+            length=length,
+            runs=runs,
+            warmup=warmup,
+            seed=seed,
+            memory=MEMORY_NOTES[place.type],
+            versions={"torch": torch.__version__, "transformers": transformers.__version__},
+        )
 
-        sizes = tqdm(sizes, desc="bench", unit="batch size")
-    rows = tuple(
-        _measure(models, _batch(models[0].config.vocab_size, n, length, place, seed), place, runs=runs, warmup=warmup)
-        for n in sizes
+
+def count_macs(model: nn.Module, length: int) -> int:
+    """Multiply-adds of one sequence of `length` tokens: linears and attention, counted on a real forward.
+
+    Attention is computed as plain matrix products meanwhile, because the counter does not know the
+    fused kernel of the CPU. The count does not depend on the batch size.
+    """
+    inputs = _inputs(model, 1, length, 0, next(model.parameters()).device)
+    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        model(**inputs)
+    return int(counter.get_total_flops()) // 2
+
+
+def _check_options(
+    batch_sizes: Sequence[int],
+    length: int,
+    dtype: str,
+    device: str | None,
+    runs: int,
+    warmup: int,
+    threads: int | None,
+) -> torch.device:
+    """The device, once everything that needs no model is known to be right."""
+    mistakes = []
+    if not batch_sizes:
+        mistakes.append("no batch sizes given: give at least one")
+    least = [("runs", runs, 1), ("warmup", warmup, 0), ("length", length, 1)]
+    least += [("batch size", size, 1) for size in batch_sizes]
+    least += [("threads", threads, 1)] if threads is not None else []
+    mistakes += [f"{name} is {given}: it must be at least {floor}" for name, given, floor in least if given < floor]
+    if dtype not in DTYPES:
+        mistakes.append(f"unknown dtype '{dtype}': there are {', '.join(DTYPES)}")
+    place, mistake = _find_device(device)
+    if mistake:
+        mistakes.append(mistake)
+    elif dtype == "float16" and place.type == "cpu":
+        mistakes.append("float16 on a CPU says nothing about speed: use dtype float32 or bfloat16, or a GPU")
+    if mistakes:
+        raise ConfigError(*mistakes)
+    return place
+
+
+def _find_device(name: str | None) -> tuple[torch.device, str | None]:
+    """The device of a name, and what is wrong with it."""
+    cpu, there = torch.device("cpu"), torch.cuda.device_count()
+    match = re.fullmatch(r"(cpu)|cuda(?::(\d+))?", name or ("cuda" if there else "cpu"))
+    if match is None:
+        return cpu, f"unknown device '{name}': give cpu, cuda or cuda:N"
+    if match[1]:
+        return cpu, None
+    if int(match[2] or 0) >= there:
+        return cpu, f"device '{name}' is not there: torch {torch.__version__} sees {there} GPU(s) on this machine"
+    return torch.device("cuda", int(match[2]) if match[2] else torch.cuda.current_device()), None
+
+
+def _load(source: str | Path, dtype: torch.dtype) -> nn.Module:
+    """A model in eval mode on the CPU, as the class that its configuration names first."""
+    folder = Path(source)
+    local = folder.is_dir()
+    if not local and (isinstance(source, Path) or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", source)):
+        raise ConfigError(f"there is no model folder {source}")
+    if local and not (folder / "config.json").is_file():
+        raise ConfigError(f"{folder} is not a model folder: it has no config.json")
+    try:
+        own_code = local and "auto_map" in json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        config = transformers.AutoConfig.from_pretrained(str(source), trust_remote_code=own_code)
+        auto_class = _auto_class(str(source), config)
+        model: nn.Module = auto_class.from_pretrained(str(source), dtype=dtype, trust_remote_code=own_code)
+    except (OSError, ValueError, RuntimeError, ImportError, SafetensorError) as error:
+        where = "" if local else ", no folder here and not to be had from the hub"
+        raise ConfigError(f"cannot load model '{source}'{where}: {str(error).splitlines()[0]}") from error
+    return model.eval()
+
+
+def _auto_class(source: str, config: Any) -> Any:
+    architecture = (config.architectures or ["none"])[0]
+    for head, name in AUTO_CLASSES.items():
+        if architecture.endswith(head):
+            return getattr(transformers, name)
+    raise ConfigError(
+        f"'{source}' has the architecture '{architecture}': bench times {', '.join(AUTO_CLASSES)}; "
+        "give the fine-tuned model"
     )
-    counts = [sum(p.numel() for p in model.parameters()) for model in models]
-    return BenchReport(
-        dense=str(dense),
-        compact=str(compact),
-        device=_device_name(place),
-        dtype=dtype,
-        length=length,
-        runs=runs,
-        threads=torch.get_num_threads(),
-        versions={"torch": torch.__version__, "transformers": transformers.__version__},
-        dense_parameters=counts[0],
-        compact_parameters=counts[1],
-        rows=rows,
+
+
+def _check_fit(sources: Sequence[str], models: Sequence[nn.Module], length: int) -> None:
+    mistakes = []
+    vocabularies = [model.get_input_embeddings().num_embeddings for model in models]  # type: ignore[operator]
+    if vocabularies[0] != vocabularies[1]:
+        known = " and ".join(f"'{s}' has {v:,} tokens" for s, v in zip(sources, vocabularies, strict=True))
+        mistakes.append(f"{known}: the two must read the same input, give models of one vocabulary")
+    for source, model in zip(sources, models, strict=True):
+        positions = _num_positions(model)
+        if positions is not None and length > positions:
+            mistakes.append(f"length {length} is more than the {positions} positions of '{source}': give a smaller one")
+    if mistakes:
+        raise ConfigError(*dict.fromkeys(mistakes))
+
+
+def _num_positions(model: nn.Module) -> int | None:
+    """The longest input; RoBERTa keeps its first positions, up to the padding index, for itself."""
+    for name, module in model.named_modules():
+        if name.endswith("position_embeddings") and getattr(module, "padding_idx", None) is not None:
+            return int(module.num_embeddings) - int(module.padding_idx) - 1  # type: ignore[arg-type]
+    positions = getattr(model.config, "max_position_embeddings", None)
+    return None if positions is None else int(positions)
+
+
+def _inputs(model: nn.Module, size: int, length: int, seed: int, device: torch.device) -> dict[str, Tensor]:
+    """Random ids [size, length] without the padding id, and a mask of ones."""
+    vocabulary: int = model.get_input_embeddings().num_embeddings  # type: ignore[operator]
+    ids = torch.randint(vocabulary, (size, length), generator=torch.Generator().manual_seed(seed))
+    padding = getattr(model.config, "pad_token_id", None)
+    if padding is not None:
+        ids[ids == padding] = (padding + 1) % vocabulary
+    return {"input_ids": ids.to(device), "attention_mask": torch.ones_like(ids).to(device)}
+
+
+def _facts(source: str, model: nn.Module, length: int) -> ModelFacts:
+    stacks = [module for module in model.modules() if isinstance(module, nn.ModuleList)]
+    return ModelFacts(
+        source=source,
+        architecture=type(model).__name__,
+        attention=str(getattr(model.config, "_attn_implementation", None) or "unknown"),
+        parameters=_count(model),
+        encoder_parameters=max(map(_count, stacks), default=None),
+        weight_bytes=_weight_bytes(model),
+        macs=count_macs(model, length),
     )
+
+
+def _count(module: nn.Module) -> int:
+    return sum(param.numel() for param in module.parameters())
+
+
+def _weight_bytes(model: nn.Module) -> int:
+    return sum(tensor.nbytes for tensor in [*model.parameters(), *model.buffers()])
+
+
+def _measure(
+    models: Sequence[nn.Module], inputs: dict[str, Tensor], runs: int, warmup: int, bar: tqdm[Any]
+) -> tuple[Measurement, Measurement]:
+    """Time the models in turn at one batch size; memory afterwards, because taking it disturbs the clock."""
+    samples: list[list[float]] = [[] for _ in models]
+    size, length = inputs["input_ids"].shape
+    try:
+        for run in range(warmup + runs):
+            seconds = [_time(model, inputs) for model in models]
+            if run >= warmup:
+                for own, value in zip(samples, seconds, strict=True):
+                    own.append(value)
+            bar.update()
+        peaks = [_peak_bytes(model, inputs) for model in models]
+    except torch.OutOfMemoryError as error:
+        raise ConfigError(f"batch {size} x {length} tokens does not fit into GPU memory: give a smaller one") from error
+    dense, compact = (_summary(own, peak, size, length) for own, peak in zip(samples, peaks, strict=True))
+    return dense, compact
+
+
+def _time(model: nn.Module, inputs: dict[str, Tensor]) -> float:
+    """Seconds of one forward, until its last kernel is done."""
+    device = inputs["input_ids"].device
+    _wait(device)
+    start = time.perf_counter()
+    model(**inputs)
+    _wait(device)
+    return time.perf_counter() - start
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def _summary(seconds: Sequence[float], peak: int | None, size: int, length: int) -> Measurement:
+    p10, median, p90 = (float(value) for value in np.percentile(seconds, [10, 50, 90]))
+    rate = size / median
+    return Measurement(1e3 * median, 1e3 * p10, 1e3 * p90, rate, rate * length, peak)
+
+
+def _peak_bytes(model: nn.Module, inputs: dict[str, Tensor]) -> int | None:
+    device = inputs["input_ids"].device
+    growth = _gpu_growth(model, inputs, device) if device.type == "cuda" else _resident_growth(model, inputs)
+    return None if growth is None else _weight_bytes(model) + growth
+
+
+def _gpu_growth(model: nn.Module, inputs: dict[str, Tensor], device: torch.device) -> int:
+    torch.cuda.reset_peak_memory_stats(device)
+    before = torch.cuda.memory_allocated(device)
+    model(**inputs)
+    return torch.cuda.max_memory_allocated(device) - before
+
+
+def _resident_growth(model: nn.Module, inputs: dict[str, Tensor]) -> int | None:
+    """Highest resident memory during a forward above that before it; None off Linux or without glibc.
+
+    Without `malloc_trim` the heap keeps the pages of earlier forwards and the growth is anything
+    down to zero.
+    """
+    try:
+        ctypes.CDLL(None).malloc_trim(0)
+        Path("/proc/self/clear_refs").write_text("5")  # makes VmHWM the present resident size: proc(5)
+    except (OSError, AttributeError):
+        return None
+    before = _resident("VmRSS")
+    model(**inputs)
+    return max(0, _resident("VmHWM") - before)
+
+
+def _resident(name: str) -> int:
+    match = re.search(rf"^{name}:\s*(\d+) kB", Path("/proc/self/status").read_text(), re.MULTILINE)
+    assert match is not None, f"/proc/self/status has no {name}"
+    return 1024 * int(match[1])
+
+
+def _device_name(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    info = Path("/proc/cpuinfo")
+    match = re.search(r"^model name\s*: (.+)$", info.read_text(), re.MULTILINE) if info.exists() else None
+    name = match[1].strip() if match else platform.processor() or platform.machine()
+    return f"{name}, {torch.get_num_threads()} thread(s)"
+
+
+@contextmanager
+def _threads(count: int | None) -> Iterator[None]:
+    """Let torch use so many CPU threads for a while."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count or before)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

@@ -1,22 +1,41 @@
-"""Plain text tables, aligned for a terminal."""
+"""Plain-text tables for the screen: columns two spaces apart, one rule under the headers."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import re
+from collections.abc import Iterable, Sequence
 
 __all__ = ["render_table"]
 
+_NUMERIC = re.compile(r"[-+]?\d|-?$")
+"""Cells that make a column one of numbers: those that begin with a digit, and those that stand for a missing one."""
 
-def render_table(headers: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A table with a rule under its headers; the first column to the left, the others to the right."""
-    cells = [list(headers), *(list(row) for row in rows)]
-    widths = [max(len(row[i]) for row in cells) for i in range(len(headers))]
+
+def render_table(headers: Sequence[str], rows: Iterable[Sequence[str]], *, align: str | None = None) -> str:
+    """A table as text, without a newline at the end.
+
+    Args:
+        headers: one line each, as many as there are columns.
+        rows: cells, one line each.
+        align: one of `<`, `>` and `^` for each column; by default columns of numbers go right, others left.
+
+    Raises:
+        ValueError: a row or `align` with another number of columns than `headers`.
+    """
+    cells = [list(row) for row in rows]
+    for what, given in [("align", align or headers), *(("a row", row) for row in cells)]:
+        if len(given) != len(headers):
+            raise ValueError(f"{what} has {len(given)} columns and the headers have {len(headers)}: {given}")
+    columns = list(zip(headers, *cells, strict=True))
+    widths = [max(map(len, column)) for column in columns]
+    sides = align or "".join(">" if _is_numeric(column[1:]) else "<" for column in columns)
 
     def line(row: Sequence[str]) -> str:
-        first = row[0].ljust(widths[0])
-        return "  ".join(
-            [first, *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True))]
-        ).rstrip()
+        padded = (f"{cell:{side}{width}}" for cell, side, width in zip(row, sides, widths, strict=True))
+        return "  ".join(padded).rstrip()
 
-    rule = "  ".join("-" * width for width in widths)
-    return "\n".join([line(headers), rule, *(line(row) for row in rows)])
+    return "\n".join([line(headers), "  ".join("-" * width for width in widths), *map(line, cells)])
+
+
+def _is_numeric(cells: Sequence[str]) -> bool:
+    return any(cells) and all(_NUMERIC.match(cell) for cell in cells)

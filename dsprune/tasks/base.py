@@ -141,12 +141,12 @@ class Task:
 
     def _check(self, split: Split) -> tuple[list[Sequence[str]], Tensor]:
         """Texts and labels of a split, once they are known to be good."""
-        for column in (*self.columns, "label"):
-            if column not in split.columns:
-                there = ", ".join(split.columns) or "none"
-                raise DataError(f"{split.origin}: no column '{column}' of task '{self.name}'; there is {there}")
         if len(split) == 0:
             raise DataError(f"{split.origin}: the split is empty")
+        for column in (*self.columns, "label"):
+            if column not in split.columns:
+                there = ", ".join(split.columns)
+                raise DataError(f"{split.origin}: no column '{column}' of task '{self.name}'; there is {there}")
         for column in self.columns:
             _refuse(split, column, (not isinstance(v, str) for v in split.columns[column]), "expected text")
         values = split.columns["label"]

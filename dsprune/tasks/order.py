@@ -3,16 +3,19 @@
     Anna is older than Ben and Carl is louder than Dora.    Anna is older.    follows
     Ben is older than Anna and Carl is louder than Dora.    Anna is older.    contradicts
 
-The label is in the order of the words and nowhere else. Examples come as twins: the same hypothesis,
-and two premises of the same words in which the person asked about and a rival have changed places,
-so that one twin follows and the other contradicts. Every bag of words belongs to exactly one pair of
-twins; hence for each bag of words, of a sentence or of both, the two labels are equally likely, and
-whatever sees only the bag is right half of the time. Both labels are balanced in every split.
+The hypothesis follows if nobody in the premise is said to be more so. The label is in the order of
+the words and nowhere else: examples come as twins, one hypothesis and two premises that differ in one
+comparison, whose two people have changed places; one twin follows and the other contradicts. Every
+bag of words belongs to exactly one pair of twins. Hence for each bag of words, of either sentence or
+of both, the two labels are equally likely, and whatever sees only the bag is right half of the time.
+A premise alone says nothing either: each form is as likely to follow as to contradict.
 
-Three kinds of premises, equally likely: one comparison; two comparisons of different people by
-different properties; a chain of three people, its two comparisons in any order, the hypothesis being
-about who is first. A chain's rival is the last (the subject is then never compared favourably) or the
-middle one (once favourably and once not, so that one occurrence alone misleads).
+Four kinds of pairs, equally likely:
+
+- one comparison;
+- two comparisons, of other people by another property;
+- the first of three people in a chain; in the twin, the second is ahead of both;
+- the one ahead of both others; in the twin, the second in a chain, once ahead and once behind.
 
 Splits are disjoint: a bag of words belongs to training or validation by its checksum. People recur
 over splits, pairs of sentences cannot. The examples depend on the seed alone, and a smaller split is
@@ -74,10 +77,9 @@ class Fact(NamedTuple):
     word: str
     lesser: str
 
-    def swapped(self, one: str, other: str) -> Fact:
-        """The fact with two people in each other's place."""
-        place = {one: other, other: one}
-        return Fact(place.get(self.greater, self.greater), self.word, place.get(self.lesser, self.lesser))
+    def turned(self) -> Fact:
+        """The two people in each other's place."""
+        return Fact(self.lesser, self.word, self.greater)
 
     def __str__(self) -> str:
         return f"{self.greater} is {self.word} than {self.lesser}"
@@ -110,23 +112,22 @@ def _twins(rng: random.Random) -> tuple[Example, Example]:
     """Two examples of the same words and opposite labels."""
     first, second, third, fourth = rng.sample(PEOPLE, 4)
     word, other_word = (rng.choice(pair) for pair in rng.sample(PROPERTIES, 2))
-    facts, rival = rng.choice(
+    asked = Fact(first, word, second)
+    beside = rng.choice(
         (
-            ([Fact(first, word, second)], second),
-            ([Fact(first, word, second), Fact(third, other_word, fourth)], second),
-            ([Fact(first, word, second), Fact(second, word, third)], rng.choice((second, third))),
+            [],
+            [Fact(third, other_word, fourth)],
+            [Fact(second, word, third)],
+            [Fact(first, word, third)],
         )
     )
-    rng.shuffle(facts)
-    hypothesis = f"{first} is {word}."
-    return (
-        Example(_premise(facts), hypothesis, 1),
-        Example(_premise([fact.swapped(first, rival) for fact in facts]), hypothesis, 0),
-    )
+    asked_at = rng.randrange(len(beside) + 1)
 
+    def example(fact: Fact, label: int) -> Example:
+        facts = [*beside[:asked_at], fact, *beside[asked_at:]]
+        return Example(" and ".join(map(str, facts)) + ".", f"{first} is {word}.", label)
 
-def _premise(facts: list[Fact]) -> str:
-    return " and ".join(map(str, facts)) + "."
+    return example(asked, LABELS.index("follows")), example(asked.turned(), LABELS.index("contradicts"))
 
 
 def build_order(task: TaskConfig, data: DataConfig, seed: int) -> Task:

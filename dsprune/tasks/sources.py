@@ -23,6 +23,8 @@ __all__ = ["Split", "find_files", "read_file", "read_hub"]
 
 Columns = dict[str, list[Any]]
 
+FORMATS = "parquet, csv, tsv, jsonl or json"
+
 
 @dataclass(frozen=True)
 class Split:
@@ -72,8 +74,8 @@ def find_files(folder: Path, task: str, splits: Iterable[str]) -> dict[str, Path
         if any(found.values()):
             return {split: _only(place, split, paths) for split, paths in found.items()}
     raise DataError(
-        f"data.path '{folder}': neither it nor its subfolder '{task}' holds {' and '.join(splits)} "
-        f"as {', '.join(READERS)}; there is {_listing(folder)}"
+        f"data.path '{folder}': neither it nor its subfolder '{task}' holds {', '.join(splits)} ({FORMATS}); "
+        f"there is {_listing(folder)}"
     )
 
 
@@ -88,10 +90,7 @@ def _candidates(folder: Path, split: str) -> list[Path]:
 
 def _only(folder: Path, split: str, paths: Sequence[Path]) -> Path:
     if not paths:
-        raise DataError(
-            f"data.path '{folder}': no file for split '{split}' ({split}.parquet, csv, tsv, jsonl or json); "
-            f"there is {_listing(folder)}"
-        )
+        raise DataError(f"data.path '{folder}': no file for split '{split}' ({FORMATS}); there is {_listing(folder)}")
     if len(paths) > 1:
         names = " and ".join(path.name for path in paths)
         raise DataError(f"data.path '{folder}': {names} both stand for split '{split}': keep one")
