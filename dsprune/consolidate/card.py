@@ -18,7 +18,10 @@ def _metrics(figures: Mapping[str, Any]) -> list[str]:
         before = f"{dense[name]:.4f}" if name in dense else "-"
         lines.append(f"| {name} | {before} | {value:.4f} |")
     if figures.get("stage") == "prune":
-        lines += ["", "Measured on the masked model just before export, whose gates may differ slightly from the final ones."]
+        lines += [
+            "",
+            "Measured on the masked model just before export, whose gates may differ slightly from the final ones.",
+        ]
     return lines
 
 

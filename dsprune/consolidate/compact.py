@@ -9,6 +9,7 @@ from typing import Any
 
 import transformers
 from torch import nn
+from transformers import PreTrainedModel
 from transformers.initialization import no_init_weights
 
 from dsprune.consolidate import modeling_dsprune
@@ -38,11 +39,7 @@ def surviving(structure: Structure, selection: Selection) -> Iterator[tuple[str,
 
 def kept_layers(structure: Structure, selection: Selection) -> list[int]:
     """Dense layers of which a sublayer is left."""
-    return [
-        i
-        for i in range(structure.sizes.num_layers)
-        if any(selection.alive(kind, i) for kind in ("attn", "ffn"))
-    ]
+    return [i for i in range(structure.sizes.num_layers) if any(selection.alive(kind, i) for kind in ("attn", "ffn"))]
 
 
 def compact_name(structure: Structure, param: ParamSpec, place: dict[int, int]) -> str:
@@ -169,7 +166,7 @@ def without_weights(config: dict[str, Any]) -> nn.Module:
         return cls(built).eval()
 
 
-def apply_selection(model: nn.Module, selection: Selection) -> nn.Module:
+def apply_selection(model: PreTrainedModel, selection: Selection) -> nn.Module:
     """The compact model of a dense one in memory: scales folded, removed units cut away.
 
     Args:
@@ -211,5 +208,3 @@ def load_compact(folder: str | Path, **options: Any) -> nn.Module:
     if "dsprune" not in config:
         raise CheckpointError(f"{folder} was not made by dsprune: load it with transformers")
     return model_class(config).from_pretrained(str(folder), **options)  # type: ignore[attr-defined, no-any-return]
-
-

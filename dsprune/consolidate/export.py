@@ -193,9 +193,10 @@ class _Export:
         """Write everything; returns the largest difference of logits, or None where nothing was cut."""
         selection = self.checkpoint / "selection.safetensors"
         if selection.exists():
-            difference = self._run_cut(Selection.load(selection))
+            difference: float | None = self._run_cut(Selection.load(selection))
         else:
-            difference = self._run_plain()
+            difference = None
+            self._run_plain()
         self._write_config()
         return difference
 

@@ -7,6 +7,7 @@ layer without sublayers is not there at all.
 """
 
 import copy
+from typing import Any
 
 import transformers
 from torch import nn
@@ -34,12 +35,12 @@ class Bypass(nn.Module):
         rule: "first", "second" or "zero", with ", none" where the module also returns attention weights.
     """
 
-    def __init__(self, rule):
+    def __init__(self, rule: str) -> None:
         super().__init__()
         self.rule = rule
         self.what, _, self.more = rule.partition(", ")
 
-    def forward(self, *args, **kwargs):
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
         arguments = [*args, *kwargs.values()]
         if self.what == "zero":
             result = arguments[0].new_zeros(())
@@ -47,13 +48,13 @@ class Bypass(nn.Module):
             result = arguments[("first", "second").index(self.what)]
         return (result, None) if self.more else result
 
-    def extra_repr(self):
+    def extra_repr(self) -> str:
         return self.rule
 
 
-def _resized(module, sizes):
+def _resized(module: Any, sizes: list[int | None]) -> nn.Module:
     """A new module of the same kind; `sizes` are those of the weight's axes, None where they stay."""
-    shape = [old if new is None else new for old, new in zip(module.weight.shape, sizes)]
+    shape = [old if new is None else new for old, new in zip(module.weight.shape, sizes, strict=True)]
     options = {"device": module.weight.device, "dtype": module.weight.dtype}
     if isinstance(module, nn.Linear):
         return nn.Linear(shape[1], shape[0], bias=module.bias is not None, **options)
@@ -62,7 +63,7 @@ def _resized(module, sizes):
     return nn.LayerNorm(shape, eps=module.eps, **options)
 
 
-def _resize(root, path, axes, widths):
+def _resize(root: nn.Module, path: str, axes: list[str], widths: dict[str, int]) -> None:
     parent, _, name = path.rpartition(".")
     owner = root.get_submodule(parent)
     if hasattr(owner, name):
@@ -71,7 +72,7 @@ def _resize(root, path, axes, widths):
             setattr(owner, name, _resized(getattr(owner, name), sizes))
 
 
-def _shrink_layer(layer, family, sizes, facts):
+def _shrink_layer(layer: nn.Module, family: dict[str, Any], sizes: dict[str, int], facts: dict[str, Any]) -> None:
     """Give one layer its own sizes."""
     removed = facts["empty"] == "identity"
     widths = {"hidden": facts["hidden"], "head": sizes["heads"] * facts["head_dim"], "ffn_dim": sizes["ffn_dim"]}
@@ -93,7 +94,7 @@ def _shrink_layer(layer, family, sizes, facts):
                 setattr(layer.get_submodule(path), name, value)
 
 
-def shrink(model, facts):
+def shrink(model: Any, facts: dict[str, Any]) -> None:
     """Make a stock model, built on the dense sizes, as small as `facts` (the `dsprune` table) say."""
     family = facts["family"]
     base = getattr(model, family["base"], model)
@@ -115,7 +116,7 @@ def shrink(model, facts):
                 _resize(model, path, axes, widths)
 
 
-def dense_view(config):
+def dense_view(config: Any) -> Any:
     """The configuration with the dense model's sizes, which the stock constructors check, and the layers left."""
     facts = config.dsprune
     view = copy.deepcopy(config)
@@ -128,7 +129,7 @@ def dense_view(config):
 class CompactMixin:
     """Builds the stock model, then shrinks it."""
 
-    def __init__(self, config, *args, **kwargs):
+    def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
         facts = getattr(config, "dsprune", None)
         if not facts or facts.get("format") != FORMAT:
             raise ValueError(f"{type(self).__name__} needs a config.json with a `dsprune` table of format {FORMAT}")
@@ -142,13 +143,13 @@ class CompactMixin:
                 module.config = config
 
 
-def _make_config(model_type, stem):
+def _make_config(model_type: str, stem: str) -> Any:
     stock = getattr(transformers, f"{stem}Config")
     name = f"Compact{stem}Config"
     return type(name, (stock,), {"model_type": f"dsprune_{model_type}", "_auto_class": "AutoConfig"})
 
 
-def _make_model(stem, head, auto_class, config_class):
+def _make_model(stem: str, head: str, auto_class: str, config_class: Any) -> Any:
     stock = getattr(transformers, f"{stem}{head}")
     return type(
         f"Compact{stem}{head}",
@@ -157,8 +158,8 @@ def _make_model(stem, head, auto_class, config_class):
     )
 
 
-CONFIGS = {}
-MODELS = {}
+CONFIGS: dict[str, Any] = {}
+MODELS: dict[tuple[str, str], Any] = {}
 for _model_type, _stem in FAMILIES.items():
     CONFIGS[_model_type] = _make_config(_model_type, _stem)
     globals()[CONFIGS[_model_type].__name__] = CONFIGS[_model_type]
@@ -167,11 +168,9 @@ for _model_type, _stem in FAMILIES.items():
         globals()[MODELS[_model_type, _head].__name__] = MODELS[_model_type, _head]
 
 
-def register():
+def register() -> None:
     """Let the Auto classes of transformers load compact folders without `trust_remote_code`."""
     for model_type, config_class in CONFIGS.items():
         transformers.AutoConfig.register(config_class.model_type, config_class, exist_ok=True)
         for head, auto_class in HEADS.items():
             getattr(transformers, auto_class).register(config_class, MODELS[model_type, head], exist_ok=True)
-
-

@@ -52,7 +52,9 @@ def _read(path: Path) -> dict[str, Any]:
             shard: dict[str, Any] = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
     except (OSError, RuntimeError, EOFError, zipfile.BadZipFile, pickle.UnpicklingError, ValueError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise CheckpointError(f"{path} cannot be read: it is damaged or holds what no checkpoint holds ({reason})") from error
+        raise CheckpointError(
+            f"{path} cannot be read: it is damaged or holds what no checkpoint holds ({reason})"
+        ) from error
     return shard
 
 

@@ -78,7 +78,11 @@ class SafetensorsStream:
         offset = 0
         for name in file.names:
             end = offset + self._bytes(name)
-            header[name] = {"dtype": _CODES[self.dtype], "shape": list(self.shapes[name]), "data_offsets": [offset, end]}
+            header[name] = {
+                "dtype": _CODES[self.dtype],
+                "shape": list(self.shapes[name]),
+                "data_offsets": [offset, end],
+            }
             offset = end
         text = json.dumps(header, separators=(",", ":")).encode()
         text += b" " * (-len(text) % _ALIGNMENT)
@@ -94,8 +98,8 @@ class SafetensorsStream:
         if file is not self._open:
             self._close()
             self._begin(file)
-        data = tensor.to(self.dtype).contiguous().view(torch.uint8) if tensor.numel() else tensor.new_empty(0)
-        self._stream.write(memoryview(data.flatten().view(torch.uint8).numpy()))
+        data = tensor.to(self.dtype).contiguous().flatten().view(torch.uint8)
+        self._stream.write(memoryview(data.numpy()))  # type: ignore[arg-type]
 
     def _close(self) -> None:
         if self._open is not None:

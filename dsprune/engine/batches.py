@@ -5,12 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from dsprune.tasks.sampling import epoch_order, micro_batch, steps_per_epoch
 from torch import Tensor
 
 from dsprune.engine.ds_config import BatchPlan
 from dsprune.engine.world import World
 from dsprune.tasks import Encoded
+from dsprune.tasks.sampling import epoch_order, micro_batch, steps_per_epoch
 
 __all__ = ["Batches", "MicroBatch", "to_device"]
 

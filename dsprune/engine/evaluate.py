@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 
 import torch
-from dsprune.tasks.sampling import eval_shard
 from torch import Tensor
 
 from dsprune.engine.batches import to_device
 from dsprune.engine.world import World
 from dsprune.tasks import Encoded, Task
+from dsprune.tasks.sampling import eval_shard
 
 __all__ = ["evaluate", "evaluate_all"]
 

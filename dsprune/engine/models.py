@@ -11,8 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
-from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 from transformers.integrations import HfDeepSpeedConfig, unset_hf_deepspeed_config
 
 from dsprune.arch import family_for
@@ -90,7 +95,9 @@ def _partitioned_loading(ds_config: Mapping[str, Any]) -> Iterator[None]:
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-def load_model(source: str, task: Task, ds_config: Mapping[str, Any], *, revision: str | None = None) -> nn.Module:
+def load_model(
+    source: str, task: Task, ds_config: Mapping[str, Any], *, revision: str | None = None
+) -> PreTrainedModel:
     """A model with the task's head, dense or compact, ready to become an engine.
 
     Weights missing from the source (a fresh task head) are initialised from torch's seed, which the
@@ -111,7 +118,7 @@ def load_model(source: str, task: Task, ds_config: Mapping[str, Any], *, revisio
     return model
 
 
-def _load_dense(source: str, task: Task, revision: str | None, options: dict[str, Any]) -> nn.Module:
+def _load_dense(source: str, task: Task, revision: str | None, options: dict[str, Any]) -> PreTrainedModel:
     try:
         config = AutoConfig.from_pretrained(source, revision=revision)
     except (OSError, ValueError) as error:
@@ -141,7 +148,7 @@ def label_config(task: Task) -> dict[str, Any]:
     }
 
 
-def encoder_layers(model: nn.Module) -> list[str]:
+def encoder_layers(model: PreTrainedModel) -> list[str]:
     """Paths of the encoder layers of a dense or compact model, from its root."""
     family = family_for(str(model.config.model_type).removeprefix("dsprune_"))
     base = family.base if hasattr(model, family.base) else ""

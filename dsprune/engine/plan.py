@@ -5,12 +5,11 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from dsprune.measure.tables import render_table
-
 from dsprune.config import RunConfig
 from dsprune.engine.ds_config import precision, zero_stage
 from dsprune.engine.preflight import Preflight
 from dsprune.measure.inspection import describe_spaces
+from dsprune.measure.tables import render_table
 from dsprune.structure import CostModel
 
 __all__ = ["describe_plan", "estimate_memory"]

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from dsprune.tasks.labels import label_permutation
 from torch import nn
 from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrainedTokenizerBase
 
@@ -20,6 +19,7 @@ from dsprune.errors import ArchitectureError, ConfigError, OutputError
 from dsprune.methods import Method, Plan, method_class
 from dsprune.structure import Structure, analyze
 from dsprune.tasks import Task, build_task
+from dsprune.tasks.labels import label_permutation
 
 __all__ = ["Preflight", "check_output", "preflight", "skeleton"]
 
@@ -134,6 +134,8 @@ def preflight(config: RunConfig, world_size: int) -> Preflight:
     tokenizer = collect(load_tokenizer, config.model.name, config.model.revision)
     if mistakes:
         raise ConfigError(*mistakes)
+    assert student_ds is not None
+    assert teacher_ds is not None
     check_output(Path(config.output))
     model = skeleton(config.model.name, task, config.model.revision)
     structure = analyze(model)

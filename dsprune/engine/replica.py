@@ -36,7 +36,7 @@ def reduce_flat(world: World, tensors: Mapping[str, Tensor]) -> Reduced:
     """
     flat = torch.cat([tensor.detach().float().flatten().to(world.device) for tensor in tensors.values()])
     flat = (world.sum_(flat) / world.size).cpu()
-    parts = flat.split([tensor.numel() for tensor in tensors.values()])
+    parts = torch.split(flat, [tensor.numel() for tensor in tensors.values()])
     means = {name: part.view(tensor.shape) for (name, tensor), part in zip(tensors.items(), parts, strict=True)}
     return Reduced(means, bool(flat.isfinite().all()))
 

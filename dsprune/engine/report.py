@@ -6,14 +6,13 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dsprune.measure.bench import BenchReport, bench_models
-from dsprune.measure.plots import plot_run
-from dsprune.measure.tables import render_table
-
 from dsprune.engine.evaluate import evaluate_all
 from dsprune.engine.journal import read_metrics, write_json
 from dsprune.engine.models import release
 from dsprune.engine.teacher import Teacher
+from dsprune.measure.bench import BenchReport, bench_models
+from dsprune.measure.plots import plot_run
+from dsprune.measure.tables import render_table
 from dsprune.structure import CostModel
 
 if TYPE_CHECKING:

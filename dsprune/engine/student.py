@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from dsprune.config import DistillConfig
 from dsprune.distill import UNMATCHED, HiddenTap, layer_distances, layer_loss, logit_loss
@@ -60,7 +61,7 @@ class Student(nn.Module):
 
     def __init__(
         self,
-        model: nn.Module,
+        model: PreTrainedModel,
         task: Task,
         *,
         distill: DistillConfig | None = None,

@@ -6,7 +6,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from dsprune.tasks.labels import label_permutation
 from torch import Tensor
 
 from dsprune.distill import HiddenTap
@@ -14,6 +13,7 @@ from dsprune.engine.ds_config import precision
 from dsprune.engine.models import encoder_layers, load_model
 from dsprune.engine.requirements import quiet_import
 from dsprune.tasks import Task
+from dsprune.tasks.labels import label_permutation
 
 deepspeed = quiet_import()
 

@@ -7,9 +7,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from dsprune.measure.tables import render_table
-
 from dsprune.errors import ConfigError
+from dsprune.measure.tables import render_table
 from dsprune.structure import CostModel, Structure, analyze, gate_shapes
 
 __all__ = ["describe_compact", "describe_spaces", "inspect_config", "inspect_dense"]

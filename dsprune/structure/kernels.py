@@ -65,7 +65,7 @@ def gated_linear(x: Tensor, weight: Tensor, bias: Tensor | None, rows: Tensor, c
     Returns:
         [..., out] in the dtype of `x`. Gradients of the gates are formed in the gates' own dtype.
     """
-    return _GatedLinear.apply(x, weight, bias, rows, columns)  # type: ignore[no-any-return]
+    return _GatedLinear.apply(x, weight, bias, rows, columns)  # type: ignore[no-any-return, no-untyped-call]
 
 
 class _LiveLayerNorm(Function):
@@ -117,4 +117,4 @@ def live_layer_norm(x: Tensor, weight: Tensor, bias: Tensor, gate: Tensor, alive
     Returns:
         [..., d] in the dtype of `x`.
     """
-    return _LiveLayerNorm.apply(x, weight, bias, gate, alive, eps)  # type: ignore[no-any-return]
+    return _LiveLayerNorm.apply(x, weight, bias, gate, alive, eps)  # type: ignore[no-any-return, no-untyped-call]

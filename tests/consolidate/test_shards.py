@@ -71,7 +71,7 @@ def test_a_truncated_shard_is_told(student, keep):
     path = student / "zero_pp_rank_0_mp_rank_00_optim_states.pt"
     data = path.read_bytes()
     path.write_bytes(data[: int(keep * len(data)) if isinstance(keep, float) else keep])
-    with pytest.raises(CheckpointError, match="rank_0.*cannot be read"):
+    with pytest.raises(CheckpointError, match=r"rank_0.*cannot be read"):
         open_shards(student)
 
 

@@ -1,8 +1,17 @@
+from itertools import pairwise
+
 import pytest
 import torch
 
-from dsprune.distill import UNMATCHED, check_teacher_layers, default_teacher_layers, match_fixed, match_free
-from dsprune.distill import match_layers, match_monotone
+from dsprune.distill import (
+    UNMATCHED,
+    check_teacher_layers,
+    default_teacher_layers,
+    match_fixed,
+    match_free,
+    match_layers,
+    match_monotone,
+)
 from dsprune.errors import ConfigError
 
 DISTANCES = torch.tensor(
@@ -41,7 +50,7 @@ def test_monotone_never_crosses_and_reads_liveness_by_layer():
     assert match_monotone(DISTANCES, [True, True, True, True, False, True]) == [0, 1, 5]
     crossed = DISTANCES.flip(0)
     match = match_monotone(crossed, [True] * 6)
-    assert all(a < b for a, b in zip(match, match[1:], strict=False) if a != UNMATCHED)
+    assert all(a < b for a, b in pairwise(match) if a != UNMATCHED)
 
 
 def test_monotone_runs_out_of_layers_without_running_out_of_range():

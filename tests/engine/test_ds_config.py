@@ -66,7 +66,7 @@ def test_what_the_recipe_decides_is_filled_in_or_must_agree():
 
 def test_a_teacher_is_whole_or_sharded():
     for stage in (1, 2):
-        with pytest.raises(ConfigError, match="use stage 0 .* or 3"):
+        with pytest.raises(ConfigError, match=r"use stage 0 .* or 3"):
             teacher_config({"zero_optimization": {"stage": stage}}, 2)
 
 

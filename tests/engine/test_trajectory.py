@@ -1,4 +1,4 @@
-"""Invariants 4 and 5: one trajectory whatever the ZeRO stage, world size and accumulation; replicas equal bit by bit."""
+"""Invariants 4 and 5: one trajectory whatever stage, world size and accumulation; replicas equal bit by bit."""
 
 from functools import cache
 

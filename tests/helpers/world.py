@@ -28,7 +28,7 @@ def preload() -> None:
     import torch._dynamo
     from deepspeed.runtime.zero.muon import muon_optimizer  # noqa: F401 (imported lazily at engine start)
 
-    import dsprune.engine.stages
+    import dsprune.engine.stages  # noqa: F401
 
     torch.set_num_threads(1)
 

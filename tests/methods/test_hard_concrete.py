@@ -2,7 +2,13 @@ import math
 
 import torch
 
-from dsprune.methods.hard_concrete import LOG_ALPHA_MAX, LOG_ALPHA_MIN, deterministic_gate, keep_probability, sample_gate
+from dsprune.methods.hard_concrete import (
+    LOG_ALPHA_MAX,
+    LOG_ALPHA_MIN,
+    deterministic_gate,
+    keep_probability,
+    sample_gate,
+)
 
 
 def test_samples_hit_zero_as_often_as_the_formula_says():

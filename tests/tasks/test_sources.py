@@ -35,6 +35,14 @@ def test_csv_is_quoted_and_tsv_is_not(tmp_path: Path) -> None:
     assert split.columns["sentence"] == ['"a lone quote', "b"]
 
 
+@pytest.mark.parametrize(("suffix", "separator"), [("csv", ","), ("tsv", "\t")])
+def test_text_that_looks_like_numbers_stays_text(tmp_path: Path, suffix: str, separator: str) -> None:
+    path = tmp_path / f"train.{suffix}"
+    path.write_text(f"sentence{separator}label\n007{separator}1\n{separator}0\n", encoding="utf-8")
+    split = read_file(path, "train", text_columns=("sentence",))
+    assert split.columns == {"sentence": ["007", ""], "label": [1, 0]}
+
+
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
