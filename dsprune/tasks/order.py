@@ -42,6 +42,9 @@ VALIDATION_SHARE = 8
 """One bag of words in so many belongs to the validation split."""
 LABELS = ("contradicts", "follows")
 
+WEIGHTS = (2, 2, 1, 1)
+"""How often each kind of pair comes up. The last two must be equally likely, or a premise alone would tell."""
+
 # Names and words that are single tokens for BERT's uncased vocabulary, which keeps sequences short.
 PEOPLE = tuple(
     "Adam Alice Amy Anna Ben Bob Brian Bruce Carl Cathy Chris Clara Daniel David Diana Dora Ellen Emma Eric Eva "
@@ -113,14 +116,15 @@ def _twins(rng: random.Random) -> tuple[Example, Example]:
     first, second, third, fourth = rng.sample(PEOPLE, 4)
     word, other_word = (rng.choice(pair) for pair in rng.sample(PROPERTIES, 2))
     asked = Fact(first, word, second)
-    beside = rng.choice(
+    beside = rng.choices(
         (
             [],
             [Fact(third, other_word, fourth)],
             [Fact(second, word, third)],
             [Fact(first, word, third)],
-        )
-    )
+        ),
+        WEIGHTS,
+    )[0]
     asked_at = rng.randrange(len(beside) + 1)
 
     def example(fact: Fact, label: int) -> Example:

@@ -1,0 +1,160 @@
+"""What bad input gets: one clear line on rank 0, nothing on the others, the right exit code on all, and no training."""
+
+import contextlib
+import io
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from tests.helpers.folders import tiny_folder, tiny_recipe
+from tests.helpers.world import run_world
+
+pytestmark = pytest.mark.dist
+
+
+def _ds_config(folder: Path, content: dict) -> str:
+    path = folder / "ds.json"
+    path.write_text(json.dumps(content))
+    return f"deepspeed.student={path}"
+
+
+def _data(folder: Path, train: str, validation: str | None = None) -> tuple[str, ...]:
+    """SST-2 from a folder of csv files with this content."""
+    data = folder / "data"
+    data.mkdir()
+    (data / "train.csv").write_text(train)
+    (data / "validation.csv").write_text(validation or GOOD)
+    return ("task.name=sst2", f"data.path={data}")
+
+
+GOOD = "sentence,label\n" + "\n".join(f"a fine film number {i},{i % 2}" for i in range(20)) + "\n"
+
+
+def _teacher(folder: Path, **changes) -> str:
+    target = Path(shutil.copytree(folder / "dense", folder / "teacher-model"))
+    config = json.loads((target / "config.json").read_text())
+    config |= {"architectures": ["BertForSequenceClassification"], **changes}
+    (target / "config.json").write_text(json.dumps(config))
+    return f"teacher.path={target}"
+
+
+def _unwritable(folder: Path) -> str:
+    (folder / "file").write_text("")
+    return f"output={folder / 'file' / 'run'}"
+
+
+CASES = {
+    "unknown key": (64, "unknown key 'prune.targte': did you mean 'target'", lambda f: ("prune.targte=0.5",)),
+    "wrong type": (64, "'batch.size' = 'many'", lambda f: ("batch.size=many",)),
+    "not an override": (64, "not of the form key=value", lambda f: ("target",)),
+    "unknown method": (64, "did you mean 'cofi'", lambda f: ("method.name=coffi",)),
+    "unknown method option": (64, "unknown key 'method.lrr'", lambda f: ("method.lrr=1",)),
+    "unknown task": (64, "sst2", lambda f: ("task.name=sst22",)),
+    "unknown metric": (64, "bleu", lambda f: ("task.metric=bleu",)),
+    "sparsity of 1": (64, "'prune.target'", lambda f: ("prune.target=1.0",)),
+    "negative sparsity": (64, "'prune.target'", lambda f: ("prune.target=-0.1",)),
+    "target out of reach": (
+        64,
+        "out of reach",
+        lambda f: ("prune.target=0.999", "prune.target_of=total", 'method.gates=["head", "ffn_dim"]'),
+    ),
+    "bad duration": (64, "expected a duration", lambda f: ("prune.duration=10",)),
+    "no room for warm-up": (64, "leave no step", lambda f: ("prune.duration=4 steps",)),
+    "stages out of order": (64, "in this order", lambda f: ('stages=["recover", "prune"]',)),
+    "unknown model": (64, "nowhere", lambda f: ("model.name=./nowhere",)),
+    "package not installed": (64, "not installed", lambda f: ("model.name=package:no_such_package/model",)),
+    "longer than the model's positions": (64, "64 positions", lambda f: ("task.max_length=512",)),
+    "unknown teacher layer": (64, "from 1 to 2", lambda f: ("distill.teacher_layers=[1, 3]",)),
+    "batch does not divide": (64, "does not divide", lambda f: ("batch.size=9",)),
+    "misspelt DeepSpeed key": (64, "zero_optimization", lambda f: (_ds_config(f, {"zero_optimisation": {}}),)),
+    "DeepSpeed batch that differs": (64, "train_batch_size", lambda f: (_ds_config(f, {"train_batch_size": 3}),)),
+    "fp16 on CPU": (64, "no GPU", lambda f: ("deepspeed.student=zero2_fp16",)),
+    "teacher at stage 2": (64, "use stage 0", lambda f: ("deepspeed.teacher=zero2",)),
+    "prune before teacher": (64, "run stage 'teacher' first", lambda f: ('stages=["prune"]',)),
+    "unknown family": (65, "gpt2", lambda f: (_other_family(f),)),
+    "teacher with other labels": (
+        65,
+        "label",
+        lambda f: (_teacher(f, id2label={"0": "yes", "1": "no"}, label2id={"yes": 0, "no": 1}),),
+    ),
+    "teacher with more labels": (
+        65,
+        "3 labels",
+        lambda f: (_teacher(f, id2label={str(i): f"LABEL_{i}" for i in range(3)}),),
+    ),
+    "missing column": (65, "sentence", lambda f: _data(f, GOOD.replace("sentence", "text"))),
+    "empty split": (65, "validation", lambda f: _data(f, GOOD, "sentence,label\n")),
+    "label out of range": (65, "label", lambda f: _data(f, GOOD + "one more,7\n")),
+    "no data": (65, "no data here", lambda f: ("task.name=sst2", f"data.path={_empty(f)}")),
+    "output under a file": (73, "is a file", lambda f: (_unwritable(f),)),
+}
+
+
+def _empty(folder: Path) -> Path:
+    path = folder / "no data here"
+    path.mkdir()
+    return path
+
+
+def _other_family(folder: Path) -> str:
+    path = Path(shutil.copytree(folder / "dense", folder / "gpt2"))
+    config = json.loads((path / "config.json").read_text())
+    (path / "config.json").write_text(json.dumps({**config, "model_type": "gpt2", "architectures": ["GPT2Model"]}))
+    return f"model.name={path}"
+
+
+def _run_all(cases):
+    """Every case on this rank: exit code and what was said."""
+    from dsprune.cli import guarded
+    from dsprune.engine.launch import execute
+
+    results = []
+    for recipe, overrides in cases:
+        said = io.StringIO()
+        with contextlib.redirect_stderr(said):
+            code = guarded(lambda recipe=recipe, overrides=overrides: execute(recipe, overrides))
+        results.append((code, said.getvalue()))
+    return results
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory):
+    dense = tiny_folder(tmp_path_factory.mktemp("model") / "dense")
+    cases = []
+    for _, _, make in CASES.values():
+        folder = tmp_path_factory.mktemp("case")
+        shutil.copytree(dense, folder / "dense")
+        recipe = tiny_recipe(folder)
+        cases.append((str(recipe), make(folder)))
+    ranks = run_world(_run_all, 2, cases, timeout=300)
+    runs = [Path(recipe).parent / "run" for recipe, _ in cases]
+    return {name: (ranks[0][i], ranks[1][i], runs[i]) for i, name in enumerate(CASES)}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_bad_input(results, name):
+    code, message, _ = CASES[name]
+    (first_code, first), (second_code, second), run = results[name]
+    assert (first_code, second_code) == (code, code), first + second
+    lines = [line for line in first.splitlines() if line.startswith("error: ")]
+    assert len(lines) == 1, first
+    assert message in lines[0]
+    assert "Traceback" not in first
+    assert "error: " not in second, "only rank 0 speaks"
+    assert not list(run.glob("*/checkpoints/*")), "training began"
+
+
+def test_all_mistakes_are_told_at_once(tmp_path):
+    recipe = tiny_recipe(tmp_path)
+    overrides = ("prune.targte=0.5", "batch.size=0", "method.lrr=1", "task.nam=x")
+    ((code, said),) = run_world(_run_all, 1, [(str(recipe), overrides)])[0]
+    assert code == 64
+    assert sum(line.startswith("error: ") for line in said.splitlines()) == 4
+
+
+def test_unknown_recipe_suggests_a_known_one():
+    ((code, said),) = run_world(_run_all, 1, [("cofi_sst", ())])[0]
+    assert code == 64
+    assert "did you mean cofi_sst2" in said

@@ -1,0 +1,121 @@
+"""Whole runs in forked worlds: every stage, finished once, resumed exactly, exported and reported."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from dsprune.consolidate import load_compact
+from tests.helpers.folders import tiny_recipe
+from tests.helpers.world import run_world
+
+pytestmark = pytest.mark.dist
+
+
+def _execute(recipe, *overrides):
+    from dsprune.cli import guarded
+    from dsprune.engine.launch import execute
+
+    return guarded(lambda: execute(str(recipe), overrides))
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("finished")
+    recipe = tiny_recipe(folder)
+    assert run_world(_execute, 2, recipe) == [0, 0]
+    return folder
+
+
+def _metrics(run: Path):
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_one_launch_does_everything(finished):
+    run = finished / "run"
+    for stage in ("teacher", "prune", "consolidate", "recover", "evaluate"):
+        assert (run / stage / "done.json").exists(), stage
+    report = json.loads((run / "report.json").read_text())
+    compact = load_compact(run / "recovered")
+    assert report["compact"]["parameters"]["total"] == sum(p.numel() for p in compact.parameters())
+    assert report["dense"]["metrics"].keys() == report["compact"]["metrics"].keys()
+    assert report["landing"]["measured"] >= report["landing"]["target"] - 1e-9
+    assert (run / "report.png").read_bytes().startswith(b"\x89PNG")
+    assert list((run / "tensorboard").iterdir())
+
+
+def test_metrics_say_what_happened(finished):
+    lines = _metrics(finished / "run")
+    pruning = [line for line in lines if line["stage"] == "prune" and "loss/total" in line]
+    assert [line["step"] for line in pruning] == [1, 2, 3, 4, 5, 6]
+    for key in ("loss/logits", "loss/layers", "tokens_per_second", "lr/weights", "lr/gates"):
+        assert all(key in line for line in pruning), key
+    for key in ("sparsity/expected", "sparsity/hard", "sparsity/target", "multiplier/linear"):
+        assert key in pruning[-1], key
+    assert {line["stage"] for line in lines if "eval/accuracy" in line} == {"teacher", "prune", "recover"}
+
+
+def test_a_finished_stage_is_not_redone(finished):
+    before = {p: p.stat().st_mtime_ns for p in (finished / "run").rglob("*.safetensors")}
+    assert run_world(_execute, 2, finished / "tiny.toml") == [0, 0]
+    assert before == {p: p.stat().st_mtime_ns for p in (finished / "run").rglob("*.safetensors")}
+
+
+def test_a_finished_stage_with_other_settings_is_refused(finished):
+    assert run_world(_execute, 2, finished / "tiny.toml", "prune.target=0.6") == [64, 64]
+
+
+def _stop_after(recipe, step, *overrides):
+    """Run, but lose power after some steps of the prune stage."""
+    from dsprune.engine.trainer import Trainer
+
+    real = Trainer.step
+
+    def step_or_stop(self, number):
+        if self.stage == "prune" and number == step:
+            raise KeyboardInterrupt
+        return real(self, number)
+
+    Trainer.step = step_or_stop
+    return _execute(recipe, *overrides)
+
+
+@pytest.mark.parametrize("student", ["zero1", "zero2", "zero3"])
+def test_a_resumed_run_is_the_run_that_was_never_stopped(finished, tmp_path, student):
+    """Invariant 6, bitwise, dropout on: stopped two steps after a checkpoint in the middle of pruning."""
+    recipe = tiny_recipe(tmp_path, output=tmp_path / "unused")
+    teacher = f"teacher.path={finished / 'run' / 'teacher' / 'model'}"
+    common = (teacher, f"deepspeed.student={student}", 'stages=["prune"]', "log.tensorboard=false")
+    whole, stopped = tmp_path / "whole", tmp_path / "stopped"
+    assert run_world(_execute, 2, recipe, *common, f"output={whole}") == [0, 0]
+    assert run_world(_stop_after, 2, recipe, 5, *common, f"output={stopped}") == [130, 130]
+    assert not (stopped / "prune" / "done.json").exists()
+    assert run_world(_execute, 2, recipe, *common, f"output={stopped}") == [0, 0]
+    last = Path("prune") / "checkpoints" / "step-00000006"
+    ours, theirs = (load_file(run / last / "replica.safetensors") for run in (whole, stopped))
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+    losses = [[line["loss/total"] for line in _metrics(run) if "loss/total" in line] for run in (whole, stopped)]
+    assert losses[0] == losses[1]
+    from dsprune.consolidate import open_checkpoint
+
+    weights = [open_checkpoint(run / last) for run in (whole, stopped)]
+    for name in weights[0].names():
+        assert torch.equal(weights[0].read(name), weights[1].read(name)), name
+
+
+def test_a_checkpoint_of_another_world_size_is_refused(finished, tmp_path):
+    recipe = tiny_recipe(tmp_path)
+    teacher = f"teacher.path={finished / 'run' / 'teacher' / 'model'}"
+    common = (teacher, 'stages=["prune"]', "log.tensorboard=false")
+    assert run_world(_stop_after, 2, recipe, 5, *common) == [130, 130]
+    assert run_world(_execute, 1, recipe, *common) == [74]
+
+
+def test_the_selection_survives_recovery(finished):
+    """Gates are fixed after pruning: recovery changes weights, not shapes."""
+    run = finished / "run"
+    compact, recovered = (load_file(run / name / "model.safetensors") for name in ("compact", "recovered"))
+    assert {k: v.shape for k, v in compact.items()} == {k: v.shape for k, v in recovered.items()}
+    assert any(not torch.equal(compact[name], recovered[name]) for name in compact)

@@ -1,0 +1,102 @@
+"""A tiny dense model folder and a recipe that trains it in seconds."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.normalizers import Lowercase
+from tokenizers.pre_tokenizers import Whitespace
+from tokenizers.processors import TemplateProcessing
+from transformers import BertConfig, BertForSequenceClassification, PreTrainedTokenizerFast
+
+from dsprune.tasks.order import generate
+
+RECIPE = """
+output = "{output}"
+[model]
+name = "{model}"
+[task]
+name = "order"
+max_length = 32
+[data]
+max_train_examples = 64
+max_eval_examples = 20
+[batch]
+size = 8
+eval = 8
+[teacher]
+duration = "2 steps"
+[method]
+name = "cofi"
+distill_phase = "1 steps"
+warmup = "3 steps"
+lr = 0.1
+[prune]
+target = 0.5
+duration = "6 steps"
+[distill]
+labels = 0.1
+[recover]
+duration = "2 steps"
+[deepspeed]
+student = "zero3"
+teacher = "teacher_zero3"
+[eval]
+every = "4 steps"
+bench_batch = 2
+bench_length = 16
+[checkpoint]
+every = "4 steps"
+[log]
+every = 1
+"""
+
+
+def tiny_tokenizer() -> PreTrainedTokenizerFast:
+    """Whole words of the generated task."""
+    vocabulary = {"[PAD]": 0, "[UNK]": 1, "[CLS]": 2, "[SEP]": 3, ".": 4}
+    for example in generate(42, num_train=2000, num_validation=100)[0]:
+        for word in f"{example.premise} {example.hypothesis}".lower().replace(".", " ").split():
+            vocabulary.setdefault(word, len(vocabulary))
+    backend = Tokenizer(WordLevel(vocabulary, unk_token="[UNK]"))
+    backend.normalizer = Lowercase()
+    backend.pre_tokenizer = Whitespace()
+    backend.post_processor = TemplateProcessing(
+        single="[CLS] $A [SEP]", pair="[CLS] $A [SEP] $B:1 [SEP]:1", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        unk_token="[UNK]",
+        pad_token="[PAD]",
+        cls_token="[CLS]",
+        sep_token="[SEP]",
+        model_input_names=["input_ids", "token_type_ids", "attention_mask"],
+    )
+
+
+def tiny_folder(folder: Path) -> Path:
+    """A tiny BERT encoder with its tokenizer."""
+    tokenizer = tiny_tokenizer()
+    tokenizer.save_pretrained(folder)
+    config = BertConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        intermediate_size=64,
+        max_position_embeddings=64,
+    )
+    BertForSequenceClassification(config).bert.save_pretrained(folder)
+    return folder
+
+
+def tiny_recipe(folder: Path, *, output: Path | None = None) -> Path:
+    """A recipe of all stages on `tiny_folder`, in the same folder."""
+    model = folder / "dense"
+    if not model.exists():
+        tiny_folder(model)
+    path = folder / "tiny.toml"
+    path.write_text(RECIPE.format(model=model, output=output or folder / "run"), encoding="utf-8")
+    return path
