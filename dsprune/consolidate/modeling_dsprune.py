@@ -54,7 +54,9 @@ class Bypass(nn.Module):
 
 def _resized(module: Any, sizes: list[int | None]) -> nn.Module:
     """A new module of the same kind; `sizes` are those of the weight's axes, None where they stay."""
-    shape = [old if new is None else new for old, new in zip(module.weight.shape, sizes, strict=True)]
+    # A model that is loaded straight into ZeRO-3 partitions keeps its shapes in `ds_shape`.
+    dense = getattr(module.weight, "ds_shape", module.weight.shape)
+    shape = [old if new is None else new for old, new in zip(dense, sizes, strict=True)]
     options = {"device": module.weight.device, "dtype": module.weight.dtype}
     if isinstance(module, nn.Linear):
         return nn.Linear(shape[1], shape[0], bias=module.bias is not None, **options)

@@ -1,21 +1,17 @@
 """A generated task that needs no files: does the hypothesis follow from the premise?
 
     Anna is older than Ben and Carl is louder than Dora.    Anna is older.    follows
-    Ben is older than Anna and Carl is louder than Dora.    Anna is older.    contradicts
+    Ben is older than Anna and Dora is louder than Carl.    Anna is older.    contradicts
 
-The hypothesis follows if nobody in the premise is said to be more so. The label is in the order of
-the words and nowhere else: examples come as twins, one hypothesis and two premises that differ in one
-comparison, whose two people have changed places; one twin follows and the other contradicts. Every
-bag of words belongs to exactly one pair of twins. Hence for each bag of words, of either sentence or
-of both, the two labels are equally likely, and whatever sees only the bag is right half of the time.
-A premise alone says nothing either: each form is as likely to follow as to contradict.
+The label is in the order of the words and nowhere else: examples come as twins, one hypothesis and
+two premises, in one of which every comparison is turned around; one twin follows and the other
+contradicts. Every bag of words belongs to exactly one pair of twins. Hence for each bag of words, of
+either sentence or of both, the two labels are equally likely, and whatever sees only the bag is right
+half of the time. The premise alone says nothing either.
 
-Four kinds of pairs, equally likely:
-
-- one comparison;
-- two comparisons, of other people by another property;
-- the first of three people in a chain; in the twin, the second is ahead of both;
-- the one ahead of both others; in the twin, the second in a chain, once ahead and once behind.
+Three kinds of premises, equally likely: one comparison; two, of different people by different
+properties; two that make a chain of three people, in any order, with a hypothesis about its first or
+last.
 
 Splits are disjoint: a bag of words belongs to training or validation by its checksum. People recur
 over splits, pairs of sentences cannot. The examples depend on the seed alone, and a smaller split is
@@ -26,7 +22,7 @@ from __future__ import annotations
 
 import random
 import zlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 from dsprune.config import DataConfig, TaskConfig
@@ -41,9 +37,6 @@ NUM_VALIDATION = 1000
 VALIDATION_SHARE = 8
 """One bag of words in so many belongs to the validation split."""
 LABELS = ("contradicts", "follows")
-
-WEIGHTS = (2, 2, 1, 1)
-"""How often each kind of pair comes up. The last two must be equally likely, or a premise alone would tell."""
 
 # Names and words that are single tokens for BERT's uncased vocabulary, which keeps sequences short.
 PEOPLE = tuple(
@@ -115,23 +108,20 @@ def _twins(rng: random.Random) -> tuple[Example, Example]:
     """Two examples of the same words and opposite labels."""
     first, second, third, fourth = rng.sample(PEOPLE, 4)
     word, other_word = (rng.choice(pair) for pair in rng.sample(PROPERTIES, 2))
-    asked = Fact(first, word, second)
-    beside = rng.choices(
-        (
-            [],
-            [Fact(third, other_word, fourth)],
-            [Fact(second, word, third)],
-            [Fact(first, word, third)],
-        ),
-        WEIGHTS,
-    )[0]
-    asked_at = rng.randrange(len(beside) + 1)
+    facts = [
+        Fact(first, word, second),
+        *rng.choice(([], [Fact(third, other_word, fourth)], [Fact(second, word, third)])),
+    ]
+    rng.shuffle(facts)
+    hypothesis = f"{first} is {word}."
+    return (
+        Example(_premise(facts), hypothesis, LABELS.index("follows")),
+        Example(_premise([fact.turned() for fact in facts]), hypothesis, LABELS.index("contradicts")),
+    )
 
-    def example(fact: Fact, label: int) -> Example:
-        facts = [*beside[:asked_at], fact, *beside[asked_at:]]
-        return Example(" and ".join(map(str, facts)) + ".", f"{first} is {word}.", label)
 
-    return example(asked, LABELS.index("follows")), example(asked.turned(), LABELS.index("contradicts"))
+def _premise(facts: Sequence[Fact]) -> str:
+    return " and ".join(map(str, facts)) + "."
 
 
 def build_order(task: TaskConfig, data: DataConfig, seed: int) -> Task:

@@ -87,7 +87,7 @@ def test_all_kinds_of_premises_come_up(splits: Splits) -> None:
     people = Counter(len(set(re.findall(r"[A-Z]\w+", example.premise))) for example in splits[0])
     assert people.total() == 8000
     assert {count: number / 8000 for count, number in people.items()} == pytest.approx(
-        {2: 0.25, 3: 0.5, 4: 0.25}, abs=0.03
+        {2: 1 / 3, 3: 1 / 3, 4: 1 / 3}, abs=0.03
     )
 
 
