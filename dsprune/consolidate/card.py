@@ -17,6 +17,7 @@ def _metrics(figures: Mapping[str, Any]) -> list[str]:
     for name, value in measured.items():
         before = f"{dense[name]:.4f}" if name in dense else "-"
         lines.append(f"| {name} | {before} | {value:.4f} |")
+    lines += [f"\nNote: {note}" for note in figures.get("notes", [])]
     if figures.get("stage") == "prune":
         lines += [
             "",

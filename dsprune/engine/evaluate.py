@@ -23,7 +23,8 @@ def evaluate(forward: Forward, task: Task, data: Encoded, world: World, *, batch
     """The task's metrics on one split. Collective: all ranks must call, and under ZeRO-3 forward in step."""
     logits: list[Tensor] = []
     kept: list[Tensor] = []
-    for indices, num_real in eval_shard(len(data), rank=world.rank, world_size=world.size, batch_size=batch_size):
+    shard = eval_shard(len(data), rank=world.rank, world_size=world.size, batch_size=batch_size, lengths=data.lengths)
+    for indices, num_real in shard:
         inputs, _, _ = to_device(data.collate(indices), world)
         out = forward(inputs)[:num_real].float().cpu()
         logits.append(out)
@@ -37,8 +38,11 @@ def evaluate(forward: Forward, task: Task, data: Encoded, world: World, *, batch
 def evaluate_all(
     forward: Forward, task: Task, evals: Mapping[str, Encoded], world: World, *, batch_size: int
 ) -> dict[str, float]:
-    """Metrics of all evaluation splits; named `metric`, or `split/metric` where there are several. Collective."""
+    """Metrics of all evaluation splits; named `metric`, or `split/metric` unless the split is the only official one.
+
+    Collective: all ranks must call.
+    """
     scores = {split: evaluate(forward, task, data, world, batch_size=batch_size) for split, data in evals.items()}
-    if len(scores) == 1:
-        return next(iter(scores.values()))
+    if list(scores) == ["validation"]:
+        return scores["validation"]
     return {f"{split}/{name}": value for split, values in scores.items() for name, value in values.items()}

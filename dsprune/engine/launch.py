@@ -53,7 +53,7 @@ def execute(recipe: str, overrides: Sequence[str]) -> None:
     ready = preflight(config, int(os.environ.get("WORLD_SIZE", "1")))
     world = start_world()
     with world.together("loading the data"):
-        data = ready.task.load(ready.tokenizer, progress=world.is_main)
+        data = ready.task.load(ready.tokenizer, vocab_size=ready.vocab_size, progress=world.is_main)
     with world.together("opening the run folder"):
         journal = Journal(config, active=world.is_main)
         if world.is_main:

@@ -35,6 +35,7 @@ class Preflight:
     student_ds: dict[str, Any]
     teacher_ds: dict[str, Any]
     teacher_layers: tuple[int, ...]
+    vocab_size: int
 
 
 def skeleton(source: str, task: Task, revision: str | None = None) -> nn.Module:
@@ -144,4 +145,4 @@ def preflight(config: RunConfig, world_size: int) -> Preflight:
     layers = config.distill.teacher_layers or default_teacher_layers(structure.sizes.num_layers)
     layers = check_teacher_layers(layers, structure.sizes.num_layers)
     build_method(config, structure, total_steps=0, steps_per_epoch=0)
-    return Preflight(task, tokenizer, batch, structure, student_ds, teacher_ds, layers)
+    return Preflight(task, tokenizer, batch, structure, student_ds, teacher_ds, layers, int(model.config.vocab_size))

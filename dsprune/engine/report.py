@@ -111,6 +111,7 @@ def _figures(run: Run, scores: dict[str, Any], sizes: dict[str, Any], bench: Ben
     return {
         "task": run.task.name,
         "splits": list(run.data.evals),
+        "notes": list(run.data.notes),
         "landing": _landing(run, sizes["compact"], dense),
         **models,
         "bench": bench.to_dict(),
@@ -132,6 +133,7 @@ def _text(run: Run, figures: dict[str, Any], bench: BenchReport, final: Path) ->
             f"the target was missed by {100 * abs(landing['measured'] - landing['target']):.1f} points: the units of "
             f"this model are coarser than that, or pruning was too short for the target (see {run.folder}/report.png)"
         )
+    lines += [f"note: {note}" for note in run.data.notes]
     lines.append(f"model: {final}   report: {run.folder}/report.json, {run.folder}/report.png")
     return "\n".join(lines)
 

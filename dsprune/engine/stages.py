@@ -408,6 +408,7 @@ class Run:
             "target": self.config.prune.target,
             "target_of": self.config.prune.target_of,
             "metric": dict(scores),
+            "notes": list(self.data.notes),
             "dense": self._facts("teacher").get("metrics", {}),
         }
 

@@ -95,7 +95,8 @@ def test_it_loads_and_saves_where_dsprune_is_not_installed(run, tmp_path):
     assert done.returncode == 0, done.stderr
     with torch.no_grad():
         expected = load_compact(tmp_path / "out").eval()(**batch).logits
-    assert torch.equal(torch.load(tmp_path / "logits.pt"), expected)
+    # Another process may use another number of threads, hence another order of sums.
+    torch.testing.assert_close(torch.load(tmp_path / "logits.pt"), expected, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])

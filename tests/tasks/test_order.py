@@ -99,8 +99,8 @@ def test_the_seed_decides(splits: Splits) -> None:
 def test_the_generator_does_not_change() -> None:
     """Figures measured on the task stay comparable; a change here is a change of the benchmark."""
     assert generate(42, num_train=2, num_validation=0)[0] == [
-        Example("Simon is earlier than Bruce and Paul is earlier than Simon.", "Paul is earlier.", 1),
-        Example("Simon is earlier than Bruce and Simon is earlier than Paul.", "Paul is earlier.", 0),
+        Example("Paul is earlier than Simon and Simon is earlier than Bruce.", "Paul is earlier.", 1),
+        Example("Simon is earlier than Paul and Bruce is earlier than Simon.", "Paul is earlier.", 0),
     ]
 
 
