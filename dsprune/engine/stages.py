@@ -32,6 +32,7 @@ from dsprune.engine.teacher import Teacher
 from dsprune.engine.trainer import LayerMatcher, Meter, Trainer, log_step
 from dsprune.engine.world import World
 from dsprune.errors import CheckpointError, ConfigError
+from dsprune.methods import Method
 from dsprune.methods.noise import stable_seed
 from dsprune.structure import Selection, attach_gates
 from dsprune.tasks import TaskData
@@ -63,6 +64,9 @@ class Run:
         self.journal = journal
         self.folder = Path(config.output)
         self.batches = Batches(data.train, ready.batch, world, config.seed)
+        if "prune" in config.stages:
+            # Now that an epoch has a length, see that the method's phases fit, before the teacher trains.
+            self._method()
 
     # --- what is already there -------------------------------------------------------------
 
@@ -177,10 +181,8 @@ class Run:
 
     def _prune(self) -> None:
         config = self.config.prune
-        total = config.duration.steps(self.batches.steps_per_epoch)
-        method = build_method(
-            self.config, self.ready.structure, total_steps=total, steps_per_epoch=self.batches.steps_per_epoch
-        )
+        method = self._method()
+        total = method.plan.total_steps
         teacher = self._load_teacher()
         ds_config = self._student_ds(config)
         source = self.teacher_source if config.start == "teacher" else self.config.model.name
@@ -239,6 +241,11 @@ class Run:
         self._finish("evaluate")
 
     # --- parts of a training stage ----------------------------------------------------------
+
+    def _method(self) -> Method:
+        per_epoch = self.batches.steps_per_epoch
+        total = self.config.prune.duration.steps(per_epoch)
+        return build_method(self.config, self.ready.structure, total_steps=total, steps_per_epoch=per_epoch)
 
     def _load_teacher(self) -> Teacher:
         layers = self.ready.teacher_layers if self.config.distill.layers > 0 else ()

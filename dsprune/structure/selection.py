@@ -19,7 +19,7 @@ from torch import Tensor
 
 from dsprune.errors import CheckpointError, ConfigError
 from dsprune.structure.gating import Gates, complete, sublayer_alive
-from dsprune.structure.spaces import Empty, Space, Structure
+from dsprune.structure.spaces import GATE_KINDS, Empty, Space, Structure
 
 __all__ = ["Selection"]
 
@@ -100,6 +100,10 @@ class Selection:
                 gates = {kind: file.get_tensor(kind) for kind in file.keys()}
         except (OSError, SafetensorError) as error:
             raise CheckpointError(f"cannot read the selection {path}: {error}") from error
-        if empty not in ("identity", "bias"):
-            raise CheckpointError(f"{path} is not a selection: it does not say what an empty sublayer computes")
+        if empty not in ("identity", "bias") or set(gates) != set(GATE_KINDS):
+            raise CheckpointError(f"{path} is not a selection: it lacks gates, or what an empty sublayer computes")
+        if not all(gate.isfinite().all() for gate in gates.values()) or not gates["hidden"].any():
+            raise CheckpointError(
+                f"{path} holds an impossible selection: gates not finite, or no hidden dimension left"
+            )
         return cls(gates, empty)  # type: ignore[arg-type]
