@@ -85,8 +85,11 @@ def _check_teacher(config: RunConfig, task: Task) -> None:
         raise ArchitectureError(
             f"teacher '{source}' has {teacher.num_labels} labels and task '{task.name}' has {task.num_labels}"
         )
-    if task.labels:
-        label_permutation(teacher.id2label, task.labels)
+    if task.labels and label_permutation(teacher.id2label, task.labels) and config.prune.start == "teacher":
+        raise ConfigError(
+            f"prune.start = 'teacher' and teacher '{source}' has the task's labels in another order "
+            f"({', '.join(teacher.id2label.values())}): start from 'pretrained', or reorder its head"
+        )
 
 
 def _check_lengths(config: RunConfig, model: nn.Module) -> None:

@@ -84,6 +84,11 @@ CASES = {
         "3 labels",
         lambda f: (_teacher(f, id2label={str(i): f"LABEL_{i}" for i in range(3)}),),
     ),
+    "start from a teacher with reordered labels": (
+        64,
+        "in another order",
+        lambda f: (_teacher(f, id2label={"0": "follows", "1": "contradicts"}), "prune.start=teacher"),
+    ),
     "missing column": (65, "sentence", lambda f: _data(f, GOOD.replace("sentence", "text"))),
     "empty split": (65, "validation", lambda f: _data(f, GOOD, "sentence,label\n")),
     "label out of range": (65, "label", lambda f: _data(f, GOOD + "one more,7\n")),
