@@ -8,8 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
-from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrainedModel, PreTrainedTokenizerBase
 
 from dsprune.config import RunConfig
 from dsprune.distill import check_teacher_layers, default_teacher_layers
@@ -38,7 +37,7 @@ class Preflight:
     vocab_size: int
 
 
-def skeleton(source: str, task: Task, revision: str | None = None) -> nn.Module:
+def skeleton(source: str, task: Task, revision: str | None = None) -> PreTrainedModel:
     """The dense model with the task's head, on the meta device: shapes without weights.
 
     Raises:
@@ -92,7 +91,7 @@ def _check_teacher(config: RunConfig, task: Task) -> None:
         )
 
 
-def _check_lengths(config: RunConfig, model: nn.Module) -> None:
+def _check_lengths(config: RunConfig, model: PreTrainedModel) -> None:
     positions = getattr(model.config, "max_position_embeddings", None)
     if positions is not None and config.task.max_length > positions:
         raise ConfigError(f"task.max_length = {config.task.max_length}: the model has {positions} positions")
