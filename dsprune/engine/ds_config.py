@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib import resources
@@ -66,8 +67,9 @@ def plan_batch(batch: BatchConfig, world_size: int) -> BatchPlan:
 
 
 def _folder() -> Path:
-    packaged = Path(str(resources.files("dsprune"))) / "ds_configs"
-    return packaged if packaged.is_dir() else packaged.parent.parent / "ds_configs"
+    """In a checkout they stand beside the package; a wheel puts them under the environment's share/."""
+    checkout = Path(str(resources.files("dsprune"))).parent / "ds_configs"
+    return checkout if checkout.is_dir() else Path(sys.prefix) / "share" / "dsprune" / "ds_configs"
 
 
 def list_ds_configs() -> list[str]:

@@ -45,11 +45,14 @@ def execute(recipe: str, overrides: Sequence[str]) -> None:
     """
     config = load(recipe, overrides)
     check_requirements()
+    import transformers
+
     from dsprune.engine.journal import Journal, write_json
     from dsprune.engine.preflight import preflight
     from dsprune.engine.stages import Run
     from dsprune.engine.world import start_world
 
+    transformers.utils.logging.disable_progress_bar()
     ready = preflight(config, int(os.environ.get("WORLD_SIZE", "1")))
     world = start_world()
     with world.together("loading the data"):

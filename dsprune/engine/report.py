@@ -59,10 +59,14 @@ def _rows(figures: dict[str, Any]) -> list[list[str]]:
                 f"{entry['sparsity']['encoder']:.1%}",
                 f"{entry['sparsity']['total']:.1%}",
                 f"{entry['latency_ms']:.2f}",
-                f"{figures['dense']['latency_ms'] / entry['latency_ms']:.2f}x",
+                _speedup(figures["dense"]["latency_ms"] / entry["latency_ms"]),
             ]
         )
     return rows
+
+
+def _speedup(ratio: float) -> str:
+    return f"{ratio:.2f}x" if ratio >= 1 else f"{ratio:.2f}x (slower)"
 
 
 def _headers(figures: dict[str, Any]) -> list[str]:

@@ -261,6 +261,6 @@ def log_step(journal: Journal, trainer: Trainer, meter: Meter, step: int) -> dic
             metrics[f"lr/{('gates', 'multipliers')[i] if i < 2 else i}"] = optimizer.param_groups[0]["lr"]
     journal.log(trainer.stage, step, metrics)
     note = {"loss": f"{metrics['loss/total']:.4f}"}
-    if "sparsity/hard" in metrics:
-        note["sparsity"] = f"{metrics['sparsity/hard']:.1%}"
+    if trainer.replica is not None and "sparsity/hard" in metrics:
+        note[f"{trainer.replica.method.plan.target_of} sparsity"] = f"{metrics['sparsity/hard']:.1%}"
     return note

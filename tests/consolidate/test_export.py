@@ -83,7 +83,7 @@ def test_it_loads_and_saves_where_dsprune_is_not_installed(run, tmp_path):
     env = {"HF_MODULES_CACHE": str(tmp_path / "modules"), "HF_HUB_OFFLINE": "1", "PATH": os.environ["PATH"]}
     # -P keeps the current folder off the path; an editable install must not be seen either.
     code = "import sys; sys.meta_path[:] = [f for f in sys.meta_path if 'editable' not in repr(f).lower()]\n"
-    code += "import os; sys.path[:] = [p for p in sys.path if not os.path.exists(os.path.join(p, 'dsprune'))]"
+    code += "import os; sys.path[:] = [p for p in sys.path if not os.path.exists(p + '/dsprune/__init__.py')]"
     done = subprocess.run(
         [sys.executable, "-P", "-c", f"{code}\n{LOAD_ELSEWHERE}", *map(str, paths)],
         cwd=tmp_path,
