@@ -30,6 +30,11 @@ def read_manifest(checkpoint: Path) -> dict[str, Any]:
         raise CheckpointError(f"{path} cannot be read: {error}") from error
     if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
         raise CheckpointError(f"{path} is of a format that this version of dsprune does not know")
+    files = manifest.get("files")
+    if not isinstance(files, dict) or not all(
+        isinstance(e, dict) and {"bytes", "sha256"} <= set(e) for e in files.values()
+    ):
+        raise CheckpointError(f"{path} does not list the checkpoint's files: it is damaged")
     return manifest
 
 

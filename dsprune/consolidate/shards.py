@@ -9,8 +9,7 @@ from __future__ import annotations
 
 import logging
 import math
-import pickle
-import zipfile
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -50,7 +49,7 @@ def _read(path: Path) -> dict[str, Any]:
     try:
         with torch.serialization.safe_globals(_STAND_INS):  # type: ignore[arg-type]
             shard: dict[str, Any] = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
-    except (OSError, RuntimeError, EOFError, zipfile.BadZipFile, pickle.UnpicklingError, ValueError) as error:
+    except Exception as error:  # a damaged pickle fails in any way there is
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise CheckpointError(
             f"{path} cannot be read: it is damaged or holds what no checkpoint holds ({reason})"
@@ -104,44 +103,71 @@ def open_shards(folder: Path) -> ShardedTensors:
     Raises:
         CheckpointError: files are missing, damaged, or of ranks that do not belong together.
     """
-    models = sorted(folder.glob("*model_states.pt"))
+    models = sorted(folder.glob("*model_states.pt"), key=_rank)
     if not models:
         raise CheckpointError(f"{folder} holds no model states: it is not a checkpoint of DeepSpeed")
-    partitions = sorted(folder.glob("*optim_states.pt"), key=_rank)
-    if not partitions:
-        return ShardedTensors(_from_module(_read(models[0])), folder)
-    shards = [_read(path)["optimizer_state_dict"] for path in partitions]
-    _check_ranks(shards, folder)
-    model = _read(models[0])
-    sharded = "fp32_flat_groups" in shards[0]
-    placed = _from_stage3(model, shards) if sharded else _from_stage12(model, shards)
-    placed |= _frozen(model, [_read(path) for path in models[1:]] if sharded else [], sharded)
-    placed |= {name: _Placed(tuple(t.shape), [t.flatten()]) for name, t in _buffers(model)}
-    for alias, original in dict(model.get("shared_params") or {}).items():
-        placed[alias] = placed[original]
+    try:
+        placed = _place(folder, models, sorted(folder.glob("*optim_states.pt"), key=_rank))
+    except (KeyError, TypeError, AttributeError, ValueError, IndexError) as error:
+        raise CheckpointError(
+            f"{folder} does not hold what DeepSpeed saves ({type(error).__name__}: {error})"
+        ) from error
     return ShardedTensors(placed, folder)
 
 
+def _place(folder: Path, models: list[Path], partitions: list[Path]) -> dict[str, _Placed]:
+    model = _read(models[0])
+    shards = [_read(path)["optimizer_state_dict"] for path in partitions]
+    _check_ranks(folder, models, model, shards)
+    if not shards:
+        return _from_module(model)
+    sharded = _is_stage3(shards)
+    if sharded:
+        placed = _from_stage3(model, shards) | _frozen([model, *(_read(path) for path in models[1:])])
+        placed |= {name: _whole(model["module"][name]) for name in model["buffer_names"]}
+    else:
+        placed = _from_stage12(model, shards)
+    for alias, original in dict(model.get("shared_params") or {}).items():
+        if original in placed:
+            placed[alias] = placed[original]
+    if not sharded:
+        # What no optimizer holds, frozen weights and buffers, stands whole beside it.
+        placed |= {name: _whole(tensor) for name, tensor in model["module"].items() if name not in placed}
+    return placed
+
+
 def _rank(path: Path) -> int:
-    return int(path.name.split("zero_pp_rank_")[1].split("_")[0])
+    match = re.search(r"zero_pp_rank_(\d+)", path.name)
+    return int(match[1]) if match else 0
 
 
-def _check_ranks(shards: list[dict[str, Any]], folder: Path) -> None:
+def _is_stage3(shards: list[dict[str, Any]]) -> bool:
+    return "fp32_flat_groups" in shards[0]
+
+
+def _check_ranks(folder: Path, models: list[Path], model: dict[str, Any], shards: list[dict[str, Any]]) -> None:
+    if not shards:
+        if model.get("param_shapes"):
+            raise CheckpointError(f"{folder} holds no optimizer shards, and the weights are in those")
+        return
     count = shards[0]["partition_count"]
     expected = max(count) if isinstance(count, list) else int(count)
     if expected != len(shards):
         raise CheckpointError(f"{folder} was written by {expected} ranks and holds the shards of {len(shards)}")
+    states = expected if _is_stage3(shards) else 1
+    if states != len(models):
+        raise CheckpointError(f"{folder} should hold {states} files of model states and holds {len(models)}")
 
 
 def _from_module(model: dict[str, Any]) -> dict[str, _Placed]:
     """Stage 0: whole tensors."""
     if any(t.dtype in (torch.float16, torch.bfloat16) for t in model["module"].values()):
         logger.warning("the checkpoint holds half-precision weights without fp32 masters: exporting those")
-    return {name: _Placed(tuple(tensor.shape), [tensor.flatten()]) for name, tensor in model["module"].items()}
+    return {name: _whole(tensor) for name, tensor in model["module"].items()}
 
 
-def _buffers(model: dict[str, Any]) -> list[tuple[str, Tensor]]:
-    return [(name, model["module"][name]) for name in model.get("buffer_names", []) if name in model["module"]]
+def _whole(tensor: Tensor) -> _Placed:
+    return _Placed(tuple(tensor.shape), [tensor.flatten()])
 
 
 def _from_stage12(model: dict[str, Any], shards: list[dict[str, Any]]) -> dict[str, _Placed]:
@@ -155,6 +181,8 @@ def _from_stage12(model: dict[str, Any], shards: list[dict[str, Any]]) -> dict[s
             numel = math.prod(shape)
             placed[name] = _Placed(tuple(shape), _slices(parts, offset, numel))
             offset += numel + (int(paddings[group][i]) if paddings is not None else 0)
+        # The end is padded so that two equal, aligned parts go to every rank.
+        _check_end(offset, sum(part.numel() for part in parts), slack=2 * len(shards))
     return placed
 
 
@@ -168,7 +196,15 @@ def _from_stage3(model: dict[str, Any], shards: list[dict[str, Any]]) -> dict[st
             pieces = [piece for shard in shards for piece in _slices(shard["fp32_flat_groups"], offset, numel)]
             placed[name] = _Placed(tuple(shape), pieces)
             offset += numel
+    for shard in shards:
+        _check_end(offset, sum(part.numel() for part in shard["fp32_flat_groups"]), slack=1)
     return placed
+
+
+def _check_end(read: int, held: int, *, slack: int) -> None:
+    """See that parameters and shard end together: what lies in an unknown layout would be read as wrong weights."""
+    if not 0 <= held - read < slack:
+        raise CheckpointError(f"a shard holds {held} values where its parameters have {read}: its layout is not known")
 
 
 def _slices(parts: list[Tensor], offset: int, numel: int) -> list[Tensor]:
@@ -186,10 +222,10 @@ def _slices(parts: list[Tensor], offset: int, numel: int) -> list[Tensor]:
     return pieces
 
 
-def _frozen(model: dict[str, Any], others: list[dict[str, Any]], sharded: bool) -> dict[str, _Placed]:
-    shapes = model.get("frozen_param_shapes") or {}
-    states = [model, *others] if sharded else [model]
+def _frozen(models: list[dict[str, Any]]) -> dict[str, _Placed]:
+    """Stage 3: frozen parameters are cut like the others, and lie in the model states of every rank."""
+    shapes = models[0].get("frozen_param_shapes") or {}
     return {
-        name: _Placed(tuple(shape), [state["frozen_param_fragments"][name].flatten() for state in states])
+        name: _Placed(tuple(shape), [state["frozen_param_fragments"][name].flatten() for state in models])
         for name, shape in shapes.items()
     }

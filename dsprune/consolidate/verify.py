@@ -14,6 +14,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
+from dsprune.consolidate.memory import give_back
 from dsprune.consolidate.writer import names_in
 from dsprune.errors import CheckpointError
 
@@ -63,25 +64,40 @@ def _drop(names: list[str]) -> Any:
         for name in names:
             value = getattr(module, name)
             setattr(module, name, nn.Parameter(torch.empty_like(value, device="meta"), requires_grad=False))
+        del value
+        give_back()
 
     return hook
 
 
 @torch.inference_mode()
 def logits(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
-    """First output of a model on a batch, fp32."""
-    return model(**batch)[0].float()  # type: ignore[no-any-return]
-
-
-def compare(ours: Tensor, theirs: Tensor, what: str) -> float:
-    """Largest absolute difference.
+    """First output of a model on a batch, fp32.
 
     Raises:
-        CheckpointError: not finite, or beyond `TOLERANCE`.
+        CheckpointError: the batch is not one for this model.
+    """
+    try:
+        return model(**batch)[0].float()  # type: ignore[no-any-return]
+    except (IndexError, TypeError) as error:
+        raise CheckpointError(f"the batch to verify on does not fit the model: {error}") from error
+
+
+def compare(ours: Tensor, theirs: Tensor, what: str, *, tolerance: float | None = TOLERANCE) -> float:
+    """Largest absolute difference.
+
+    Args:
+        ours: logits of what was written.
+        theirs: logits of what was trained.
+        what: names the two in the error.
+        tolerance: allowed difference, relative to the largest of `theirs` (at least 1); None allows any.
+
+    Raises:
+        CheckpointError: not finite, or beyond the tolerance.
     """
     if not ours.isfinite().all():
         raise CheckpointError(f"{what}: the logits are not finite")
     difference = float((ours - theirs).abs().max())
-    if difference > TOLERANCE * max(1.0, float(theirs.abs().max())):
+    if tolerance is not None and difference > tolerance * max(1.0, float(theirs.abs().max())):
         raise CheckpointError(f"{what}: logits differ by {difference:.2e}; nothing was exported")
     return difference

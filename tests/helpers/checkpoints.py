@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import save_file
+from transformers import PreTrainedModel
 
+from dsprune.structure import Selection
 from tests.helpers.models import tiny_batch
 from tests.helpers.training import Setup, build_trainer
 from tests.helpers.world import run_world
@@ -48,3 +52,37 @@ def save_run(setup: Setup, world_size: int, folder: Path) -> dict[str, torch.Ten
     """A run folder with one committed checkpoint of the prune stage; returns the live model's fp32 weights."""
     weights = run_world(_save, world_size, setup, folder)[0]
     return {name: torch.from_numpy(value) for name, value in weights.items()}
+
+
+def write_run(
+    folder: Path, model: PreTrainedModel, *, stage: str = "prune", selection: Selection | None = None
+) -> Path:
+    """A run folder as a stage-0 engine would leave it, without one: any model, any head, in milliseconds."""
+    checkpoint = folder / stage / "checkpoints" / "step-00000001"
+    (checkpoint / "student").mkdir(parents=True)
+    state = {f"model.{name}": tensor for name, tensor in model.state_dict().items()}
+    state["projection.weight"] = torch.zeros(3, 3)
+    states = {"module": state, "buffer_names": [], "optimizer": {"state": {}}, "param_shapes": None}
+    torch.save(states, checkpoint / "student" / "mp_rank_00_model_states.pt")
+    (checkpoint / "model").mkdir()
+    config = {**model.config.to_dict(), "architectures": [type(model).__name__]}
+    (checkpoint / "model" / "config.json").write_text(json.dumps(config))
+    save_file(tiny_batch(), checkpoint / "verify.safetensors")
+    if selection is not None:
+        selection.save(checkpoint / "selection.safetensors")
+    write_manifest(checkpoint, stage)
+    return folder
+
+
+def write_manifest(checkpoint: Path, stage: str = "prune") -> None:
+    """MANIFEST.json over whatever files lie in a checkpoint."""
+    files = {
+        str(path.relative_to(checkpoint)): {
+            "bytes": path.stat().st_size,
+            "sha256": hashlib.sha256(path.read_bytes()).hexdigest(),
+        }
+        for path in checkpoint.rglob("*")
+        if path.is_file() and path.name != "MANIFEST.json"
+    }
+    manifest = {"format": 1, "stage": stage, "step": 1, "method": "cofi", "files": files}
+    (checkpoint / "MANIFEST.json").write_text(json.dumps(manifest))

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import pickle
+import shutil
 import signal
 import sys
 import tempfile
@@ -91,7 +92,9 @@ def run_world(fn: Callable[..., Any], world_size: int, *args: Any, timeout: floa
     if failed is not None:
         logs = "\n".join(f"--- {p.name}\n{p.read_text()[-6000:]}" for p in sorted(folder.glob("rank*.log")))
         raise AssertionError(f"{failed}\n{logs}")
-    return [pickle.loads((folder / f"rank{rank}.pickle").read_bytes()) for rank in range(world_size)]
+    results = [pickle.loads((folder / f"rank{rank}.pickle").read_bytes()) for rank in range(world_size)]
+    shutil.rmtree(folder)
+    return results
 
 
 def _wait(children: dict[int, int], deadline: float) -> str | None:
