@@ -164,6 +164,9 @@ class PruneConfig(OptimConfig):
     """Length of the whole stage, the pre-pruning phase included."""
     start: Literal["pretrained", "teacher"] = "pretrained"
     """Weights that the student starts from (the paper: pretrained)."""
+    embedding_rank: int | None = Field(None, ge=1)
+    """Factor the student's word embedding to this rank by a singular value decomposition, before pruning (GRAIN:
+    192); by default it stays whole."""
 
 
 class RecoverConfig(OptimConfig):
@@ -182,14 +185,19 @@ class DistillConfig(Section):
     """Weight of the logit loss."""
     temperature: float = Field(2.0, gt=0)
     """Temperature of the logit loss."""
+    logit_scale: Literal["temperature", "none"] = "temperature"
+    """Multiply the logit loss by the squared temperature (CoFi), or not (GRAIN)."""
     layers: float = Field(0.9, ge=0)
     """Weight of the layerwise hidden-state loss."""
     labels: float = Field(0.0, ge=0)
     """Weight of the task's own loss on the labels (the paper: none beside a teacher)."""
     match: Literal["fixed", "free", "monotone"] = "free"
     """Which student layer learns from a teacher layer: the same one, the nearest, or the nearest in rising order."""
+    projection: Literal["shared", "separate"] = "shared"
+    """From student to teacher width: one learned projection (CoFi), or one for each teacher layer (GRAIN)."""
     teacher_layers: tuple[int, ...] | None = None
-    """Teacher layers that teach, counted from 1; by default four, evenly spaced, ending with the last."""
+    """Teacher layers that teach, counted from 1, 0 being the embeddings; by default four, evenly spaced, ending with
+    the last."""
 
 
 class DeepSpeedConfig(Section):

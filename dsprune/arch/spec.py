@@ -32,6 +32,11 @@ class SublayerSpec:
     """How a removed sublayer is bypassed: module -> which of its arguments it returns instead of computing."""
     cached: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
     """Integers that modules cache: path -> attribute -> formula over `heads` and `head_dim`."""
+    idle: Mapping[str, str] = field(default_factory=dict)
+    """How a sublayer without units that keeps its output bias is run: as `skip`, or the name of the child that
+    answers instead."""
+    query: str = ""
+    """Linear of the queries; attention only."""
 
 
 @dataclass(frozen=True)
@@ -47,6 +52,7 @@ class FamilySpec:
     base: str
     layers: str
     sizes: Mapping[str, str]
+    word_embeddings: str
     embeddings: Mapping[str, Axes]
     layer: Mapping[str, Axes]
     attention: SublayerSpec
@@ -85,6 +91,7 @@ def load_family(name: str) -> FamilySpec:
         base=data["base"],
         layers=data["layers"],
         sizes=data["sizes"],
+        word_embeddings=data["word_embeddings"],
         embeddings=_axes(data["embeddings"]),
         layer=_axes(data["layer"]),
         attention=SublayerSpec(**data["attention"]),

@@ -12,6 +12,7 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.initialization import no_init_weights
 
+from dsprune.arch import family_for
 from dsprune.consolidate import modeling_dsprune
 from dsprune.errors import ArchitectureError, CheckpointError
 from dsprune.structure import CostModel, ParamSpec, Selection, Structure, analyze, cut, is_removed
@@ -27,6 +28,11 @@ __all__ = [
 ]
 
 MODELING = Path(modeling_dsprune.__file__)
+HEAD_MULTIPLE = 8
+"""Head sizes that fused attention kernels take without padding of their own."""
+EMBEDDING_RANK = "dsprune_embedding_rank"
+"""Key of a dense model's configuration whose word embedding was factored before pruning."""
+NOT_KEPT = ("transformers_version", "_name_or_path", EMBEDDING_RANK)
 
 
 def surviving(structure: Structure, selection: Selection) -> Iterator[tuple[str, ParamSpec]]:
@@ -51,7 +57,7 @@ def compact_name(structure: Structure, param: ParamSpec, place: dict[int, int]) 
     return f"{root}.{place[param.sublayer.layer]}{param.name.removeprefix(dense)}"
 
 
-def _facts(structure: Structure, selection: Selection, method: str | None) -> dict[str, Any]:
+def _facts(structure: Structure, selection: Selection, method: str | None, head_multiple: int) -> dict[str, Any]:
     """The `dsprune` table of config.json; `layers` has the shape of transformers' own `per_layer_config`."""
     sizes = structure.sizes
     cost = CostModel(structure, empty=selection.empty)
@@ -71,6 +77,8 @@ def _facts(structure: Structure, selection: Selection, method: str | None) -> di
         "empty": selection.empty,
         "hidden": len(selection.kept(structure.hidden)),
         "head_dim": sizes.head_dim,
+        "head_multiple": head_multiple,
+        "embedding_rank": structure.embedding_rank,
         "layers": layers,
         "parameters": {
             "encoder": int(cost.parameters(hard, of="encoder")),
@@ -82,7 +90,12 @@ def _facts(structure: Structure, selection: Selection, method: str | None) -> di
 
 
 def compact_config(
-    dense: dict[str, Any], structure: Structure, selection: Selection, *, method: str | None = None
+    dense: dict[str, Any],
+    structure: Structure,
+    selection: Selection,
+    *,
+    method: str | None = None,
+    head_multiple: int = HEAD_MULTIPLE,
 ) -> dict[str, Any]:
     """config.json of the compact model.
 
@@ -91,20 +104,16 @@ def compact_config(
         structure: of the dense model.
         selection: what is kept.
         method: name of the method, for the record.
+        head_multiple: heads of unequal size are padded, when they are used, to a multiple of this.
 
     Returns:
         A stock configuration where all that is left fits the stock class, else one that names the
         compact classes. Either way `dsprune` tells sizes and parameter counts.
-
-    Raises:
-        ArchitectureError: an empty attention sublayer that keeps its bias, which no class can express yet.
     """
-    facts = _facts(structure, selection, method)
-    if selection.empty == "bias" and any(layer["heads"] == 0 for layer in facts["layers"]):
-        raise ArchitectureError("an attention sublayer without heads that keeps its bias cannot be exported")
+    facts = _facts(structure, selection, method, head_multiple)
     layers = facts["layers"]
     size_names = structure.family.sizes
-    config = {key: value for key, value in dense.items() if key not in ("transformers_version", "_name_or_path")}
+    config = {key: value for key, value in dense.items() if key not in NOT_KEPT}
     config |= {
         size_names["num_layers"]: len(layers),
         size_names["num_heads"]: max((layer["heads"] for layer in layers), default=0),
@@ -163,15 +172,19 @@ def without_weights(config: dict[str, Any]) -> nn.Module:
     cls = model_class(config)
     built = cls.config_class.from_dict(dict(config))  # type: ignore[attr-defined]
     with no_init_weights(), init_empty_weights(include_buffers=False):
-        return cls(built).eval()
+        model = cls(built).eval()
+        if EMBEDDING_RANK in config:
+            modeling_dsprune.factor_embedding(model, family_for(built.model_type).as_dict(), config[EMBEDDING_RANK])
+    return model
 
 
-def apply_selection(model: PreTrainedModel, selection: Selection) -> nn.Module:
+def apply_selection(model: PreTrainedModel, selection: Selection, *, head_multiple: int = HEAD_MULTIPLE) -> nn.Module:
     """The compact model of a dense one in memory: scales folded, removed units cut away.
 
     Args:
         model: a dense `transformers` model of a known family, with its weights.
         selection: what is kept.
+        head_multiple: as in `compact_config`.
 
     Returns:
         A new model in eval mode, of the same dtype; equal to the masked model up to rounding.
@@ -181,7 +194,7 @@ def apply_selection(model: PreTrainedModel, selection: Selection) -> nn.Module:
     """
     structure = analyze(model)
     dense = {**model.config.to_dict(), "architectures": [type(model).__name__]}
-    compact = without_weights(compact_config(dense, structure, selection))
+    compact = without_weights(compact_config(dense, structure, selection, head_multiple=head_multiple))
     state = {
         name: cut(param, model.get_parameter(param.name).detach(), selection)
         for name, param in surviving(structure, selection)

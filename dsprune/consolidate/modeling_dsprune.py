@@ -4,11 +4,17 @@
 `config.json` holds, under `dsprune`, the sizes of every layer and the family's layout. A model is
 built as the stock class and its modules are then made smaller; a removed sublayer is bypassed and a
 layer without sublayers is not there at all.
+
+Attention heads that kept unequal numbers of query/key and value/output dimensions are packed: their
+weights are stored without padding and padded with zeros, when they are used, to one head size a layer,
+so that the stock attention runs all heads in one call. Zero query dimensions add nothing to a score,
+zero value dimensions nothing to an output; the scale stays that of the dense head.
 """
 
 import copy
 from typing import Any
 
+import torch
 import transformers
 from torch import nn
 
@@ -32,7 +38,8 @@ class Bypass(nn.Module):
     """Stands where a removed sublayer's module stood and returns one of its arguments, or zero.
 
     Args:
-        rule: "first", "second" or "zero", with ", none" where the module also returns attention weights.
+        rule: "first", "second", "zero" or the name of a child that answers; with ", none" where the module also
+            returns attention weights.
     """
 
     def __init__(self, rule: str) -> None:
@@ -44,12 +51,82 @@ class Bypass(nn.Module):
         arguments = [*args, *kwargs.values()]
         if self.what == "zero":
             result = arguments[0].new_zeros(())
+        elif hasattr(self, self.what):
+            result = getattr(self, self.what)(arguments[0])
         else:
             result = arguments[("first", "second").index(self.what)]
         return (result, None) if self.more else result
 
     def extra_repr(self) -> str:
         return self.rule
+
+
+class Constant(nn.Module):
+    """What is left of a linear without inputs: its bias, for every token."""
+
+    def __init__(self, bias: nn.Parameter) -> None:
+        super().__init__()
+        self.bias = bias
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.bias.expand(*x.shape[:-1], -1)
+
+
+class Zeros(nn.Module):
+    """What is left of a linear without outputs: zeros of the width that is expected."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.width = width
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x.new_zeros(*x.shape[:-1], self.width)
+
+
+class PackedLinear(nn.Linear):
+    """A linear whose rows or columns belong to heads of unequal size, padded with zeros when it is used.
+
+    Args:
+        axis: 0 where the rows belong to heads, 1 where the columns do.
+        counts: units of each head, in the order of the weight.
+        size: units of each head once padded.
+    """
+
+    def __init__(self, shape: list[int], axis: int, counts: list[int], size: int, **options: Any) -> None:
+        super().__init__(shape[1], shape[0], **options)
+        self.axis, self.size, self.heads = axis, size, len(counts)
+        self.places = [head * size + unit for head, count in enumerate(counts) for unit in range(count)]
+        self._index: torch.Tensor | None = None
+
+    def _padded(self, tensor: torch.Tensor, axis: int) -> torch.Tensor:
+        if self._index is None or self._index.device != tensor.device:
+            self._index = torch.tensor(self.places, device=tensor.device)
+        shape = list(tensor.shape)
+        shape[axis] = self.heads * self.size
+        return tensor.new_zeros(shape).index_copy(axis, self._index, tensor)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        bias = self.bias
+        if bias is not None and self.axis == 0:
+            bias = self._padded(bias, 0)
+        return nn.functional.linear(x, self._padded(self.weight, self.axis), bias)
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, {('rows', 'columns')[self.axis]} packed into {self.heads} heads of {self.size}"
+
+
+class FactoredEmbedding(nn.Module):
+    """A word embedding as a narrow table and a projection to the model's width."""
+
+    def __init__(self, dense: nn.Embedding, rank: int) -> None:
+        super().__init__()
+        shape = getattr(dense.weight, "ds_shape", dense.weight.shape)
+        options = {"device": dense.weight.device, "dtype": dense.weight.dtype}
+        self.table = nn.Embedding(shape[0], rank, padding_idx=dense.padding_idx, **options)
+        self.projection = nn.Linear(rank, shape[1], bias=False, **options)
+
+    def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
+        return self.projection(self.table(input_ids))
 
 
 def _resized(module: Any, sizes: list[int | None]) -> nn.Module:
@@ -74,26 +151,82 @@ def _resize(root: nn.Module, path: str, axes: list[str], widths: dict[str, int])
             setattr(owner, name, _resized(getattr(owner, name), sizes))
 
 
-def _shrink_layer(layer: nn.Module, family: dict[str, Any], sizes: dict[str, int], facts: dict[str, Any]) -> None:
+def _replace(root: nn.Module, path: str, module: nn.Module) -> None:
+    parent, _, name = path.rpartition(".")
+    setattr(root.get_submodule(parent), name, module)
+
+
+def _stand_in(layer: nn.Module, path: str, rule: str) -> None:
+    """Put a `Bypass` where a module was; a child that the rule names stays."""
+    bypass = Bypass(rule)
+    if bypass.what not in ("first", "second", "zero"):
+        setattr(bypass, bypass.what, layer.get_submodule(path).get_submodule(bypass.what))
+    _replace(layer, path, bypass)
+
+
+def head_sizes(sizes: dict[str, Any], facts: dict[str, Any]) -> tuple[list[int], list[int], int]:
+    """Query/key and value/output dimensions of each kept head of a layer, and the size all are padded to."""
+    dense = [facts["head_dim"]] * sizes["heads"]
+    query, value = sizes.get("qk_dims", dense), sizes.get("vo_dims", dense)
+    if query == value == dense or not dense:
+        return query, value, facts["head_dim"]
+    multiple = facts["head_multiple"]
+    return query, value, -(-max(query + value) // multiple) * multiple
+
+
+def _pack(layer: nn.Module, family: dict[str, Any], heads: dict[str, list[int]], size: int) -> None:
+    """Let the linears of attention pad their heads to one size, where they are not of that size anyway."""
+    for path, axes in family["layer"].items():
+        axis, kind = next(((i, name) for i, name in enumerate(axes) if name in heads), (0, None))
+        if kind is None or all(count == size for count in heads[kind]):
+            continue
+        module = layer.get_submodule(path)
+        if sum(heads[kind]) == 0:
+            _replace(layer, path, Zeros(len(heads[kind]) * size))
+            continue
+        shape = list(getattr(module.weight, "ds_shape", module.weight.shape))
+        options = {"bias": module.bias is not None, "device": module.weight.device, "dtype": module.weight.dtype}
+        _replace(layer, path, PackedLinear(shape, axis, heads[kind], size, **options))
+
+
+def _shrink_layer(layer: nn.Module, family: dict[str, Any], sizes: dict[str, Any], facts: dict[str, Any]) -> None:
     """Give one layer its own sizes."""
-    removed = facts["empty"] == "identity"
-    widths = {"hidden": facts["hidden"], "head": sizes["heads"] * facts["head_dim"], "ffn_dim": sizes["ffn_dim"]}
+    query, value, head_size = head_sizes(sizes, facts)
+    widths = {
+        "hidden": facts["hidden"],
+        "qk_dim": sum(query),
+        "vo_dim": sum(value),
+        "ffn_dim": sizes["ffn_dim"],
+    }
     for path, axes in family["layer"].items():
         _resize(layer, path, axes, widths)
     for kind, count in (("attention", sizes["heads"]), ("ffn", sizes["ffn_dim"])):
         spec = family[kind]
-        if count == 0 and removed:
+        if count == 0 and facts["empty"] == "identity":
             for path, rule in spec["skip"].items():
-                parent, _, name = path.rpartition(".")
-                setattr(layer.get_submodule(parent), name, Bypass(rule))
+                _stand_in(layer, path, rule)
             continue
-        known = {"heads": sizes["heads"], "head_dim": facts["head_dim"]}
+        if count == 0:
+            _replace(layer, spec["output"], Constant(layer.get_submodule(spec["output"]).bias))
+            for path, rule in spec["idle"].items():
+                _stand_in(layer, path, rule)
+            continue
+        if kind == "attention":
+            _pack(layer, family, {"qk_dim": query, "vo_dim": value}, head_size)
+        known = {"heads": sizes["heads"], "head_dim": head_size}
         for path, attributes in spec.get("cached", {}).items():
             for name, formula in attributes.items():
-                value = 1
+                product = 1
                 for factor in formula.split(" * "):
-                    value *= known[factor]
-                setattr(layer.get_submodule(path), name, value)
+                    product *= known[factor]
+                setattr(layer.get_submodule(path), name, product)
+
+
+def factor_embedding(model: Any, family: dict[str, Any], rank: int) -> None:
+    """Make the word embedding of a model a `FactoredEmbedding`, of no particular value."""
+    base = getattr(model, family["base"], model)
+    dense = base.get_submodule(family["word_embeddings"])
+    _replace(base, family["word_embeddings"], FactoredEmbedding(dense, rank))
 
 
 def shrink(model: Any, facts: dict[str, Any]) -> None:
@@ -107,6 +240,8 @@ def shrink(model: Any, facts: dict[str, Any]) -> None:
         widths["embedding"] = facts["hidden"]
     for path, axes in family["embeddings"].items():
         _resize(base, path, axes, widths)
+    if facts.get("embedding_rank"):
+        factor_embedding(model, family, facts["embedding_rank"])
     for path, axes in family.get("pooler", {}).items():
         if getattr(base, path.split(".")[0], None) is not None:
             _resize(base, path, axes, widths)

@@ -32,9 +32,10 @@ def check_teacher_layers(layers: Sequence[int], num_layers: int) -> tuple[int, .
     Raises:
         ConfigError: a layer that the teacher does not have, or one named twice.
     """
-    if not layers or sorted(set(layers)) != list(layers) or layers[0] < 1 or layers[-1] > num_layers:
+    if not layers or sorted(set(layers)) != list(layers) or layers[0] < 0 or layers[-1] > num_layers:
         raise ConfigError(
-            f"distill.teacher_layers = {list(layers)}: name layers from 1 to {num_layers}, each once, ascending"
+            f"distill.teacher_layers = {list(layers)}: name layers from 1 to {num_layers} (0: the embeddings), each "
+            "once, ascending"
         )
     return tuple(layers)
 

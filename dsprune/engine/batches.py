@@ -21,15 +21,17 @@ class MicroBatch:
 
     Attributes:
         inputs: the model's arguments, [batch, length] each.
-        labels: [batch].
+        labels: [batch], or [batch, length] where tokens are labelled.
         token_index: [tokens] positions of real tokens in the flattened [batch * length].
         num_tokens: [] real tokens of a mean micro-batch of this step, over all ranks and accumulation steps.
+        num_targets: [] what is predicted (examples, or labelled tokens) in a mean micro-batch, likewise.
     """
 
     inputs: dict[str, Tensor]
     labels: Tensor
     token_index: Tensor
     num_tokens: Tensor
+    num_targets: Tensor
 
 
 def to_device(batch: dict[str, Tensor], world: World) -> tuple[dict[str, Tensor], Tensor, Tensor]:
@@ -74,5 +76,7 @@ class Batches:
             micro_batch_size=self.plan.micro,
         )
         inputs, labels, token_index = to_device(self.data.collate(mine), self.world)
-        mean_tokens = self.num_tokens(step) / (self.plan.world_size * self.plan.accumulation)
-        return MicroBatch(inputs, labels, token_index, torch.tensor(mean_tokens, device=self.world.device))
+        shares = self.plan.world_size * self.plan.accumulation
+        totals = (self.num_tokens(step), int(self.data.targets[self.indices(step)].sum()))
+        means = torch.tensor([total / shares for total in totals], device=self.world.device)
+        return MicroBatch(inputs, labels, token_index, *means)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from dsprune.engine.batches import to_device
@@ -15,7 +16,7 @@ from dsprune.tasks.sampling import eval_shard
 __all__ = ["evaluate", "evaluate_all"]
 
 Forward = Callable[[Mapping[str, Tensor]], Tensor]
-"""Inputs on the device to logits [batch, classes]."""
+"""Inputs on the device to the task's outputs, [batch, classes] or [batch, length, classes]."""
 
 
 @torch.no_grad()
@@ -23,16 +24,17 @@ def evaluate(forward: Forward, task: Task, data: Encoded, world: World, *, batch
     """The task's metrics on one split. Collective: all ranks must call, and under ZeRO-3 forward in step."""
     logits: list[Tensor] = []
     kept: list[Tensor] = []
+    width = int(data.lengths.max())
     shard = eval_shard(len(data), rank=world.rank, world_size=world.size, batch_size=batch_size, lengths=data.lengths)
     for indices, num_real in shard:
         inputs, _, _ = to_device(data.collate(indices), world)
         out = forward(inputs)[:num_real].float().cpu()
-        logits.append(out)
+        logits.append(out if out.dim() == 2 else F.pad(out, (0, 0, 0, width - out.shape[1])))
         kept.append(torch.as_tensor(indices[:num_real], dtype=torch.int64))
     shards = world.gather((torch.cat(kept).numpy(), torch.cat(logits).numpy()))
     order = torch.cat([torch.from_numpy(indices) for indices, _ in shards])
     predictions = torch.cat([torch.from_numpy(values) for _, values in shards])
-    return task.score(predictions[order.argsort()], data.labels)
+    return task.score(predictions[order.argsort()], data)
 
 
 def evaluate_all(

@@ -13,7 +13,9 @@ from typing import Any
 import torch
 from transformers import (
     AutoConfig,
+    AutoModelForQuestionAnswering,
     AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
     AutoTokenizer,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -27,10 +29,25 @@ from dsprune.engine.requirements import quiet_import
 from dsprune.errors import ArchitectureError, ConfigError
 from dsprune.tasks import Task
 
-__all__ = ["encoder_layers", "is_compact", "load_model", "load_tokenizer", "release", "resolve_source"]
+__all__ = [
+    "AUTO_CLASSES",
+    "encoder_layers",
+    "hidden_states",
+    "is_compact",
+    "load_model",
+    "load_tokenizer",
+    "release",
+    "resolve_source",
+]
 
 logger = logging.getLogger(__name__)
 PACKAGE_PREFIX = "package:"
+AUTO_CLASSES: Mapping[str, Any] = {
+    "ForSequenceClassification": AutoModelForSequenceClassification,
+    "ForQuestionAnswering": AutoModelForQuestionAnswering,
+    "ForTokenClassification": AutoModelForTokenClassification,
+}
+"""By the head that a task needs."""
 
 
 def resolve_source(name: str) -> str:
@@ -124,7 +141,7 @@ def _load_dense(source: str, task: Task, revision: str | None, options: dict[str
     except (OSError, ValueError) as error:
         raise ConfigError(f"cannot load model '{source}': {_first_line(error)}") from error
     family_for(config.model_type)
-    trained = any(name.endswith("ForSequenceClassification") for name in config.architectures or [])
+    trained = any(name.endswith(task.head) for name in config.architectures or [])
     if trained and config.num_labels != task.num_labels:
         raise ArchitectureError(
             f"model '{source}' has {config.num_labels} labels and task '{task.name}' has {task.num_labels}"
@@ -132,20 +149,25 @@ def _load_dense(source: str, task: Task, revision: str | None, options: dict[str
     if not trained:
         options |= label_config(task)
     try:
-        return AutoModelForSequenceClassification.from_pretrained(source, revision=revision, **options)  # type: ignore[no-any-return]
+        return AUTO_CLASSES[task.head].from_pretrained(source, revision=revision, **options)  # type: ignore[no-any-return]
     except (OSError, ValueError) as error:
         raise ConfigError(f"cannot load model '{source}': {_first_line(error)}") from error
 
 
 def label_config(task: Task) -> dict[str, Any]:
     """What a fresh head's configuration says about its labels."""
+    if task.problem == "spans":
+        return {"num_labels": task.num_labels}
     names = task.labels or ("score",)
-    return {
+    labels = {
         "num_labels": task.num_labels,
         "id2label": dict(enumerate(names)),
         "label2id": {name: i for i, name in enumerate(names)},
-        "problem_type": "regression" if task.problem == "regression" else "single_label_classification",
     }
+    if task.problem == "tokens":
+        return labels
+    regression = task.problem == "regression"
+    return labels | {"problem_type": "regression" if regression else "single_label_classification"}
 
 
 def encoder_layers(model: PreTrainedModel) -> list[str]:
@@ -155,6 +177,17 @@ def encoder_layers(model: PreTrainedModel) -> list[str]:
     root = f"{base}.{family.layers}" if base else family.layers
     layers = model.get_submodule(root)
     return [f"{root}.{i}" for i in range(len(list(layers.children())))]
+
+
+def hidden_states(model: PreTrainedModel, *, embeddings: bool) -> list[str]:
+    """Modules whose outputs are the hidden states: the layers, and after them the embeddings if wanted."""
+    family = family_for(str(model.config.model_type).removeprefix("dsprune_"))
+    base = getattr(model, family.base, model)
+    module = family.word_embeddings.split(".")[0]
+    if family.embedding_projection is not None and hasattr(base, family.embedding_projection):
+        module = family.embedding_projection
+    path = f"{family.base}.{module}" if base is not model else module
+    return encoder_layers(model) + ([path] if embeddings else [])
 
 
 def release(*objects: Any) -> None:

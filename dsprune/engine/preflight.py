@@ -8,12 +8,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from dsprune.arch import family_for
 from dsprune.config import RunConfig
+from dsprune.consolidate import factor_embedding
 from dsprune.distill import check_teacher_layers, default_teacher_layers
 from dsprune.engine.ds_config import BatchPlan, load_ds_config, plan_batch, student_config, teacher_config
-from dsprune.engine.models import label_config, load_tokenizer, resolve_source
+from dsprune.engine.factoring import check_rank
+from dsprune.engine.models import AUTO_CLASSES, label_config, load_tokenizer, resolve_source
 from dsprune.errors import ArchitectureError, ConfigError, OutputError
 from dsprune.methods import Method, Plan, method_class
 from dsprune.structure import Structure, analyze
@@ -49,7 +52,7 @@ def skeleton(source: str, task: Task, revision: str | None = None) -> PreTrained
         raise ConfigError(f"cannot load model '{source}': {str(error).splitlines()[0]}") from error
     try:
         with torch.device("meta"):
-            return AutoModelForSequenceClassification.from_config(config)  # type: ignore[no-any-return]
+            return AUTO_CLASSES[task.head].from_config(config)  # type: ignore[no-any-return]
     except ValueError as error:
         raise ArchitectureError(f"model '{source}': {str(error).splitlines()[0]}") from error
 
@@ -141,6 +144,9 @@ def preflight(config: RunConfig, world_size: int) -> Preflight:
     assert teacher_ds is not None
     check_output(Path(config.output))
     model = skeleton(config.model.name, task, config.model.revision)
+    if config.prune.embedding_rank is not None:
+        check_rank(model, config.prune.embedding_rank)
+        factor_embedding(model, family_for(model.config.model_type).as_dict(), config.prune.embedding_rank)
     structure = analyze(model)
     _check_lengths(config, model)
     _check_teacher(config, task)

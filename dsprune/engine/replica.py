@@ -52,11 +52,15 @@ class Replica:
         self._graph: dict[str, Tensor] | None = None
 
     def gates(self, step: int, device: torch.device) -> dict[str, Tensor] | None:
-        """Leaf copies of the method's gates for the forward passes of one step; None for the dense model."""
+        """Leaf copies of the method's gates for the forward passes of one step; None for the dense model.
+
+        They ask for gradients where the method wants any.
+        """
         self._graph = self.method.gates(step)
         if self._graph is None:
             return None
-        return {kind: gate.detach().to(device).requires_grad_() for kind, gate in self._graph.items()}
+        wanted = self.method.signal(step) != "none"
+        return {kind: gate.detach().to(device, copy=True).requires_grad_(wanted) for kind, gate in self._graph.items()}
 
     @property
     def current(self) -> dict[str, Tensor] | None:
@@ -64,7 +68,7 @@ class Replica:
         return self._graph and {kind: gate.detach() for kind, gate in self._graph.items()}
 
     def step(self, step: int, gate_grads: Mapping[str, Tensor]) -> None:
-        """Apply one step: the gates' gradients through the method's graph, plus the gradient of its penalty.
+        """Apply one step to the method and its optimizers.
 
         Args:
             step: optimizer step.
@@ -72,11 +76,7 @@ class Replica:
         """
         if self._graph is None:
             return
-        kinds = list(self._graph)
-        torch.autograd.backward([self._graph[kind] for kind in kinds], [gate_grads[kind] for kind in kinds])
-        penalty = self.method.penalty(step)
-        if penalty is not None:
-            penalty.backward()  # type: ignore[no-untyped-call]
+        self.method.learn(step, self._graph, gate_grads)
         for optimizer in self.method.optimizers():
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)

@@ -23,6 +23,7 @@ from dsprune.engine.batches import Batches
 from dsprune.engine.checkpoint import CheckpointStore, Snapshot, save_verification_batch
 from dsprune.engine.ds_config import student_config
 from dsprune.engine.evaluate import evaluate_all
+from dsprune.engine.factoring import factor_word_embedding
 from dsprune.engine.journal import Journal, write_json
 from dsprune.engine.models import load_model, release, resolve_source
 from dsprune.engine.preflight import Preflight, build_method
@@ -188,11 +189,13 @@ class Run:
         source = self.teacher_source if config.start == "teacher" else self.config.model.name
         self._seed("head")
         model = load_model(source, self.task, ds_config, revision=self.config.model.revision)
+        if config.embedding_rank is not None:
+            factor_word_embedding(model, config.embedding_rank)
         student = Student(
             model,
             self.task,
             distill=self.config.distill,
-            teacher_width=teacher.width,
+            teacher=(teacher.width, self.ready.teacher_layers),
             gating=attach_gates(model, self.ready.structure, empty=method.empty),
         )
         engine = build_student_engine(student, ds_config, lr=config.lr, weight_decay=config.weight_decay)
@@ -223,8 +226,8 @@ class Run:
             model,
             self.task,
             distill=self.config.distill,
-            teacher_width=teacher.width,
-            projection=self._pruned_projection(),
+            teacher=(teacher.width, self.ready.teacher_layers),
+            projections=self._pruned_projections(),
         )
         engine = build_student_engine(student, ds_config, lr=config.lr, weight_decay=config.weight_decay)
         sources = self._compact_layers(source)
@@ -259,14 +262,18 @@ class Run:
             return tuple(range(self.ready.structure.sizes.num_layers))
         return tuple(layer["source"] for layer in facts["layers"])
 
-    def _pruned_projection(self) -> tuple[Tensor, Tensor] | None:
-        """The projection that pruning trained, cut to the hidden dimensions that are left."""
+    def _pruned_projections(self) -> list[tuple[Tensor, Tensor]]:
+        """The projections that pruning trained, cut to the hidden dimensions that are left."""
         checkpoint = Path(self._facts("prune").get("checkpoint", ""))
         if self.config.distill.layers == 0 or not (checkpoint / "selection.safetensors").exists():
-            return None
+            return []
         source = open_checkpoint(checkpoint)
         kept = Selection.load(checkpoint / "selection.safetensors").kept(self.ready.structure.hidden)
-        return source.read("projection.weight")[:, kept], source.read("projection.bias")
+        count = sum(name.startswith("projections.") and name.endswith(".weight") for name in source.names())
+        return [
+            (source.read(f"projections.{i}.weight")[:, kept], source.read(f"projections.{i}.bias"))
+            for i in range(count)
+        ]
 
     def _trainer(
         self,
@@ -355,7 +362,7 @@ class Run:
         if gates is not None:
             gates = {kind: gate.to(self.world.device) for kind, gate in gates.items()}
         scores = evaluate_all(
-            lambda inputs: engine(inputs, None, gates)[0],
+            lambda inputs: engine(inputs, None, None, gates)[0],
             self.task,
             self.data.evals,
             self.world,

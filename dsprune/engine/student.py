@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from dsprune.config import DistillConfig
-from dsprune.distill import UNMATCHED, HiddenTap, layer_distances, layer_loss, logit_loss
+from dsprune.distill import UNMATCHED, HiddenTap, layer_distances, layer_loss
 from dsprune.engine.ds_config import zero_stage
-from dsprune.engine.models import encoder_layers
+from dsprune.engine.models import encoder_layers, hidden_states
 from dsprune.engine.requirements import quiet_import
 from dsprune.structure import Gates, Gating
 from dsprune.tasks import Task
@@ -31,11 +31,12 @@ class Lesson:
     """What the teacher says about one micro-batch.
 
     Attributes:
-        logits: [batch, classes].
+        logits: the teacher's outputs, of the shape of the student's.
         hidden: [teacher layers, tokens, width], or None where no layers teach.
         token_index: [tokens] positions of real tokens in the flattened [batch * length].
         num_tokens: [] real tokens of a mean micro-batch of this step.
-        match: for each teacher layer the student layer that learns from it, or `UNMATCHED`.
+        match: for each teacher layer the student layer that learns from it, the number of layers for the
+            embeddings, or `UNMATCHED`.
         search: whether the distances of all pairs are wanted.
     """
 
@@ -48,14 +49,15 @@ class Lesson:
 
 
 class Student(nn.Module):
-    """A model, its gates and its projection onto the teacher's width.
+    """A model, its gates and its projections onto the teacher's width.
 
     Args:
         model: dense or compact model with a task head.
         task: whose loss on the labels is wanted where `distill.labels` is not 0, or where nobody teaches.
         distill: weights of the losses; None where nobody teaches.
-        teacher_width: width of the teacher's hidden states; the projection starts as the identity.
-        projection: weight [teacher width, width] and bias [teacher width] to start from instead.
+        teacher: width of the teacher's hidden states and the layers that teach (0: the embeddings); the
+            projections start as the identity.
+        projections: weight [teacher width, width] and bias [teacher width] of each, to start from instead.
         gating: gates of the model, if any.
     """
 
@@ -65,8 +67,8 @@ class Student(nn.Module):
         task: Task,
         *,
         distill: DistillConfig | None = None,
-        teacher_width: int | None = None,
-        projection: tuple[Tensor, Tensor] | None = None,
+        teacher: tuple[int, Sequence[int]] | None = None,
+        projections: Sequence[tuple[Tensor, Tensor]] = (),
         gating: Gating | None = None,
     ) -> None:
         super().__init__()
@@ -75,56 +77,84 @@ class Student(nn.Module):
         self.distill = distill
         self.gating = gating
         self.tap: HiddenTap | None = None
-        self.projection: nn.Linear | None = None
-        if distill is not None and distill.layers > 0 and teacher_width is not None:
-            width = int(model.config.hidden_size)
-            self.projection = nn.Linear(width, teacher_width)
-            self._start_projection(projection)
-            self.tap = HiddenTap(model, encoder_layers(model))
+        self.num_layers = len(encoder_layers(model))
+        self.projections = nn.ModuleList()
+        if distill is not None and distill.layers > 0 and teacher is not None:
+            width, layers = teacher
+            count = len(layers) if distill.projection == "separate" else 1
+            self.projections.extend(nn.Linear(int(model.config.hidden_size), width) for _ in range(count))
+            self._start_projections(projections)
+            self.tap = HiddenTap(model, hidden_states(model, embeddings=0 in layers))
 
-    def _start_projection(self, start: tuple[Tensor, Tensor] | None) -> None:
-        assert self.projection is not None
-        if start is None:
-            nn.init.eye_(self.projection.weight)
-            nn.init.zeros_(self.projection.bias)
-            return
-        with torch.no_grad():
-            self.projection.weight.copy_(start[0])
-            self.projection.bias.copy_(start[1])
+    def _start_projections(self, start: Sequence[tuple[Tensor, Tensor]]) -> None:
+        for i, projection in enumerate(self.projections):
+            assert isinstance(projection, nn.Linear)
+            if not start:
+                nn.init.eye_(projection.weight)
+                nn.init.zeros_(projection.bias)
+                continue
+            with torch.no_grad():
+                projection.weight.copy_(start[i][0])
+                projection.bias.copy_(start[i][1])
 
     def forward(
         self,
         inputs: Mapping[str, Tensor],
         labels: Tensor | None = None,
+        num_targets: Tensor | None = None,
         gates: Gates | None = None,
         lesson: Lesson | None = None,
+        *,
+        probe: bool = False,
     ) -> tuple[Tensor, ...]:
-        """Losses of one micro-batch; without labels, the logits.
+        """Losses of one micro-batch; without labels, the task's outputs.
+
+        Args:
+            inputs: the model's arguments.
+            labels: as the task has them.
+            num_targets: [] what losses of the outputs are divided by; see `MicroBatch`.
+            gates: of the model; None is the model as it is.
+            lesson: what the teacher says; None where nobody teaches.
+            probe: leave out the layerwise loss, and give gated weights no gradients.
 
         Returns:
-            `(logits,)`, or `(loss, parts [len(PARTS)], distances)` with distances [teacher layers,
+            `(outputs,)`, or `(loss, parts [len(PARTS)], distances)` with distances [teacher layers,
             student layers], empty where none are wanted. Only `loss` carries a gradient.
         """
         if self.gating is not None:
             self.gating.set(gates)
-        logits = self.model(**inputs).logits
-        if labels is None:
-            if self.tap is not None:
-                self.tap.clear()
-            return (logits,)
+            self.gating.frozen = probe
+        outputs = self.task.outputs(self.model(**inputs))
+        if labels is None or probe:
+            self._let_go()
+        if labels is None or num_targets is None:
+            return (outputs,)
         if lesson is None or self.distill is None:
-            loss = self.task.loss(logits.float(), labels)
+            loss = self.task.loss(outputs.float(), labels, count=num_targets)
             return self._result(loss, labels=loss)
         weights = self.distill
-        by_logits = logit_loss(logits, lesson.logits, temperature=weights.temperature)
+        by_logits = self._by_logits(outputs, lesson.logits, labels, num_targets)
         total = weights.logits * by_logits
-        by_layers, distances = self._layerwise(lesson)
+        by_layers, distances = (None, None) if probe else self._layerwise(lesson)
         if by_layers is not None:
             total = total + weights.layers * by_layers
-        by_labels = self.task.loss(logits.float(), labels) if weights.labels > 0 else None
+        by_labels = self.task.loss(outputs.float(), labels, count=num_targets) if weights.labels > 0 else None
         if by_labels is not None:
             total = total + weights.labels * by_labels
         return self._result(total, logits=by_logits, layers=by_layers, labels=by_labels, distances=distances)
+
+    def _let_go(self) -> None:
+        if self.tap is not None:
+            self.tap.clear()
+
+    def _by_logits(self, ours: Tensor, theirs: Tensor, labels: Tensor, num_targets: Tensor) -> Tensor:
+        assert self.distill is not None
+        temperature = self.distill.temperature
+        loss = self.task.logit_loss(ours.float(), theirs.float(), labels, temperature=temperature, count=num_targets)
+        # A regression has no temperature.
+        return (
+            loss / temperature**2 if self.distill.logit_scale == "none" and self.task.problem != "regression" else loss
+        )
 
     def _result(self, total: Tensor, *, distances: Tensor | None = None, **parts: Tensor | None) -> tuple[Tensor, ...]:
         zero = total.new_zeros(())
@@ -132,21 +162,37 @@ class Student(nn.Module):
         values = torch.stack([(zero if (part := named.get(name)) is None else part).detach() for name in PARTS])
         return total, values, total.new_zeros(0) if distances is None else distances
 
+    def _project(self, states: Sequence[Tensor], teacher: Sequence[int]) -> Tensor:
+        """Student states through the projections of teacher layers (by position): [len(states), tokens, width]."""
+        if len(self.projections) == 1:
+            projected: Tensor = self.projections[0](torch.stack(list(states)))
+            return projected
+        return torch.stack([self.projections[i](state) for i, state in zip(teacher, states, strict=True)])
+
+    @torch.no_grad()
+    def _distances(self, states: Sequence[Tensor], lesson: Lesson) -> Tensor:
+        """Distance of every student layer to every teacher layer: [teacher layers, student layers]."""
+        teacher = lesson.hidden
+        assert teacher is not None
+        if len(self.projections) == 1:
+            return layer_distances(self._project(states, ()), teacher, num_tokens=lesson.num_tokens)
+        rows = [
+            layer_distances(self._project(states, [i] * len(states)), teacher[i : i + 1], num_tokens=lesson.num_tokens)
+            for i in range(len(teacher))
+        ]
+        return torch.cat(rows)
+
     def _layerwise(self, lesson: Lesson) -> tuple[Tensor | None, Tensor | None]:
-        if self.tap is None or self.projection is None or lesson.hidden is None:
+        if self.tap is None or lesson.hidden is None:
             return None, None
         states = self.tap.take(lesson.token_index)
-        teacher = lesson.hidden
-        distances = None
-        if lesson.search:
-            with torch.no_grad():
-                projected = self.projection(torch.stack([state.detach() for state in states]))
-                distances = layer_distances(projected, teacher, num_tokens=lesson.num_tokens)
+        layers = [state.detach() for state in states[: self.num_layers]]
+        distances = self._distances(layers, lesson) if lesson.search else None
         pairs = [(i, j) for i, j in enumerate(lesson.match) if j != UNMATCHED]
         if not pairs:
             return None, distances
-        learned = self.projection(torch.stack([states[j] for _, j in pairs]))
-        target = teacher[[i for i, _ in pairs]]
+        learned = self._project([states[j] for _, j in pairs], [i for i, _ in pairs])
+        target = lesson.hidden[[i for i, _ in pairs]]
         return layer_loss(learned, target, num_tokens=lesson.num_tokens), distances
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from dsprune.distill import HiddenTap
 from dsprune.engine.ds_config import precision
-from dsprune.engine.models import encoder_layers, load_model
+from dsprune.engine.models import hidden_states, load_model
 from dsprune.engine.requirements import quiet_import
 from dsprune.tasks import Task
 from dsprune.tasks.labels import label_permutation
@@ -29,28 +29,29 @@ class Teacher:
         source: folder or hub id of the fine-tuned model.
         task: its labels decide the order of the logits.
         ds_config: filled teacher configuration, ZeRO stage 0 or 3.
-        layers: layers whose hidden states are wanted, counted from 1.
+        layers: layers whose hidden states are wanted, counted from 1; 0 stands for the embeddings.
 
     Raises:
         ArchitectureError: the model's labels are not the task's.
     """
 
     def __init__(self, source: str, task: Task, ds_config: Mapping[str, Any], layers: Sequence[int] = ()) -> None:
+        self.task = task
         model = load_model(source, task, ds_config)
         self.width = int(model.config.hidden_size)
         self._order = label_permutation(model.config.id2label, task.labels) if task.labels else None
         model.to(_DTYPES[precision(ds_config)])
-        paths = encoder_layers(model)
-        self.tap = HiddenTap(model, [paths[i - 1] for i in layers])
+        *paths, embeddings = hidden_states(model, embeddings=True)
+        self.tap = HiddenTap(model, [paths[i - 1] if i > 0 else embeddings for i in layers])
         self.has_taps = bool(layers)
         self.engine, *_ = deepspeed.initialize(model=model, config=dict(ds_config))
         self.engine.eval()
 
     @torch.no_grad()
     def logits(self, inputs: Mapping[str, Tensor]) -> Tensor:
-        """Logits in the task's label order: [batch, classes]. Collective under ZeRO-3."""
-        logits: Tensor = self.engine(**inputs).logits
-        return logits if self._order is None else logits[:, self._order]
+        """The task's outputs, in its label order: [batch, ..., classes]. Collective under ZeRO-3."""
+        outputs = self.task.outputs(self.engine(**inputs))
+        return outputs if self._order is None else outputs[..., self._order]
 
     @torch.no_grad()
     def teach(self, inputs: Mapping[str, Tensor], token_index: Tensor) -> tuple[Tensor, Tensor | None]:

@@ -24,7 +24,7 @@ from dsprune.engine.teacher import Teacher
 from dsprune.engine.world import World
 from dsprune.errors import NumericsError
 from dsprune.methods.noise import stable_seed
-from dsprune.structure import sublayer_alive
+from dsprune.structure import ffn_alive
 
 __all__ = ["LayerMatcher", "StepResult", "Trainer", "learning_rate"]
 
@@ -58,7 +58,7 @@ class LayerMatcher:
 
     Attributes:
         rule: fixed, free or monotone.
-        teacher_layers: counted from 1.
+        teacher_layers: counted from 1; 0 stands for the embeddings.
         sources: per student layer, the dense layer that it was (from 0).
         distances: [teacher layers, student layers] of the last step, globally reduced.
     """
@@ -73,19 +73,22 @@ class LayerMatcher:
         return self.rule != "fixed" and bool(self.teacher_layers)
 
     def match(self, gates: dict[str, Tensor] | None) -> list[int]:
-        """The match of a step; a layer can learn while its FFN sublayer lives (the paper's rule)."""
+        """The match of a step; a layer can learn while its FFN sublayer lives (the paper's rule).
+
+        Teacher layer 0, the embeddings, teaches the student's embeddings, which come after its last layer.
+        """
         live = [True] * len(self.sources)
         if gates is not None and "ffn" in gates and "ffn_dim" in gates:
-            ffn = {kind: gates[kind] for kind in ("ffn", "ffn_dim")}
-            ones = torch.ones(len(live), 1)
-            live = sublayer_alive({**ffn, "attn": ones[:, 0], "head": ones})["ffn"].tolist()
-        return match_layers(
+            live = ffn_alive(gates).tolist()
+        first = int(self.teacher_layers[0] == 0)
+        match = match_layers(
             self.rule,
-            teacher_layers=self.teacher_layers,
+            teacher_layers=self.teacher_layers[first:],
             live=live,
             sources=self.sources,
-            distances=self.distances,
+            distances=None if self.distances is None else self.distances[first:],
         )
+        return [len(self.sources)] * first + match
 
 
 @dataclass
@@ -145,18 +148,19 @@ class Trainer:
         """
         self.engine.train()
         gates = self.replica.gates(step, self.world.device) if self.replica else None
+        signal = self.replica.method.signal(step) if self.replica else "none"
         match = self.matcher.match(self.replica.current if self.replica else None) if self.matcher else []
         self._set_lr(step)
         scale = self._loss_scale()
         sums: dict[str, Tensor] = {}
         accumulation = self.batches.plan.accumulation
         for micro_step in range(accumulation):
-            parts, distances = self._micro_step(step, micro_step, gates, match)
+            parts, distances = self._micro_step(step, micro_step, gates, match, probe=signal == "probe")
             for name, value in (("losses", parts), ("distances", distances)):
                 sums[name] = sums[name] + value if name in sums else value
             if micro_step < accumulation - 1:
                 self.engine.step()
-        reduced = self._reduce(sums, gates, scale)
+        reduced = self._reduce(sums, gates if signal != "none" else None, scale)
         if not reduced.finite and scale == 1.0:
             raise NumericsError(
                 f"{self.stage} step {step}: a loss or gate gradient is not finite: lower the learning rate "
@@ -169,17 +173,37 @@ class Trainer:
         return StepResult(losses, applied, match)
 
     def _micro_step(
-        self, step: int, micro_step: int, gates: dict[str, Tensor] | None, match: list[int]
+        self, step: int, micro_step: int, gates: dict[str, Tensor] | None, match: list[int], *, probe: bool
     ) -> tuple[Tensor, Tensor]:
         batch = self.batches.micro_batch(step, micro_step)
         lesson = self._lesson(batch, match)
         # Dropout is a function of its place in the run, so that a resumed run repeats it exactly.
-        torch.manual_seed(stable_seed("dropout", self.stage, self.seed, step, micro_step, self.world.rank))
+        seed = stable_seed("dropout", self.stage, self.seed, step, micro_step, self.world.rank)
+        if probe and gates is not None:
+            torch.manual_seed(seed)
+            self._probe(batch, lesson, gates)
+            gates = {kind: gate.detach() for kind, gate in gates.items()}
+        torch.manual_seed(seed)
         # A copy of the dict: ZeRO-3 rewrites the dicts among its arguments, and the leaves must stay ours.
-        loss, parts, distances = self.engine(batch.inputs, batch.labels, gates and dict(gates), lesson)
+        loss, parts, distances = self.engine(
+            batch.inputs, batch.labels, batch.num_targets, gates and dict(gates), lesson
+        )
         self.engine.backward(loss)
         accumulation = self.batches.plan.accumulation
         return parts / accumulation, distances / accumulation
+
+    def _probe(self, batch: MicroBatch, lesson: Lesson | None, gates: dict[str, Tensor]) -> None:
+        """Add the gradient of the loss without its layerwise part to the gates, and to nothing else.
+
+        A second backward pass through the graph of the training pass would break ZeRO's hooks; a pass
+        that differentiates the gates alone reaches no parameter, so that no stage takes notice.
+        """
+        loss, *_ = self.engine.module(batch.inputs, batch.labels, batch.num_targets, dict(gates), lesson, probe=True)
+        share = self._loss_scale() / self.batches.plan.accumulation
+        gradients = torch.autograd.grad(loss * share, list(gates.values()), allow_unused=True)
+        for gate, gradient in zip(gates.values(), gradients, strict=True):
+            if gradient is not None:
+                gate.grad = gradient if gate.grad is None else gate.grad + gradient
 
     def _lesson(self, batch: MicroBatch, match: list[int]) -> Lesson | None:
         if self.teacher is None:

@@ -25,6 +25,8 @@ def describe_spaces(structure: Structure) -> str:
         "ffn": "an FFN sublayer and its norm",
         "ffn_dim": "an FFN neuron",
         "hidden": "a coordinate of the residual stream",
+        "qk_dim": "a query dimension and its key",
+        "vo_dim": "a value dimension and its output",
     }
     encoder = cost.dense("encoder")
     rows = []
@@ -59,10 +61,11 @@ def describe_compact(config: Mapping[str, Any]) -> str:
     for i in range(dense["num_layers"]):
         layer = by_source.get(i, {"heads": 0, "ffn_dim": 0})
         heads, ffn = layer["heads"], layer["ffn_dim"]
-        rows.append([str(i), f"{heads} / {dense['num_heads']}", f"{ffn} / {dense['ffn_dim']}"])
+        sizes = [_head_sizes(layer, name, facts["head_dim"]) for name in ("qk_dims", "vo_dims")]
+        rows.append([str(i), f"{heads} / {dense['num_heads']}", *sizes, f"{ffn} / {dense['ffn_dim']}"])
     counted = facts["parameters"]
     lines = [
-        render_table(["layer", "heads", "FFN size"], rows),
+        render_table(["layer", "heads", "query sizes", "value sizes", "FFN size"], rows),
         f"hidden: {facts['hidden']} / {dense['hidden']}",
         *(
             f"{part} parameters: {counted[part]:,} of {counted[f'dense_{part}']:,} "
@@ -71,6 +74,12 @@ def describe_compact(config: Mapping[str, Any]) -> str:
         ),
     ]
     return "\n".join(lines)
+
+
+def _head_sizes(layer: Mapping[str, Any], name: str, head_dim: int) -> str:
+    """Dimensions of each kept head, or one number where all are alike."""
+    counts = layer.get(name, [head_dim] * layer["heads"])
+    return str(counts[0]) if len(set(counts)) == 1 else " ".join(map(str, counts)) or "-"
 
 
 def inspect_config(folder: Path) -> Mapping[str, Any]:

@@ -6,12 +6,13 @@ import difflib
 
 from dsprune.config import Section
 from dsprune.errors import ConfigError
-from dsprune.methods.base import Method, Plan
+from dsprune.methods.base import GateSignal, Method, Plan
 from dsprune.methods.cofi import CoFi
+from dsprune.methods.grain import Grain
 
-__all__ = ["METHODS", "Method", "Plan", "method_class", "method_options"]
+__all__ = ["METHODS", "GateSignal", "Method", "Plan", "method_class", "method_options"]
 
-METHODS: dict[str, type[Method]] = {"cofi": CoFi}
+METHODS: dict[str, type[Method]] = {"cofi": CoFi, "grain": Grain}
 
 
 def method_class(name: str) -> type[Method]:

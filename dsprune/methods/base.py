@@ -9,7 +9,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -18,7 +18,11 @@ from dsprune.config import Section
 from dsprune.errors import ConfigError
 from dsprune.structure import CostModel, Empty, Scope, Selection, Structure
 
-__all__ = ["Method", "Plan"]
+__all__ = ["GateSignal", "Method", "Plan"]
+
+GateSignal = Literal["training", "probe", "none"]
+"""Where the gradients of the gates come from at a step: the training pass, a pass of their own over the
+loss without its layerwise part (gradient separation), or nowhere."""
 
 
 @dataclass(frozen=True)
@@ -77,8 +81,28 @@ class Method(ABC):
         """Gates of the forward passes of this step, attached to the graph of `parameters`; None is the dense model."""
 
     @abstractmethod
+    def signal(self, step: int) -> GateSignal:
+        """Which gradients of its gates the method wants at this step."""
+
     def penalty(self, step: int) -> Tensor | None:
         """What joins the loss on the method's own parameters; it depends on no data. [] or None."""
+        return None
+
+    def learn(self, step: int, gates: Mapping[str, Tensor], gradients: Mapping[str, Tensor]) -> None:
+        """Take in one applied step, before `optimizers` step.
+
+        By default the gradients go through the graph of the gates, and the penalty's beside them.
+
+        Args:
+            step: optimizer step.
+            gates: what `gates` gave for this step.
+            gradients: of the gates, unscaled, averaged over ranks and accumulation steps; none where
+                `signal` wanted none.
+        """
+        torch.autograd.backward([gates[kind] for kind in gradients], list(gradients.values()))
+        penalty = self.penalty(step)
+        if penalty is not None:
+            penalty.backward()  # type: ignore[no-untyped-call]
 
     def after_step(self) -> None:  # noqa: B027 (most methods have nothing to do)
         """Called after each applied step of `optimizers`."""

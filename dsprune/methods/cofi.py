@@ -34,7 +34,7 @@ from torch import Tensor
 
 from dsprune.config import Duration, DurationField, Section
 from dsprune.errors import ConfigError
-from dsprune.methods.base import Method, Plan
+from dsprune.methods.base import GateSignal, Method, Plan
 from dsprune.methods.hard_concrete import (
     LOG_ALPHA_MAX,
     LOG_ALPHA_MIN,
@@ -42,13 +42,16 @@ from dsprune.methods.hard_concrete import (
     keep_probability,
     sample_gate,
 )
-from dsprune.methods.lagrangian import lagrangian, linear_target
+from dsprune.methods.lagrangian import lagrangian
 from dsprune.methods.landing import land
 from dsprune.methods.noise import uniform_noise
-from dsprune.structure import GATE_KINDS, Selection, Structure, gate_shapes
+from dsprune.methods.schedules import linear_target
+from dsprune.structure import Selection, Structure, gate_shapes
 
 __all__ = ["CoFi", "CoFiOptions"]
 
+KINDS = ("head", "attn", "ffn", "ffn_dim", "hidden")
+"""The paper's five granularities."""
 COARSE = ("attn", "ffn")
 """Kinds whose every unit is a group of its own, kept or not by its own probability."""
 
@@ -66,7 +69,7 @@ class CoFiOptions(Section):
     """Learning rate of the Lagrange multipliers (ascent)."""
     init: float = Field(LOG_ALPHA_MAX, ge=LOG_ALPHA_MIN, le=LOG_ALPHA_MAX)
     """Initial log-alpha of every gate; the default keeps each with probability 0.998."""
-    gates: tuple[str, ...] = GATE_KINDS
+    gates: tuple[str, ...] = KINDS
     """Granularities that take part."""
 
 
@@ -79,9 +82,9 @@ class CoFi(Method):
     def __init__(self, structure: Structure, options: CoFiOptions, plan: Plan) -> None:
         super().__init__(structure, options, plan)
         self.options = options
-        unknown = sorted(set(options.gates) - set(GATE_KINDS))
+        unknown = sorted(set(options.gates) - set(KINDS))
         if unknown or not options.gates:
-            raise ConfigError(f"method.gates: unknown {unknown or 'empty list'}: CoFi has {', '.join(GATE_KINDS)}")
+            raise ConfigError(f"method.gates: unknown {unknown or 'empty list'}: CoFi has {', '.join(KINDS)}")
         self._start = options.distill_phase.steps(plan.steps_per_epoch)
         self._warmup = options.warmup.steps(plan.steps_per_epoch)
         if self._start + self._warmup >= plan.total_steps and plan.total_steps > 0:
@@ -131,6 +134,9 @@ class CoFi(Method):
 
     def target_at(self, step: int) -> float:
         return linear_target(step - self._start, target=self.plan.target, warmup_steps=self._warmup)
+
+    def signal(self, step: int) -> GateSignal:
+        return "training"
 
     def penalty(self, step: int) -> Tensor | None:
         if step < self._start:

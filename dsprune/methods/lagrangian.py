@@ -1,10 +1,10 @@
-"""A sparsity constraint by Lagrange multipliers, and the warm-up of its target."""
+"""A sparsity constraint by Lagrange multipliers."""
 
 from __future__ import annotations
 
 from torch import Tensor
 
-__all__ = ["lagrangian", "linear_target"]
+__all__ = ["lagrangian"]
 
 
 def lagrangian(sparsity: Tensor, target: float, linear: Tensor, quadratic: Tensor) -> Tensor:
@@ -15,10 +15,3 @@ def lagrangian(sparsity: Tensor, target: float, linear: Tensor, quadratic: Tenso
     """
     gap = sparsity - target
     return linear * gap + quadratic * gap.square()
-
-
-def linear_target(step: int, *, target: float, warmup_steps: int) -> float:
-    """Target `step` steps after pruning began: from 0 to `target` in `warmup_steps`, then constant."""
-    if warmup_steps <= 0:
-        return target
-    return target * min(1.0, max(0, step) / warmup_steps)

@@ -1,7 +1,17 @@
 """What can be pruned: spaces, gates and how they apply, exact cost, selections, surgery. Pure torch."""
 
 from dsprune.structure.cost import CostModel, Scope
-from dsprune.structure.gating import Gates, Gating, attach_gates, complete, ones, sublayer_alive
+from dsprune.structure.gating import (
+    Gates,
+    Gating,
+    attach_gates,
+    complete,
+    ffn_alive,
+    head_alive,
+    ones,
+    sublayer_alive,
+    unit_gates,
+)
 from dsprune.structure.selection import Selection
 from dsprune.structure.spaces import (
     GATE_KINDS,
@@ -34,8 +44,11 @@ __all__ = [
     "compact_shape",
     "complete",
     "cut",
+    "ffn_alive",
     "gate_shapes",
+    "head_alive",
     "is_removed",
     "ones",
     "sublayer_alive",
+    "unit_gates",
 ]

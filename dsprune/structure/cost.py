@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from dsprune.structure.gating import Gates, complete
-from dsprune.structure.spaces import Empty, ParamSpec, Structure
+from dsprune.structure.spaces import Empty, ParamSpec, Structure, gate_shapes
 
 __all__ = ["CostModel", "Scope"]
 
@@ -27,10 +27,14 @@ Scope = Literal["encoder", "total"]
 
 @dataclass(frozen=True)
 class _Term:
-    """Sum of all parameters of one form: `weight * alive(sublayer) * units ** n_units * hidden ** n_hidden`."""
+    """Sum of all parameters of one form: `weight * alive(sublayer) * units * hidden ** num_hidden`.
+
+    `units` is the kind of the units that the parameters belong to, one for each layer's sublayer; None
+    where they only belong to the sublayer, or to none.
+    """
 
     sublayer: str | None
-    num_units: int
+    units: str | None
     num_hidden: int
 
 
@@ -58,8 +62,8 @@ class CostModel:
         terms: dict[_Term, Tensor] = defaultdict(lambda: torch.zeros(sizes.num_layers, dtype=torch.float64))
         for param in self.structure.params.values():
             kinds = [space.kind for space in param.axes if space is not None]
-            num_hidden = kinds.count("hidden")
-            term = _Term(param.sublayer.kind if param.sublayer else None, len(kinds) - num_hidden, num_hidden)
+            units = next((kind for kind in kinds if kind != "hidden"), None)
+            term = _Term(param.sublayer.kind if param.sublayer else None, units, kinds.count("hidden"))
             width = 1
             for space in param.axes:
                 width *= space.size if space is not None else 1
@@ -68,17 +72,14 @@ class CostModel:
 
     def _sum(self, terms: Mapping[_Term, Tensor], gates: Gates) -> Tensor:
         full = {kind: gate.double() for kind, gate in complete(self.structure, gates).items()}
-        hidden = full["hidden"].sum()
+        hidden, units, alive = full["hidden"].sum(), _expected_units(full), _expected_alive(full)
         total = hidden.new_zeros(())
         for term, weights in terms.items():
             count = weights.to(hidden.device) * hidden**term.num_hidden
-            if term.sublayer is not None:
-                coarse = full[term.sublayer]
-                units = full["head" if term.sublayer == "attn" else "ffn_dim"]
-                if term.num_units:
-                    count = count * coarse * units.sum(-1)
-                elif self.empty == "identity":
-                    count = count * coarse * (1 - (1 - units).prod(-1))
+            if term.units is not None:
+                count = count * units[term.units]
+            elif term.sublayer is not None and self.empty == "identity":
+                count = count * alive[term.sublayer]
             total = total + count.sum()
         return total
 
@@ -95,14 +96,25 @@ class CostModel:
         return 1 - self.parameters(gates, of=of) / self.dense(of)
 
     def dense(self, of: Scope = "encoder") -> int:
-        """Parameters of the dense model."""
-        return sum(p.numel for p in self.structure.params.values() if of == "total" or p.part == "encoder")
+        """Parameters of the dense model; of the one before its embedding was factored, if it was."""
+        count = sum(p.numel for p in self.structure.params.values() if of == "total" or p.part == "encoder")
+        return count + (self.structure.factored_away if of == "total" else 0)
+
+    def unit_prices(self, kinds: tuple[str, ...], *, of: Scope = "encoder") -> dict[str, Tensor]:
+        """Parameters that go with one unit, all else kept: [L, units] float64 for each kind of space."""
+        sizes = gate_shapes(self.structure.sizes)
+        prices = {kind: torch.zeros(sizes[kind], dtype=torch.float64) for kind in kinds}
+        for param in self.structure.params.values():
+            for space in param.axes:
+                if space is not None and space.kind in prices and (of == "total" or param.part == "encoder"):
+                    prices[space.kind][slice(None) if space.layer is None else space.layer] += param.numel / space.size
+        return prices
 
     def macs(self, gates: Gates, *, length: int) -> Tensor:
         """Multiply-adds of one sequence of `length` tokens: linears, attention scores and their sums; [] float64."""
         full = {kind: gate.double() for kind, gate in complete(self.structure, gates).items()}
-        heads = (full["attn"] * full["head"].sum(-1)).sum()
-        attention = 2 * length * length * self.structure.sizes.head_dim * heads
+        units = _expected_units(full)
+        attention = length * length * (units["qk_dim"] + units["vo_dim"]).sum()
         return length * self._sum(self._token_macs, full) + self._sum(self._sequence_macs, full) + attention
 
     def floor(self, kinds: tuple[str, ...], *, of: Scope = "encoder") -> float:
@@ -112,6 +124,31 @@ class CostModel:
         if "hidden" in gates:
             gates["hidden"][0] = 1
         return float(self.sparsity(gates, of=of))
+
+
+def _expected_units(full: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Expected number of units by kind and layer, coarse gates included: [L] each."""
+    num_heads = full["head"].shape[-1]
+    by_head = {kind: full[kind].unflatten(-1, (num_heads, -1)) for kind in ("qk_dim", "vo_dim")}
+    return {
+        "qk_dim": full["attn"] * (_expected_heads(full) * by_head["qk_dim"].sum(-1)).sum(-1),
+        "vo_dim": full["attn"] * (full["head"] * by_head["vo_dim"].sum(-1)).sum(-1),
+        "ffn_dim": full["ffn"] * full["ffn_dim"].sum(-1),
+    }
+
+
+def _expected_heads(full: Mapping[str, Tensor]) -> Tensor:
+    """Chance that a head has a value dimension: [L, H]."""
+    head = full["head"]
+    return head * (1 - (1 - full["vo_dim"].unflatten(-1, (head.shape[-1], -1))).prod(-1))
+
+
+def _expected_alive(full: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Chance that a sublayer has a unit: [L] each."""
+    return {
+        "attn": full["attn"] * (1 - (1 - _expected_heads(full)).prod(-1)),
+        "ffn": full["ffn"] * (1 - (1 - full["ffn_dim"]).prod(-1)),
+    }
 
 
 def _is_matmul(param: ParamSpec) -> bool:

@@ -18,7 +18,17 @@ from dsprune.errors import ArchitectureError, ConfigError
 from dsprune.structure.kernels import gated_linear, live_layer_norm
 from dsprune.structure.spaces import Empty, Structure, gate_shapes
 
-__all__ = ["Gates", "Gating", "attach_gates", "complete", "ones", "sublayer_alive"]
+__all__ = [
+    "Gates",
+    "Gating",
+    "attach_gates",
+    "complete",
+    "ffn_alive",
+    "head_alive",
+    "ones",
+    "sublayer_alive",
+    "unit_gates",
+]
 
 Gates = Mapping[str, Tensor]
 """Gate tensors by kind; a kind that is absent is all ones. Shapes: see `gate_shapes`."""
@@ -49,11 +59,32 @@ def complete(structure: Structure, gates: Gates) -> dict[str, Tensor]:
     }
 
 
+def head_alive(gates: Mapping[str, Tensor]) -> Tensor:
+    """Which heads give out anything: gate on and at least one value dimension on. Bool [L, H]."""
+    head = gates["head"]
+    return (head != 0) & (gates["vo_dim"].unflatten(-1, (head.shape[-1], -1)) != 0).any(-1)
+
+
+def ffn_alive(gates: Mapping[str, Tensor]) -> Tensor:
+    """Which FFN sublayers exist: coarse gate on and at least one neuron on. Bool [L]."""
+    return (gates["ffn"] != 0) & (gates["ffn_dim"] != 0).any(-1)
+
+
 def sublayer_alive(gates: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Which sublayers exist: coarse gate on and at least one unit on. Bool [L] for `attn` and `ffn`."""
+    return {"attn": (gates["attn"] != 0) & head_alive(gates).any(-1), "ffn": ffn_alive(gates)}
+
+
+def unit_gates(gates: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """What multiplies each unit, coarser gates over it included; by the kind of its space, [L, units] each.
+
+    A query dimension of a head that gives out nothing is 0: it can have no effect.
+    """
+    dims = gates["vo_dim"].shape[-1] // gates["head"].shape[-1]
     return {
-        "attn": (gates["attn"] != 0) & (gates["head"] != 0).any(-1),
-        "ffn": (gates["ffn"] != 0) & (gates["ffn_dim"] != 0).any(-1),
+        "qk_dim": gates["qk_dim"] * head_alive(gates).repeat_interleave(dims, -1),
+        "vo_dim": gates["vo_dim"] * gates["head"].repeat_interleave(dims, -1),
+        "ffn_dim": gates["ffn_dim"],
     }
 
 
@@ -69,10 +100,12 @@ class _NormSite:
     alive: Tensor | None = None
 
 
-def _linear_forward(module: nn.Linear, site: _LinearSite, dense: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+def _linear_forward(
+    gating: Gating, module: nn.Linear, site: _LinearSite, dense: Callable[[Tensor], Tensor], x: Tensor
+) -> Tensor:
     if site.rows is None or site.columns is None:
         return dense(x)
-    return gated_linear(x, module.weight, module.bias, site.rows, site.columns)
+    return gated_linear(x, module.weight, module.bias, site.rows, site.columns, frozen=gating.frozen)
 
 
 def _norm_forward(
@@ -95,11 +128,15 @@ class Gating:
     def __init__(self, model: nn.Module, structure: Structure, empty: Empty = "identity") -> None:
         self.structure = structure
         self.empty = empty
+        self.frozen = False
+        """Whether gated weights get no gradients: for passes that want those of the gates alone."""
         self._linears: dict[str, _LinearSite] = {}
         self._norms: dict[str, _NormSite] = {}
         self._patched: list[nn.Module] = []
         for sublayer in structure.sublayers:
             self._add_linear(model, sublayer.output)
+            if sublayer.query is not None:
+                self._add_linear(model, sublayer.query)
             self._add_norm(model, sublayer.norm, gate_input=False)
         if structure.embedding_norm is not None:
             self._add_norm(model, structure.embedding_norm, gate_input=True)
@@ -118,7 +155,7 @@ class Gating:
         if not isinstance(module, nn.Linear):
             raise ArchitectureError(f"{path} is a {type(module).__name__}, and gates need a Linear there")
         site = self._linears[path] = _LinearSite()
-        self._patch(module, partial(_linear_forward, module, site, module.forward))
+        self._patch(module, partial(_linear_forward, self, module, site, module.forward))
 
     def _add_norm(self, model: nn.Module, path: str, *, gate_input: bool) -> None:
         module = model.get_submodule(path)
@@ -140,26 +177,32 @@ class Gating:
         Raises:
             ConfigError: unknown kind or wrong shape.
         """
+        for linear in self._linears.values():
+            linear.rows = linear.columns = None
+        for norm in self._norms.values():
+            norm.gate = norm.alive = None
         if gates is None:
-            for linear in self._linears.values():
-                linear.rows = linear.columns = None
-            for norm in self._norms.values():
-                norm.gate = norm.alive = None
             return
         full = complete(self.structure, gates)
-        alive = sublayer_alive(full)
-        hidden = full["hidden"]
+        units, alive, hidden = unit_gates(full), sublayer_alive(full), full["hidden"]
         always = torch.ones((), dtype=torch.bool, device=hidden.device)
+        # Norms see the hidden gates, and whether their sublayer is there at all; without either they are left alone.
+        gate_norms = self.empty == "identity" or "hidden" in gates
         for sublayer in self.structure.sublayers:
             lives = alive[sublayer.kind][sublayer.layer] if self.empty == "identity" else always
-            linear, norm = self._linears[sublayer.output], self._norms[sublayer.norm]
+            linear = self._linears[sublayer.output]
             linear.rows = full[sublayer.kind][sublayer.layer] * lives * hidden
-            linear.columns = full[sublayer.units.kind][sublayer.layer].repeat_interleave(sublayer.units.block)
-            norm.gate, norm.alive = hidden, lives
-        if self.structure.embedding_norm is not None:
+            linear.columns = units[sublayer.units.kind][sublayer.layer]
+            if sublayer.query is not None and "qk_dim" in gates:
+                linear = self._linears[sublayer.query]
+                linear.rows, linear.columns = full["qk_dim"][sublayer.layer], torch.ones_like(hidden)
+            if gate_norms:
+                norm = self._norms[sublayer.norm]
+                norm.gate, norm.alive = hidden, lives
+        if self.structure.embedding_norm is not None and "hidden" in gates:
             site = self._norms[self.structure.embedding_norm]
             site.gate, site.alive = hidden, always
-        if self._projection is not None:
+        if self._projection is not None and "hidden" in gates:
             linear = self._linears[self._projection]
             linear.rows, linear.columns = hidden, torch.ones_like(hidden[:1]).expand(self._projection_width())
 

@@ -23,7 +23,10 @@ def _scaled(weight: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
 
 class _GatedLinear(Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, rows: Tensor, columns: Tensor) -> Tensor:
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, rows: Tensor, columns: Tensor, frozen: bool
+    ) -> Tensor:
+        ctx.frozen = frozen
         ctx.save_for_backward(x, weight, bias, rows, columns)
         gated_bias = None if bias is None else bias * rows.to(bias.dtype)
         return torch.nn.functional.linear(x, _scaled(weight, rows, columns), gated_bias)
@@ -32,10 +35,17 @@ class _GatedLinear(Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (grad,) = grads
         x, weight, bias, rows, columns = ctx.saved_tensors
-        need_x, need_weight, need_bias, need_rows, need_columns = ctx.needs_input_grad
+        need_x, need_weight, need_bias, need_rows, need_columns, _ = ctx.needs_input_grad
+        need_weight, need_bias = need_weight and not ctx.frozen, need_bias and not ctx.frozen
         flat = grad.reshape(-1, grad.shape[-1])
-        grad_x = grad @ _scaled(weight, rows, columns) if need_x else None
         grad_weight = grad_bias = grad_rows = grad_columns = None
+        if need_columns and not (need_weight or need_rows):
+            # A pass for the gates alone: one product gives the gradients of the input and of its gates.
+            inner = flat @ _scaled(weight, rows, torch.ones_like(columns))
+            grad_columns = (inner.to(columns.dtype) * x.reshape(inner.shape).to(columns.dtype)).sum(0)
+            grad_x = (inner * columns.to(inner.dtype)).view(x.shape) if need_x else None
+            return grad_x, None, None, None, grad_columns, None
+        grad_x = grad @ _scaled(weight, rows, columns) if need_x else None
         if need_weight or need_rows or need_columns:
             # Gradient of the gated weight; its elementwise product with the weight is, summed over a
             # unit, the first-order Taylor score of that unit.
@@ -49,10 +59,12 @@ class _GatedLinear(Function):
             grad_bias = summed * rows.to(summed.dtype) if need_bias else None
             if grad_rows is not None:
                 grad_rows = grad_rows + summed.to(rows.dtype) * bias.to(rows.dtype)
-        return grad_x, grad_weight, grad_bias, grad_rows, grad_columns
+        return grad_x, grad_weight, grad_bias, grad_rows, grad_columns, None
 
 
-def gated_linear(x: Tensor, weight: Tensor, bias: Tensor | None, rows: Tensor, columns: Tensor) -> Tensor:
+def gated_linear(
+    x: Tensor, weight: Tensor, bias: Tensor | None, rows: Tensor, columns: Tensor, *, frozen: bool = False
+) -> Tensor:
     """`rows * (weight @ (columns * x) + bias)` without storing a gated copy of anything.
 
     Args:
@@ -61,11 +73,13 @@ def gated_linear(x: Tensor, weight: Tensor, bias: Tensor | None, rows: Tensor, c
         bias: [out] or None.
         rows: [out] gates of the output coordinates, fp32 (or fp64 with an fp64 model).
         columns: [in] gates of the input units.
+        frozen: give weight and bias no gradients, and save their cost. They cannot be detached instead: under
+            ZeRO-3 an alias would keep the gathered weight alive until the backward pass.
 
     Returns:
         [..., out] in the dtype of `x`. Gradients of the gates are formed in the gates' own dtype.
     """
-    return _GatedLinear.apply(x, weight, bias, rows, columns)  # type: ignore[no-any-return, no-untyped-call]
+    return _GatedLinear.apply(x, weight, bias, rows, columns, frozen)  # type: ignore[no-any-return, no-untyped-call]
 
 
 class _LiveLayerNorm(Function):

@@ -18,8 +18,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from dsprune.errors import CheckpointError, ConfigError
-from dsprune.structure.gating import Gates, complete, sublayer_alive
-from dsprune.structure.spaces import GATE_KINDS, Empty, Space, Structure
+from dsprune.structure.gating import Gates, complete, head_alive, sublayer_alive, unit_gates
+from dsprune.structure.spaces import GATE_KINDS, Empty, Sizes, Space, Structure, Sublayer
 
 __all__ = ["Selection"]
 
@@ -53,9 +53,11 @@ class Selection:
         return cls(full, empty)
 
     def gate(self, space: Space) -> Tensor:
-        """Gates of one space: [size]."""
-        gate = self.gates[space.kind]
-        return gate if space.layer is None else gate[space.layer]
+        """What multiplies each unit of a space, coarser gates over it included: [size] fp64."""
+        if space.layer is None:
+            return self.gates[space.kind].double()
+        # In double: a product of gates must not be rounded before it meets the weight.
+        return unit_gates({kind: gate.double() for kind, gate in self.gates.items()})[space.kind][space.layer]
 
     def kept(self, space: Space) -> Tensor:
         """Indices of the kept units of a space, ascending: [kept] int64. Units of a removed sublayer are gone."""
@@ -64,7 +66,7 @@ class Selection:
         return self.gate(space).nonzero().flatten()
 
     def _coarse(self, kind: str) -> Tensor:
-        return self.gates["attn" if kind == "head" else "ffn"] != 0
+        return self.gates["ffn" if kind == "ffn_dim" else "attn"] != 0
 
     def alive(self, kind: str, layer: int) -> bool:
         """Whether the `attn` or `ffn` sublayer of a layer still exists in the exported model."""
@@ -74,13 +76,33 @@ class Selection:
         """The same choice with every scale at 1."""
         return {kind: (gate != 0).float() for kind, gate in self.gates.items()}
 
-    def layer_sizes(self, structure: Structure) -> list[dict[str, int]]:
-        """What is kept, layer by layer: `heads` and `ffn_dim`."""
-        by_layer: list[dict[str, int]] = [{} for _ in range(structure.sizes.num_layers)]
+    def layer_sizes(self, structure: Structure) -> list[dict[str, Any]]:
+        """What is kept, layer by layer.
+
+        Returns:
+            `heads` and `ffn_dim`; where a kept head lost dimensions, `qk_dims` and `vo_dims` as well,
+            one number a kept head.
+        """
+        by_layer: list[dict[str, Any]] = [{} for _ in range(structure.sizes.num_layers)]
         for sublayer in structure.sublayers:
-            name = "heads" if sublayer.kind == "attn" else "ffn_dim"
-            by_layer[sublayer.layer][name] = len(self.kept(sublayer.units))
+            if sublayer.kind == "ffn":
+                by_layer[sublayer.layer]["ffn_dim"] = len(self.kept(sublayer.units))
+            else:
+                by_layer[sublayer.layer] |= self._head_sizes(structure.sizes, sublayer)
         return by_layer
+
+    def _head_sizes(self, sizes: Sizes, sublayer: Sublayer) -> dict[str, Any]:
+        alive = head_alive(self.gates)[sublayer.layer] & (self.gates["attn"][sublayer.layer] != 0)
+        dims = {}
+        for name, space in (("qk_dims", sublayer.queries), ("vo_dims", sublayer.units)):
+            assert space is not None
+            counts = torch.zeros(sizes.num_heads, dtype=torch.int64)
+            counts.index_add_(
+                0, self.kept(space) // sizes.head_dim, torch.ones(len(self.kept(space)), dtype=torch.int64)
+            )
+            dims[name] = counts[alive].tolist()
+        ragged = any(count != sizes.head_dim for counts in dims.values() for count in counts)
+        return {"heads": int(alive.sum()), **(dims if ragged else {})}
 
     def save(self, path: Path, **metadata: Any) -> None:
         """Write to a safetensors file; `metadata` values are kept as JSON."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Literal
 
 import torch
@@ -35,7 +36,7 @@ Empty = Literal["identity", "bias"]
 """What a sublayer without units computes: nothing at all (CoFi: the residual, un-normalised), or its
 output bias followed by its norm (GRAIN)."""
 
-GATE_KINDS = ("head", "attn", "ffn", "ffn_dim", "hidden")
+GATE_KINDS = ("head", "attn", "ffn", "ffn_dim", "hidden", "qk_dim", "vo_dim")
 
 
 @dataclass(frozen=True)
@@ -53,14 +54,14 @@ class Sizes:
 class Space:
     """A set of units that live and die together on every axis that names the space.
 
-    `kind` is also the kind of the gate that decides over it; `layer` is None for a space that the
-    whole model shares; `block` is how many entries of an axis belong to one unit.
+    `kind` is also the kind of the gate that decides over it, together with the coarser gates over it:
+    query/key and value/output dimensions go with their head. `layer` is None for a space that the
+    whole model shares.
     """
 
     kind: str
     layer: int | None
     size: int
-    block: int = 1
 
     @property
     def name(self) -> str:
@@ -69,13 +70,19 @@ class Space:
 
 @dataclass(frozen=True)
 class Sublayer:
-    """One attention or FFN sublayer: paths from the root of the model, and the space of its units."""
+    """One attention or FFN sublayer: paths from the root of the model, and the spaces of its units.
+
+    `units` are what the output linear reads: value dimensions or neurons. Attention also has the
+    linear of its queries, whose rows are the units `queries`.
+    """
 
     kind: SublayerKind
     layer: int
     units: Space
     output: str
     norm: str
+    query: str | None = None
+    queries: Space | None = None
 
 
 @dataclass(frozen=True)
@@ -112,6 +119,17 @@ class Structure:
     hidden: Space
     embedding_norm: str | None
     """Norm over the summed embeddings, where those live in the hidden space."""
+    embedding_rank: int | None = None
+    """Rank of the factored word embedding; None where it is one table."""
+
+    @property
+    def factored_away(self) -> int:
+        """Parameters that factoring the word embedding saved before pruning began."""
+        if self.embedding_rank is None:
+            return 0
+        path = _join(self.base, self.family.word_embeddings)
+        table, projection = (self.params[f"{path}.{part}.weight"] for part in ("table", "projection"))
+        return table.shape[0] * projection.shape[0] - table.numel - projection.numel
 
     @property
     def layer_paths(self) -> tuple[str, ...]:
@@ -124,6 +142,8 @@ class Structure:
     def spaces(self) -> Iterator[Space]:
         """All spaces: each layer's units, then the hidden space."""
         for sublayer in self.sublayers:
+            if sublayer.queries is not None:
+                yield sublayer.queries
             yield sublayer.units
         yield self.hidden
 
@@ -137,6 +157,8 @@ def gate_shapes(sizes: Sizes) -> dict[str, tuple[int, ...]]:
         "ffn": (layers,),
         "ffn_dim": (layers, sizes.ffn_dim),
         "hidden": (sizes.hidden,),
+        "qk_dim": (layers, sizes.num_heads * sizes.head_dim),
+        "vo_dim": (layers, sizes.num_heads * sizes.head_dim),
     }
 
 
@@ -169,6 +191,8 @@ class _Analysis:
         self.hidden = Space("hidden", None, self.sizes.hidden)
         projection = family.embedding_projection
         self.projected = projection is not None and _join(self.base, projection, "weight") in self.shapes
+        self.table = _join(self.base, family.word_embeddings, "table")
+        self.factored = f"{self.table}.weight" in self.shapes
         self.params: dict[str, ParamSpec] = {}
         self.mistakes: list[str] = []
 
@@ -185,20 +209,21 @@ class _Analysis:
             sublayers=tuple(sublayers),
             hidden=self.hidden,
             embedding_norm=None if self.projected else self._embedding_norm(),
+            embedding_rank=self.shapes[f"{self.table}.weight"][1] if self.factored else None,
         )
 
     def _embedding_norm(self) -> str | None:
         norms = [path for path, axes in self.family.embeddings.items() if len(axes) == 1]
         return _join(self.base, norms[0]) if norms else None
 
-    def _space(self, axis: str, units: Space | None) -> Space | None:
+    def _space(self, axis: str, units: Mapping[str, Space]) -> Space | None:
         if axis == "hidden" or (axis == "embedding" and not self.projected):
             return self.hidden
         if axis in ("-", "embedding"):
             return None
-        if units is None or units.kind != axis:
+        if axis not in units:
             raise ArchitectureError(f"family '{self.family.name}': axis '{axis}' means nothing here")
-        return units
+        return units[axis]
 
     def _add(
         self,
@@ -207,13 +232,14 @@ class _Analysis:
         part: Part,
         *,
         sublayer: Sublayer | None = None,
+        units: Mapping[str, Space] = MappingProxyType({}),
         gated: tuple[bool, ...] = (),
         per_sequence: bool = False,
         lookup: bool = False,
     ) -> None:
         """Claim a module's weight and, if it has one, its bias, which follows the first axis."""
         gated = gated or (False,) * len(axes)
-        spaces = tuple(self._space(axis, sublayer.units if sublayer else None) for axis in axes)
+        spaces = tuple(self._space(axis, units) for axis in axes)
         for leaf, width in (("weight", len(axes)), ("bias", 1)):
             name = f"{module}.{leaf}"
             shape = self.shapes.get(name)
@@ -226,8 +252,7 @@ class _Analysis:
 
     def _fits(self, spec: ParamSpec) -> bool:
         ok = len(spec.shape) == len(spec.axes) and all(
-            space is None or extent == space.size * space.block
-            for extent, space in zip(spec.shape, spec.axes, strict=True)
+            space is None or extent == space.size for extent, space in zip(spec.shape, spec.axes, strict=True)
         )
         if not ok:
             spaces = [space.name if space else "-" for space in spec.axes]
@@ -236,6 +261,9 @@ class _Analysis:
 
     def _walk_embeddings(self) -> None:
         for path, axes in self.family.embeddings.items():
+            if path == self.family.word_embeddings and self.factored:
+                self._add_factored(_join(self.base, path), axes[1])
+                continue
             lookup = len(axes) == 2 and axes[0] == "-"
             # What writes the residual stream is gated where it writes: a table's columns, a norm, or
             # the rows of the projection.
@@ -247,21 +275,30 @@ class _Analysis:
                 gated = tuple(axis == "hidden" for axis in axes)
             self._add(_join(self.base, path), axes, "embeddings", gated=gated, lookup=lookup)
 
+    def _add_factored(self, path: str, axis: str) -> None:
+        """A word embedding as the product of a narrow table and a projection, which writes what the table wrote."""
+        self._add(f"{path}.table", ("-", "-"), "embeddings", lookup=True)
+        self._add(f"{path}.projection", (axis, "-"), "embeddings", gated=(not self.projected, False))
+
     def _walk_sublayer(self, kind: Literal["attn", "ffn"], layer: int) -> Sublayer:
         root = _join(self.base, self.family.layers, str(layer))
         spec: SublayerSpec = self.family.attention if kind == "attn" else self.family.ffn
-        units = (
-            Space("head", layer, self.sizes.num_heads, self.sizes.head_dim)
-            if kind == "attn"
-            else Space("ffn_dim", layer, self.sizes.ffn_dim)
-        )
         paths = {part: _join(root, getattr(spec, part)) for part in ("output", "norm")}
-        sublayer = Sublayer(kind, layer, units, **paths)
+        if kind == "attn":
+            width = self.sizes.num_heads * self.sizes.head_dim
+            units = {axis: Space(axis, layer, width) for axis in ("qk_dim", "vo_dim")}
+            query = _join(root, spec.query)
+            sublayer = Sublayer(kind, layer, units["vo_dim"], **paths, query=query, queries=units["qk_dim"])
+        else:
+            units = {"ffn_dim": Space("ffn_dim", layer, self.sizes.ffn_dim)}
+            sublayer = Sublayer(kind, layer, units["ffn_dim"], **paths)
         for path, axes in self.family.layer.items():
-            if path != spec.norm and units.kind not in axes:
+            if path != spec.norm and not units.keys() & set(axes):
                 continue
             writes = path in (spec.output, spec.norm)
-            self._add(_join(root, path), axes, "encoder", sublayer=sublayer, gated=(writes,) * len(axes))
+            # Queries are gated where they are made, and need no gate on their keys as well.
+            gated = (path == spec.query, False) if not writes else (True,) * len(axes)
+            self._add(_join(root, path), axes, "encoder", sublayer=sublayer, units=units, gated=gated[: len(axes)])
         return sublayer
 
     def _walk_heads(self) -> None:
@@ -280,7 +317,7 @@ class _Analysis:
         for kind in ("attn", "ffn"):
             spec = self.family.attention if kind == "attn" else self.family.ffn
             root = _join(self.base, self.family.layers, "0")
-            for part in (spec.output, spec.norm):
+            for part in filter(None, (spec.output, spec.norm, spec.query)):
                 if f"{_join(root, part)}.weight" not in self.params:
                     self.mistakes.append(f"{_join(root, part)}.weight is missing")
         if self.mistakes:

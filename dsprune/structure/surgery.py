@@ -5,7 +5,6 @@ Works tensor by tensor, so that a model of any size can pass through a small mem
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from dsprune.structure.selection import Selection
@@ -15,27 +14,23 @@ __all__ = ["compact_shape", "cut", "is_removed"]
 
 
 def is_removed(param: ParamSpec, selection: Selection) -> bool:
-    """Whether the parameter is gone from the exported model, its sublayer being removed."""
-    return param.sublayer is not None and not selection.alive(param.sublayer.kind, param.sublayer.layer)
+    """Whether the parameter is gone from the exported model: its sublayer is removed, or nothing of it is left."""
+    if param.sublayer is not None and not selection.alive(param.sublayer.kind, param.sublayer.layer):
+        return True
+    return 0 in compact_shape(param, selection)
 
 
 def compact_shape(param: ParamSpec, selection: Selection) -> tuple[int, ...]:
     """Shape of the parameter in the exported model."""
     return tuple(
-        extent if space is None else len(selection.kept(space)) * space.block
+        extent if space is None else len(selection.kept(space))
         for extent, space in zip(param.shape, param.axes, strict=True)
     )
 
 
-def _entries(space: Space, selection: Selection) -> Tensor:
-    kept = selection.kept(space)
-    return (kept[:, None] * space.block + torch.arange(space.block)).flatten()
-
-
 def _scale(param: ParamSpec, axis: int, space: Space, selection: Selection) -> Tensor | None:
-    """Scale of each entry along a gated axis; None where there is nothing to fold."""
-    # In double: a product of gates must not be rounded before it meets the weight.
-    scale = selection.gate(space).double().repeat_interleave(space.block)
+    """Scale of each entry along a gated axis, fp64; None where there is nothing to fold."""
+    scale = selection.gate(space)
     if param.sublayer is not None and axis == 0 and space.kind == "hidden" and _is_output(param):
         scale = scale * selection.gates[param.sublayer.kind][param.sublayer.layer]
     return None if bool((scale == 1).all()) else scale
@@ -61,7 +56,7 @@ def cut(param: ParamSpec, tensor: Tensor, selection: Selection) -> Tensor:
     for axis, space in enumerate(param.axes):
         if space is None:
             continue
-        entries = _entries(space, selection)
+        entries = selection.kept(space)
         scale = _scale(param, axis, space, selection) if param.gated[axis] else None
         if len(entries) != tensor.shape[axis]:
             tensor = tensor.index_select(axis, entries)

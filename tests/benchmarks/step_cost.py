@@ -52,7 +52,7 @@ def _trainers(options: argparse.Namespace, world: World, stage: int) -> tuple[Tr
         model,
         task,
         distill=DistillConfig(),
-        teacher_width=teacher.width,
+        teacher=(teacher.width, (2, 3, 4, 6)),
         gating=attach_gates(model, structure, empty=made.empty),
     )
     engine = build_student_engine(student, ds_config, lr=2e-5, weight_decay=0.0)

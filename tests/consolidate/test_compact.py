@@ -8,7 +8,7 @@ import transformers
 
 from dsprune.consolidate import apply_selection, load_compact
 from dsprune.consolidate.modeling_dsprune import Bypass
-from dsprune.errors import ArchitectureError, CheckpointError
+from dsprune.errors import CheckpointError
 from dsprune.structure import CostModel, Selection, analyze, attach_gates, ones
 from tests.helpers.models import FAMILIES, HEADS, tiny_batch, tiny_model
 from tests.helpers.selections import awkward_gates, random_gates
@@ -19,7 +19,7 @@ TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-10}
 def _difference(model, structure, selection, dtype):
     """Largest difference between masked and compact outputs."""
     compact = apply_selection(model, selection)
-    gating = attach_gates(model, structure)
+    gating = attach_gates(model, structure, empty=selection.empty)
     gating.set({kind: gate.to(dtype) for kind, gate in selection.gates.items()})
     batch = tiny_batch()
     with torch.no_grad():
@@ -31,17 +31,19 @@ def _difference(model, structure, selection, dtype):
     return float((masked - ours).abs().max()), compact
 
 
+@pytest.mark.parametrize("empty", ["identity", "bias"])
+@pytest.mark.parametrize("rank", [None, 5], ids=["", "factored"])
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=["fp32", "fp64"])
 @pytest.mark.parametrize("name", [*FAMILIES, *HEADS])
-def test_the_compact_model_is_the_masked_model(name, dtype):
-    model = tiny_model(name, dtype=dtype)
+def test_the_compact_model_is_the_masked_model(name, dtype, rank, empty):
+    model = tiny_model(name, dtype=dtype, embedding_rank=rank)
     structure = analyze(model)
-    cost = CostModel(structure)
+    cost = CostModel(structure, empty=empty)
     cases = dict(awkward_gates(structure))
     cases |= {f"hard {seed}": random_gates(structure, seed) for seed in range(4)}
     cases |= {f"soft {seed}": random_gates(structure, seed, soft=True) for seed in range(4)}
     for label, gates in cases.items():
-        selection = Selection.from_gates(structure, gates)
+        selection = Selection.from_gates(structure, gates, empty=empty)
         difference, compact = _difference(model, structure, selection, dtype)
         assert difference <= TOLERANCE[dtype], label
         real = sum(param.numel() for param in compact.parameters())
@@ -142,11 +144,3 @@ def test_what_is_not_a_compact_folder_is_refused(tmp_path):
     tiny_model("bert").save_pretrained(tmp_path)
     with pytest.raises(CheckpointError, match="was not made by dsprune"):
         load_compact(tmp_path)
-
-
-def test_an_empty_attention_that_keeps_its_bias_is_refused():
-    model = tiny_model("bert")
-    gates = ones(analyze(model))
-    gates["head"][0] = 0
-    with pytest.raises(ArchitectureError, match="keeps its bias"):
-        apply_selection(model, Selection.from_gates(analyze(model), gates, empty="bias"))

@@ -18,6 +18,9 @@ from transformers import (
     RobertaForSequenceClassification,
 )
 
+from dsprune.arch import family_for
+from dsprune.consolidate.modeling_dsprune import factor_embedding
+
 SIZES = {
     "vocab_size": 50,
     "hidden_size": 32,
@@ -49,10 +52,15 @@ HEADS = {
 }
 
 
-def tiny_model(name: str, *, dtype: torch.dtype = torch.float32, seed: int = 0) -> nn.Module:
+def tiny_model(
+    name: str, *, dtype: torch.dtype = torch.float32, seed: int = 0, embedding_rank: int | None = None
+) -> nn.Module:
     """A model of a family (or a BERT with another head) in eval mode, its weights drawn anew."""
     torch.manual_seed(seed)
-    model = (FAMILIES | HEADS)[name]().to(dtype).eval()
+    model = (FAMILIES | HEADS)[name]()
+    if embedding_rank is not None:
+        factor_embedding(model, family_for(model.config.model_type).as_dict(), embedding_rank)
+    model.to(dtype).eval()
     for param in model.parameters():
         nn.init.normal_(param, std=0.2)
     return model

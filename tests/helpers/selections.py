@@ -19,6 +19,8 @@ def random_gates(structure: Structure, seed: int, *, soft: bool = False) -> dict
         if soft:
             gate = gate * (0.3 + 0.7 * torch.rand(shape, generator=generator))
         gates[kind] = gate
+    if seed % 2:  # ragged heads everywhere would leave their equals untested
+        gates["qk_dim"], gates["vo_dim"] = torch.ones_like(gates["qk_dim"]), torch.ones_like(gates["vo_dim"])
     if not gates["hidden"].any():
         gates["hidden"][0] = 1.0
     return gates
@@ -58,3 +60,26 @@ def awkward_gates(structure: Structure) -> Iterator[tuple[str, dict[str, Tensor]
     gates["attn"][:] = 0
     gates["ffn"][:] = 0
     yield "everything gone", gates
+    dims = structure.sizes.head_dim
+    gates = ones()
+    gates["qk_dim"][:, 1:] = 0
+    gates["vo_dim"][:, 1:] = 0
+    yield "one dimension left in one head", gates
+    gates = ones()
+    gates["qk_dim"][:, :dims] = 0
+    yield "a head without queries", gates
+    gates = ones()
+    gates["qk_dim"][0] = 0
+    gates["vo_dim"][0, dims : 2 * dims] = 0
+    yield "a layer without queries", gates
+    gates = ones()
+    gates["vo_dim"][:, : 2 * dims] = 0
+    yield "heads without values", gates
+    gates = ones()
+    gates["vo_dim"][:, 1::dims] = 0
+    gates["qk_dim"][:, 1::dims] = 0
+    yield "all heads smaller by one", gates
+    gates = ones()
+    gates["vo_dim"][0] = 0
+    gates["ffn_dim"][0] = 0
+    yield "an empty layer", gates

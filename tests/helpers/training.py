@@ -105,7 +105,7 @@ def build_trainer(setup: Setup, *, dropout: bool = False, steps: int | None = No
         model,
         task,
         distill=DistillConfig(labels=0.3, match=row.match),
-        teacher_width=32,
+        teacher=(32, (1, 2)),
         gating=attach_gates(model, structure, empty=method.empty),
     )
     engine = build_student_engine(student, ds_config, lr=1e-3, weight_decay=0.01)

@@ -6,7 +6,8 @@ import torch
 from dsprune.errors import ConfigError
 from dsprune.methods import Plan, method_class
 from dsprune.methods.hard_concrete import LOG_ALPHA_MAX, LOG_ALPHA_MIN, keep_probability
-from dsprune.methods.lagrangian import lagrangian, linear_target
+from dsprune.methods.lagrangian import lagrangian
+from dsprune.methods.schedules import linear_target
 from dsprune.structure import analyze
 from tests.helpers.models import tiny_model
 

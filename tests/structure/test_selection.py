@@ -23,9 +23,24 @@ def test_units_of_a_removed_sublayer_are_gone():
     gates["head"][0, 2] = 0
     selection = Selection.from_gates(structure, gates)
     heads = [len(selection.kept(sublayer.units)) for sublayer in structure.sublayers_of("attn")]
-    assert heads == [3, 0]
+    assert heads == [24, 0]
     assert not selection.alive("attn", 1)
     assert selection.layer_sizes(structure) == [{"heads": 3, "ffn_dim": 64}, {"heads": 0, "ffn_dim": 64}]
+
+
+def test_dimensions_go_with_their_head_and_are_told_head_by_head():
+    structure = analyze(tiny_model("bert"))
+    gates = ones(structure)
+    gates["qk_dim"][0, :5] = 0  # five of the first head's eight queries
+    gates["vo_dim"][0, 8:16] = 0  # the second head has no values left
+    gates["vo_dim"][1, 30:] = 0
+    selection = Selection.from_gates(structure, gates)
+    queries = structure.sublayers_of("attn")[0].queries
+    assert selection.kept(queries).tolist() == [5, 6, 7, *range(16, 32)]
+    assert selection.layer_sizes(structure) == [
+        {"heads": 3, "qk_dims": [3, 8, 8], "vo_dims": [8, 8, 8], "ffn_dim": 64},
+        {"heads": 4, "qk_dims": [8, 8, 8, 8], "vo_dims": [8, 8, 8, 6], "ffn_dim": 64},
+    ]
 
 
 def test_impossible_selections_are_refused():

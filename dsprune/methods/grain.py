@@ -1,0 +1,236 @@
+"""GRAIN: gradient-based intra-attention pruning (Yang, Cui, Yao, Wang, ACL 2023, arXiv 2212.07634).
+
+Units are single dimensions: of the queries (with their keys), of the values (with their outputs), and
+FFN neurons (section 3.1). A unit's importance is the first-order Taylor term of removing it, which is
+the gradient of its gate (equation 4). Scores are averaged over time; the density falls from 1 along a
+cubic curve while all units stand in one ranking (section 3.2), and the rest of the run recovers.
+
+- Gradient separation (section 3.4): scores come from the logit loss alone, weights learn from the
+  hidden-state loss too. The authors run two backward passes through one graph, which breaks
+  data-parallel wrappers; here a probe pass of its own differentiates the gates and nothing else.
+- Structure regularisation (section 3.3): the importance of a value unit is multiplied by
+  tanh(D / alpha), D being the share of its head's value units that are left, so that thin heads empty.
+- A head without values loses its queries at once, counted in the budget. A head without queries stays
+  and averages uniformly. A sublayer without units is its output bias and its norm.
+
+Where paper and code differ, and where neither is followed:
+
+- Gradients are unscaled before they are averaged, and a step that fp16 skips leaves no trace. In the
+  code scores are read from scaled gradients, and only NaNs are skipped.
+- They are averaged over ranks and accumulation steps before the absolute value: the score of a batch
+  does not depend on how it was cut. The code demands one process and no accumulation.
+- Prices of units and the target are those of the exported model, biases and norms included. The code
+  leaves out output biases and norms.
+- The last masks are those of the full target. The code's last update is one step short of it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from dsprune.config import Section
+from dsprune.errors import ConfigError
+from dsprune.methods.base import GateSignal, Method, Plan
+from dsprune.methods.noise import uniform_noise
+from dsprune.methods.ranking import UnitGroups, prune_lowest
+from dsprune.methods.schedules import cubic_density
+from dsprune.structure import Selection, Structure, gate_shapes, head_alive
+
+__all__ = ["Grain", "GrainOptions"]
+
+UNITS = {"dims": ("qk_dim", "vo_dim", "ffn_dim"), "heads": ("head", "ffn_dim")}
+
+
+class GrainOptions(Section):
+    """Options of GRAIN, beside `method.name`."""
+
+    alpha: float = Field(0.3, ge=0)
+    """Strength of the structure regularisation: higher empties thin heads sooner; 0 turns it off."""
+    beta: float = Field(0.998, ge=0, lt=1)
+    """Decay of the scores' moving average, per optimizer step."""
+    start: float = Field(0.2, ge=0, lt=1)
+    """Share of prune.duration after which units begin to go."""
+    end: float = Field(0.4, gt=0, lt=1)
+    """Share of prune.duration at which the target is reached."""
+    probe_every: int = Field(1, ge=1)
+    """Optimizer steps between two probe passes; more is cheaper and scores are noisier."""
+    separation: bool = True
+    """Score by the logit loss alone, in a probe pass; otherwise by the whole training loss, at no cost."""
+    score: Literal["gradient", "random"] = "gradient"
+    """Where scores come from; random ones are the paper's ablation."""
+    units: Literal["dims", "heads"] = "dims"
+    """Single dimensions, or whole heads and neurons, ranked apart (the paper's Heads+FFN baseline)."""
+    attention_density: float | None = Field(None, gt=0, le=1)
+    """With units = "heads": share of the heads to keep; by default the same as of the neurons."""
+    round_to: int = Field(1, ge=1)
+    """Sizes of heads and FFNs to be multiples of this, as far as units remain; 8 or 16 suit most hardware."""
+
+
+class Grain(Method):
+    """Moving averages of gate gradients and one global ranking; see the module for formulas and sources."""
+
+    Options = GrainOptions
+    empty = "bias"
+
+    def __init__(self, structure: Structure, options: GrainOptions, plan: Plan) -> None:
+        super().__init__(structure, options, plan)
+        self.options = options
+        self._start = round(options.start * plan.total_steps)
+        self._end = round(options.end * plan.total_steps)
+        if options.start >= options.end or (plan.total_steps > 0 and self._end >= plan.total_steps):
+            raise ConfigError(
+                f"method.start = {options.start:g} and method.end = {options.end:g} must be shares of prune.duration "
+                f"({plan.total_steps} steps) with start < end < 1, and leave a step after the end"
+            )
+        self.check_target()
+        shapes = {kind: gate_shapes(structure.sizes)[kind] for kind in self.kinds}
+        self.mask = {kind: torch.ones(shape) for kind, shape in shapes.items()}
+        self.importance = {kind: torch.zeros(shape) for kind, shape in shapes.items()}
+        if options.score == "random":
+            self.importance = uniform_noise(shapes, plan.seed, -1)
+        self._price = self._unit_prices()
+        self._check_split()
+
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        return UNITS[self.options.units]
+
+    @property
+    def start_step(self) -> int:
+        return 0
+
+    def parameters(self) -> dict[str, Tensor]:
+        masks = {f"mask.{kind}": value for kind, value in self.mask.items()}
+        return masks | {f"importance.{kind}": value for kind, value in self.importance.items()}
+
+    def optimizers(self) -> list[torch.optim.Optimizer]:
+        return []
+
+    def gates(self, step: int) -> dict[str, Tensor] | None:
+        return self.mask
+
+    def signal(self, step: int) -> GateSignal:
+        if self.options.score == "random" or step > self._end or step % self.options.probe_every:
+            return "none"
+        return "probe" if self.options.separation else "training"
+
+    # --- importance -------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def learn(self, step: int, gates: Mapping[str, Tensor], gradients: Mapping[str, Tensor]) -> None:
+        if gradients:
+            self._observe(gradients)
+        if step >= self._start:
+            self.mask = self._pruned(self.sparsity_at(step))
+
+    def _observe(self, gradients: Mapping[str, Tensor]) -> None:
+        """S <- beta * S + (1 - beta) * I, over `probe_every` steps at once."""
+        beta = self.options.beta**self.options.probe_every
+        for kind, gradient in gradients.items():
+            importance = gradient.abs()
+            if kind == "vo_dim" and self.options.alpha > 0:
+                importance = importance * self._regularisation()
+            self.importance[kind] = beta * self.importance[kind] + (1 - beta) * importance
+
+    def _regularisation(self) -> Tensor:
+        """tanh(D / alpha) of each value unit's head: [L, H * D]."""
+        by_head = self.mask["vo_dim"].unflatten(-1, (self.structure.sizes.num_heads, -1))
+        density = by_head.mean(-1, keepdim=True)
+        return torch.tanh(density / self.options.alpha).expand_as(by_head).flatten(-2)
+
+    # --- selection --------------------------------------------------------------------------
+
+    def sparsity_at(self, step: int) -> float:
+        """Target sparsity at a step."""
+        density = cubic_density(step, start=self._start, end=self._end, final=1 - self.plan.target)
+        return 1 - density
+
+    def _unit_prices(self) -> dict[str, Tensor]:
+        """Parameters that go with each unit: as `mask`, fp64."""
+        dims = self.cost.unit_prices(UNITS["dims"], of=self.plan.target_of)
+        num_heads = self.structure.sizes.num_heads
+        dims["head"] = (dims["qk_dim"] + dims["vo_dim"]).unflatten(-1, (num_heads, -1)).sum(-1)
+        return {kind: dims[kind] for kind in self.kinds}
+
+    def _groups(self) -> dict[str, UnitGroups]:
+        """Units grouped by what is rounded together: dimensions by head, neurons by layer, heads alone."""
+        num_heads, round_to = self.structure.sizes.num_heads, self.options.round_to
+
+        def grouped(kind: str, value: Tensor) -> Tensor:
+            return value.unflatten(-1, (num_heads, -1)).flatten(0, 1) if kind in ("qk_dim", "vo_dim") else value
+
+        return {
+            kind: UnitGroups(
+                grouped(kind, self.importance[kind]),
+                grouped(kind, self.mask[kind]),
+                grouped(kind, self._price[kind]),
+                1 if kind == "head" else round_to,
+            )
+            for kind in self.kinds
+        }
+
+    def _pruned(self, sparsity: float) -> dict[str, Tensor]:
+        """Masks at a sparsity: what is gone, and the lowest-scored units beside it."""
+        groups = self._groups()
+        budget = self._budget(sparsity)
+        if self.options.units == "dims":
+            masks = prune_lowest(groups, budget, tied=("qk_dim", "vo_dim"))
+        else:
+            masks = {}
+            for kind, share in self._split(budget).items():
+                masks |= prune_lowest({kind: groups[kind]}, share)
+        return {kind: mask.view(self.mask[kind].shape) for kind, mask in masks.items()}
+
+    def _budget(self, sparsity: float) -> float:
+        """Parameters to remove from the units for a sparsity of what the target is a share of."""
+        of = self.plan.target_of
+        budget = sparsity * self.cost.dense(of)
+        return budget - (self.structure.factored_away if of == "total" else 0)
+
+    def _split(self, budget: float) -> dict[str, float]:
+        """Parameters to remove from heads and from neurons, which are ranked apart."""
+        heads, neurons = (float(self._price[kind].sum()) for kind in ("head", "ffn_dim"))
+        from_heads = budget * heads / (heads + neurons)
+        if self.options.attention_density is not None:
+            # On the way to the target both shrink in proportion.
+            final = self._budget(self.plan.target)
+            from_heads = (1 - self.options.attention_density) * heads * min(1.0, budget / final if final > 0 else 0.0)
+        return {"head": from_heads, "ffn_dim": budget - from_heads}
+
+    def _check_split(self) -> None:
+        if self.options.attention_density is None:
+            return
+        if self.options.units != "heads":
+            raise ConfigError('method.attention_density goes with method.units = "heads": dimensions share one ranking')
+        share = self._split(self._budget(self.plan.target))["ffn_dim"]
+        most = float(self._price["ffn_dim"].sum())
+        if not 0 <= share <= most:
+            raise ConfigError(
+                f"method.attention_density = {self.options.attention_density:g} does not go with prune.target = "
+                f"{self.plan.target:g}: {share:,.0f} parameters would have to go from FFNs that have {most:,.0f}"
+            )
+
+    def deterministic(self, step: int) -> dict[str, Tensor] | None:
+        return None if step <= self._start else self.mask
+
+    def select(self) -> Selection:
+        return Selection.from_gates(self.structure, self._pruned(self.plan.target), empty=self.empty)
+
+    def metrics(self, step: int) -> dict[str, float]:
+        full = {kind: torch.ones(shape) for kind, shape in gate_shapes(self.structure.sizes).items()} | self.mask
+        return {
+            "sparsity/hard": float(self.cost.sparsity(self.mask, of=self.plan.target_of)),
+            "sparsity/target": self.sparsity_at(step),
+            "structure/heads": float(head_alive(full).sum()),
+            **{f"structure/{kind}": float(mask.sum()) for kind, mask in self.mask.items()},
+        }
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        for kind in self.kinds:
+            self.mask[kind] = state[f"mask.{kind}"].clone()
+            self.importance[kind] = state[f"importance.{kind}"].clone()

@@ -1,0 +1,113 @@
+"""Ragged heads in the compact model: what is stored, and what runs."""
+
+import pytest
+import torch
+
+from dsprune.consolidate import apply_selection, load_compact
+from dsprune.consolidate.modeling_dsprune import Constant, PackedLinear, Zeros
+from dsprune.structure import Selection, analyze, ones
+from tests.helpers.models import tiny_batch, tiny_model
+
+
+def _ragged(gates):
+    gates["qk_dim"][0, 3:8] = 0
+    gates["vo_dim"][0, 8:13] = 0
+    return gates
+
+
+def _compact(gates=None, **options):
+    model = tiny_model("bert")
+    structure = analyze(model)
+    gates = _ragged(ones(structure)) if gates is None else gates(ones(structure))
+    return apply_selection(model, Selection.from_gates(structure, gates, empty="bias"), **options)
+
+
+def test_weights_are_stored_without_padding_and_run_padded():
+    attention = _compact().bert.encoder.layer[0].attention
+    assert isinstance(attention.self.query, PackedLinear)
+    assert attention.self.query.weight.shape == (27, 32)
+    assert attention.self.value.weight.shape == (27, 32)
+    assert attention.output.dense.weight.shape == (32, 27)
+    assert attention.self.attention_head_size == 8
+    assert attention.self.query(torch.zeros(1, 1, 32)).shape[-1] == 32
+
+
+def test_the_scale_stays_that_of_the_dense_head():
+    def thin(gates):
+        for kind in ("qk_dim", "vo_dim"):
+            gates[kind].view(2, 4, 8)[..., 2:] = 0
+        return gates
+
+    attention = _compact(thin, head_multiple=1).bert.encoder.layer[0].attention.self
+    assert attention.attention_head_size == 2
+    assert attention.scaling == 8**-0.5
+    # Heads of one size need no packing, whatever the size.
+    assert type(attention.query) is torch.nn.Linear
+
+
+def test_heads_are_padded_to_the_multiple_that_was_asked_for():
+    def thin(gates):
+        for kind in ("qk_dim", "vo_dim"):
+            gates[kind].view(2, 4, 8)[..., 3:] = 0
+        return gates
+
+    sizes = {
+        multiple: _compact(thin, head_multiple=multiple).bert.encoder.layer[0].attention.self.attention_head_size
+        for multiple in (1, 2, 4, 16)
+    }
+    assert sizes == {1: 3, 2: 4, 4: 4, 16: 16}
+
+
+def test_what_has_no_weights_is_not_stored():
+    def hollow(gates):
+        gates["qk_dim"][0] = 0
+        gates["vo_dim"][1] = 0
+        gates["ffn_dim"][1] = 0
+        return gates
+
+    first, second = _compact(hollow).bert.encoder.layer
+    assert isinstance(first.attention.self.query, Zeros)
+    assert isinstance(second.attention.output.dense, Constant)
+    assert isinstance(second.output.dense, Constant)
+    names = [name for name, _ in second.named_parameters()]
+    assert names == [
+        "attention.output.dense.bias",
+        "attention.output.LayerNorm.weight",
+        "attention.output.LayerNorm.bias",
+        "output.dense.bias",
+        "output.LayerNorm.weight",
+        "output.LayerNorm.bias",
+    ]
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_every_attention_implementation_runs_packed_heads(attention, tmp_path):
+    compact = _compact()
+    compact.save_pretrained(tmp_path)
+    loaded = load_compact(tmp_path, attn_implementation=attention).eval()
+    with torch.no_grad():
+        torch.testing.assert_close(loaded(**tiny_batch())[0], compact(**tiny_batch())[0], rtol=0, atol=1e-5)
+
+
+def test_packed_weights_learn():
+    compact = _compact().train()
+    compact(**tiny_batch(), labels=torch.zeros(3, dtype=torch.long)).loss.backward()
+    for name, param in compact.named_parameters():
+        assert param.grad is not None, name
+        assert param.grad.abs().sum() > 0 or "token_type" in name or "key.bias" in name, name
+
+
+def test_a_factored_embedding_is_stored_as_its_factors(tmp_path):
+    model = tiny_model("bert", embedding_rank=5)
+    structure = analyze(model)
+    assert structure.embedding_rank == 5
+    assert structure.factored_away == 50 * 32 - 50 * 5 - 5 * 32
+    compact = apply_selection(model, Selection.from_gates(structure, ones(structure)))
+    compact.save_pretrained(tmp_path)
+    loaded = load_compact(tmp_path).eval()
+    assert loaded.bert.embeddings.word_embeddings.table.weight.shape == (50, 5)
+    with torch.no_grad():
+        assert torch.equal(loaded(**tiny_batch())[0], compact(**tiny_batch())[0])
+    counted = loaded.config.dsprune["parameters"]
+    assert counted["dense_total"] == sum(param.numel() for param in tiny_model("bert").parameters())
+    assert counted["total"] == sum(param.numel() for param in loaded.parameters())

@@ -1,0 +1,160 @@
+"""GRAIN against its formulas, and against the pitfalls of its authors' code."""
+
+import math
+
+import pytest
+import torch
+
+from dsprune.errors import ConfigError
+from dsprune.methods import Plan, method_class
+from dsprune.methods.schedules import cubic_density
+from dsprune.structure import CostModel, analyze, ones
+from tests.helpers.models import tiny_model
+
+Grain = method_class("grain")
+
+
+def _grain(*, target=0.6, of="encoder", total=100, seed=0, rank=None, **options):
+    plan = Plan(target=target, target_of=of, total_steps=total, steps_per_epoch=10, seed=seed)
+    return Grain(analyze(tiny_model("bert", embedding_rank=rank)), Grain.Options(**options), plan)
+
+
+def _gradients(method, seed):
+    generator = torch.Generator().manual_seed(seed)
+    return {kind: torch.randn(mask.shape, generator=generator) for kind, mask in method.mask.items()}
+
+
+def _run(method, steps, begin=0):
+    for step in range(begin, steps):
+        gradients = _gradients(method, step) if method.signal(step) != "none" else {}
+        method.learn(step, method.gates(step), gradients)
+
+
+def test_importance_is_the_moving_average_of_absolute_gradients():
+    method = _grain(beta=0.9, alpha=0.0)
+    one, two = _gradients(method, 1), _gradients(method, 2)
+    method.learn(0, method.gates(0), one)
+    method.learn(1, method.gates(1), two)
+    for kind in method.kinds:
+        expected = 0.9 * 0.1 * one[kind].abs() + 0.1 * two[kind].abs()
+        torch.testing.assert_close(method.importance[kind], expected)
+
+
+def test_structure_regularisation_weighs_value_units_by_what_is_left_of_their_head():
+    method = _grain(beta=0.0, alpha=0.3)
+    method.mask["vo_dim"][0, :6] = 0  # two of eight left in the first head
+    gradients = _gradients(method, 0)
+    method.learn(0, method.gates(0), gradients)
+    ratio = method.importance["vo_dim"] / gradients["vo_dim"].abs()
+    assert ratio[0, 7] == pytest.approx(math.tanh(0.25 / 0.3))
+    assert ratio[0, 8] == pytest.approx(math.tanh(1 / 0.3))
+    torch.testing.assert_close(method.importance["qk_dim"], gradients["qk_dim"].abs())
+
+
+def test_density_falls_along_the_cubic_curve():
+    assert cubic_density(19, start=20, end=40, final=0.1) == 1.0
+    assert cubic_density(30, start=20, end=40, final=0.1) == pytest.approx(0.1 + 0.9 / 8)
+    assert cubic_density(40, start=20, end=40, final=0.1) == 0.1
+
+
+def test_the_mask_follows_the_schedule_and_nothing_regrows():
+    method = _grain()
+    cost = CostModel(method.structure, empty="bias")
+    before = None
+    for step in range(60):
+        _run(method, step + 1, begin=step)
+        sparsity = float(cost.sparsity(method.mask))
+        wanted = method.sparsity_at(step)
+        assert wanted <= sparsity < wanted + 0.01
+        if before is not None:
+            assert all((method.mask[kind] <= before[kind]).all() for kind in method.kinds)
+        before = {kind: mask.clone() for kind, mask in method.mask.items()}
+    assert method.sparsity_at(40) == 0.6
+
+
+def test_queries_go_with_the_last_value_of_their_head():
+    method = _grain(target=0.9)
+    _run(method, 60)
+    left = method.mask["vo_dim"].unflatten(-1, (4, 8)).sum(-1)
+    queries = method.mask["qk_dim"].unflatten(-1, (4, 8)).sum(-1)
+    assert (left == 0).any()
+    assert (queries[left == 0] == 0).all()
+
+
+@pytest.mark.parametrize(("of", "rank"), [("encoder", None), ("total", None), ("total", 8)])
+def test_the_target_is_that_of_the_exported_model(of, rank):
+    method = _grain(target=0.5, of=of, rank=rank)
+    _run(method, 60)
+    selection = method.select()
+    real = 1 - float(CostModel(method.structure, empty="bias").parameters(selection.gates, of=of)) / float(
+        CostModel(method.structure).dense(of)
+    )
+    assert 0.5 <= real < 0.505
+    assert all(torch.equal(selection.gates[kind], method.mask[kind]) for kind in method.kinds)
+
+
+def test_dense_sparsity_counts_the_embedding_before_it_was_factored():
+    factored = CostModel(analyze(tiny_model("bert", embedding_rank=8)))
+    whole = CostModel(analyze(tiny_model("bert")))
+    assert factored.dense("total") == whole.dense("total")
+    gates = ones(factored.structure)
+    saved = whole.parameters(gates, of="total") - factored.parameters(gates, of="total")
+    assert saved == factored.structure.factored_away > 0
+
+
+@pytest.mark.parametrize("round_to", [2, 4])
+def test_rounding_leaves_sizes_that_are_multiples(round_to):
+    method = _grain(round_to=round_to)
+    _run(method, 60)
+    for kind in ("qk_dim", "vo_dim"):
+        assert (method.mask[kind].unflatten(-1, (4, 8)).sum(-1) % round_to == 0).all()
+    assert (method.mask["ffn_dim"].sum(-1) % round_to == 0).all()
+
+
+def test_probes_stop_when_the_target_is_reached():
+    method = _grain(probe_every=3)
+    assert [method.signal(step) for step in range(4)] == ["probe", "none", "none", "probe"]
+    assert {method.signal(step) for step in range(41, 100)} == {"none"}
+    assert _grain(separation=False).signal(0) == "training"
+
+
+def test_whole_heads_are_scored_by_the_head_gate_and_ranked_apart():
+    method = _grain(units="heads", target=0.5, attention_density=0.25)
+    assert method.kinds == ("head", "ffn_dim")
+    _run(method, 60)
+    assert float(method.mask["head"].mean()) == 0.25
+    sparsity = float(CostModel(method.structure, empty="bias").sparsity(method.select().gates))
+    assert 0.5 <= sparsity < 0.505
+
+
+def test_random_scores_ask_for_no_gradients_and_depend_on_the_seed():
+    one, same, other = (_grain(score="random", seed=seed) for seed in (1, 1, 2))
+    assert one.signal(0) == "none"
+    for method in (one, same, other):
+        _run(method, 60)
+    assert torch.equal(one.mask["ffn_dim"], same.mask["ffn_dim"])
+    assert not torch.equal(one.mask["ffn_dim"], other.mask["ffn_dim"])
+
+
+def test_state_round_trips():
+    one, other = _grain(), _grain()
+    _run(one, 35)
+    other.load_state_dict(one.state_dict())
+    _run(one, 50, begin=35)
+    _run(other, 50, begin=35)
+    assert all(torch.equal(a, b) for a, b in zip(one.state_dict().values(), other.state_dict().values(), strict=True))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"start": 0.5, "end": 0.4}, "start < end < 1"),
+        ({"end": 0.999}, "leave a step after the end"),
+        ({"target": 0.999}, "out of reach: .* at most 0.9"),
+        ({"attention_density": 0.5}, 'goes with method.units = "heads"'),
+        ({"units": "heads", "target": 0.9, "attention_density": 1.0}, "does not go with prune.target"),
+    ],
+)
+def test_settings_that_cannot_work_are_refused(options, message):
+    with pytest.raises(ConfigError, match=message):
+        _grain(**options)
