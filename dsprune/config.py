@@ -98,11 +98,19 @@ class TaskConfig(Section):
     """What the model is to do."""
 
     name: str
-    """Task: one of the nine of GLUE, or `order`, the generated one."""
+    """Task: one of the nine of GLUE, `squad`, `squad_v2`, `conll2003`, or `order`, the generated one."""
     max_length: int = Field(128, ge=8)
     """Longest sequence in tokens; longer ones are cut."""
     metric: str | None = None
     """Metric that picks the best model; by default the first of the task's official ones."""
+    stride: int = Field(128, ge=0)
+    """SQuAD: tokens that two neighbouring windows on a long context share."""
+    max_answer_length: int = Field(30, ge=1)
+    """SQuAD: longest answer in tokens."""
+    n_best: int = Field(20, ge=1)
+    """SQuAD: how many of the most likely starts and of the most likely ends are combined."""
+    null_threshold: float = 0.0
+    """SQuAD v2: how much the score of no answer must exceed the best answer's to be given."""
 
 
 class DataConfig(Section):

@@ -1,37 +1,27 @@
-"""What a task is: text columns, labels, a loss and metrics, and where its examples come from."""
+"""What a task is: examples, labels, losses and metrics. The kinds of tasks are its subclasses."""
 
 from __future__ import annotations
 
 import difflib
 import logging
-import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
-import torch
-import torch.nn.functional as F
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from dsprune.errors import ConfigError, DataError
-from dsprune.tasks import metrics
-from dsprune.tasks.batching import Encoded, encode
-from dsprune.tasks.sources import Split
+from dsprune.errors import ConfigError
+from dsprune.tasks.batching import Encoded, Tokeniser
+from dsprune.tasks.sources import Split, Splits
 
-__all__ = ["Problem", "Splits", "Task", "TaskData", "choose_metric"]
+__all__ = ["Head", "Problem", "Task", "TaskData", "choose_metric"]
 
 logger = logging.getLogger(__name__)
 
-Problem = Literal["classification", "regression"]
-
-
-@dataclass(frozen=True)
-class Splits:
-    """Training and evaluation examples as text."""
-
-    train: Split
-    evals: Mapping[str, Split]
+Problem = Literal["classification", "regression", "spans", "tokens"]
+Head = Literal["ForSequenceClassification", "ForQuestionAnswering", "ForTokenClassification"]
 
 
 @dataclass
@@ -50,31 +40,37 @@ class TaskData:
     notes: tuple[str, ...] = ()
 
 
-@dataclass(frozen=True)
-class Task:
+@dataclass(frozen=True, kw_only=True)
+class Task(ABC):
     """One task, ready to read its data.
+
+    Losses are sums over targets, divided by a count that the caller gives: the targets of a mean
+    micro-batch of the step, over all ranks and accumulation steps. So unequal micro-batches average
+    over the whole batch. A target is an example, a feature of a span task, or a labelled token.
 
     Attributes:
         name: as in `task.name`.
-        problem: classification, or regression with one output.
-        labels: class names in the order of the label ids; empty for a regression.
+        labels: class names in the order of the label ids; empty for a regression and for spans.
         metrics: official metrics.
         primary: the metric that picks the best model.
-        columns: text columns; two are encoded as a pair.
-        max_length: tokens at which examples are cut.
+        max_length: tokens at which features are cut.
         read: gets the examples; its argument says whether progress may be shown.
-        bounds: least and greatest target value of a regression.
+        head: suffix of the transformers class whose outputs the task reads.
     """
 
     name: str
-    problem: Problem
     labels: tuple[str, ...]
     metrics: tuple[str, ...]
     primary: str
-    columns: tuple[str, ...]
     max_length: int
     read: Callable[[bool], Splits] = field(repr=False)
-    bounds: tuple[float, float] = (-math.inf, math.inf)
+
+    head: ClassVar[Head]
+
+    @property
+    @abstractmethod
+    def problem(self) -> Problem:
+        """What kind of task it is."""
 
     @property
     def num_labels(self) -> int:
@@ -95,82 +91,82 @@ class Task:
             DataError: missing files or columns, empty splits, labels or texts that cannot be.
             ArchitectureError: a tokenizer that does not fit.
         """
-        splits = self.read(progress)
-        checked = {split.name: self._check(split) for split in (splits.train, *splits.evals.values())}
-
-        def encoded(split: Split) -> Encoded:
-            texts, labels = checked[split.name]
-            return encode(
-                split.name,
-                texts,
-                labels,
-                tokenizer,
-                max_length=self.max_length,
-                vocab_size=vocab_size,
-                progress=progress,
-            )
-
-        notes = (*splits.train.notes, *(note for split in splits.evals.values() for note in split.notes))
+        tokeniser = Tokeniser(tokenizer, self.max_length, vocab_size, progress)
+        splits = self._check(self.read(progress))
+        evals = {name: self._encode(split, tokeniser) for name, split in splits.evals.items()}
+        train = self._encode(splits.train, tokeniser)
+        notes = (
+            *splits.train.notes,
+            *train.notes,
+            *(note for name, split in splits.evals.items() for note in (*split.notes, *evals[name].notes)),
+        )
         for note in notes:
             logger.warning("task %s: %s", self.name, note)
-        evals = {name: encoded(split) for name, split in splits.evals.items()}
-        return TaskData(encoded(splits.train), evals, notes)
+        return TaskData(train, evals, notes)
 
-    def loss(self, logits: Tensor, labels: Tensor) -> Tensor:
-        """Cross-entropy, or mean squared error of a regression; mean over examples: [].
+    def outputs(self, model_output: Any) -> Tensor:
+        """The one tensor of predictions in what the model returns.
 
-        Args:
-            logits: [batch, classes], or [batch, 1] for a regression.
-            labels: [batch].
+        Returns:
+            [batch, classes], or [batch, 1] for a regression; [batch, length, 2] start and end logits for
+            spans; [batch, length, classes] for tokens.
         """
-        if self.problem == "regression":
-            return F.mse_loss(logits.squeeze(-1), labels.to(logits.dtype))
-        return F.cross_entropy(logits, labels)
+        logits: Tensor = model_output.logits
+        return logits
 
-    def score(self, predictions: Tensor, labels: Tensor) -> dict[str, float]:
-        """The official metrics by name, of all logits of a split.
+    def reorder(self, outputs: Tensor, permutation: Sequence[int]) -> Tensor:
+        """Outputs in the task's order of labels.
 
         Args:
-            predictions: [examples, classes] logits, or [examples, 1] for a regression.
-            labels: [examples].
+            outputs: [..., classes].
+            permutation: of `label_permutation`.
+        """
+        return outputs[..., list(permutation)]
+
+    @abstractmethod
+    def loss(self, outputs: Tensor, labels: Tensor, *, count: Tensor) -> Tensor:
+        """The task's own loss, summed over targets and divided by `count`: [].
+
+        Args:
+            outputs: as `outputs` gives them.
+            labels: of the same batch, as `Encoded.collate` gives them.
+            count: [] targets of a mean micro-batch of the step.
+        """
+
+    @abstractmethod
+    def logit_loss(
+        self, student: Tensor, teacher: Tensor, labels: Tensor, *, temperature: float, count: Tensor
+    ) -> Tensor:
+        """T^2 * KL(teacher || student), summed over targets and divided by `count`: [].
+
+        Args:
+            student: outputs, as `outputs` gives them.
+            teacher: outputs for the same batch, in the task's order of labels.
+            labels: of the same batch; only where they are -100 matters.
+            temperature: T.
+            count: [] targets of a mean micro-batch of the step.
+        """
+
+    @abstractmethod
+    def score(self, predictions: Tensor, data: Encoded) -> dict[str, float]:
+        """The official metrics by name, fractions of 1, of all outputs of a split.
+
+        Args:
+            predictions: [features, classes] in the order of the split, or [features, width, classes] with
+                anything past each feature's length.
+            data: the split.
 
         Raises:
-            NumericsError: logits that are not finite.
+            NumericsError: outputs that are not finite.
         """
-        return metrics.score(predictions, labels, self.metrics)
 
-    def _check(self, split: Split) -> tuple[list[Sequence[str]], Tensor]:
-        """Texts and labels of a split, once they are known to be good."""
-        if len(split) == 0:
-            raise DataError(f"{split.origin}: the split is empty")
-        for column in (*self.columns, "label"):
-            if column not in split.columns:
-                there = ", ".join(split.columns)
-                raise DataError(f"{split.origin}: no column '{column}' of task '{self.name}'; there is {there}")
-        for column in self.columns:
-            _refuse(split, column, (not isinstance(v, str) for v in split.columns[column]), "expected text")
-        values = split.columns["label"]
-        if self.problem == "regression":
-            low, high = self.bounds
-            wanted = f"expected a number from {low:g} to {high:g}"
-            _refuse(split, "label", (not _is_number(v) or not low <= v <= high for v in values), wanted)
-            return [split.columns[column] for column in self.columns], torch.tensor(values, dtype=torch.float32)
-        top = self.num_labels - 1
-        wanted = f"expected an integer from 0 to {top} ({', '.join(self.labels)})"
-        _refuse(split, "label", (type(v) is not int or not 0 <= v <= top for v in values), wanted)
-        return [split.columns[column] for column in self.columns], torch.tensor(values, dtype=torch.int64)
+    @abstractmethod
+    def _check(self, splits: Splits) -> Splits:
+        """Splits that are known to be good; what had to be left out is in their notes."""
 
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-
-
-def _refuse(split: Split, column: str, wrong: Iterable[bool], wanted: str) -> None:
-    """Stop at the first wrong value of a column."""
-    row = next((row for row, is_wrong in enumerate(wrong) if is_wrong), None)
-    if row is not None:
-        found = repr(split.columns[column][row])
-        raise DataError(f"{split.origin}: row {row} (from 0), column '{column}': {wanted}, found {found[:60]}")
+    @abstractmethod
+    def _encode(self, split: Split, tokeniser: Tokeniser) -> Encoded:
+        """A checked split as token ids."""
 
 
 def choose_metric(task: str, official: tuple[str, ...], asked: str | None) -> str:

@@ -9,12 +9,11 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 
 from dsprune.config import DataConfig, TaskConfig
-from dsprune.errors import ConfigError
-from dsprune.tasks.base import Splits, Task, choose_metric
-from dsprune.tasks.sources import Split, find_files, read_file, read_hub
+from dsprune.tasks.base import Task, choose_metric
+from dsprune.tasks.sequence import SequenceTask
+from dsprune.tasks.sources import HubData, split_reader
 
 __all__ = ["GLUE", "HUB_DATASET", "build_glue"]
 
@@ -62,32 +61,13 @@ def build_glue(task: TaskConfig, data: DataConfig, seed: int) -> Task:
         DataError: `data.path` without the files of the task.
     """
     facts = GLUE[task.name]
-    primary = choose_metric(task.name, facts.metrics, task.metric)
-    if data.path is not None and data.revision is not None:
-        raise ConfigError("data.revision pins a data set of the hub, and data.path is a local folder: drop one")
-    official = ("train", *(split for _, split in facts.evals))
-    files = {} if data.path is None else find_files(Path(data.path).expanduser(), task.name, official)
-
-    def read_split(split: str, limit: int | None, progress: bool) -> Split:
-        if split in files:
-            return read_file(files[split], split, text_columns=facts.columns).first(limit)
-        return read_hub(HUB_DATASET, task.name, split, revision=data.revision, progress=progress).first(limit)
-
-    def read(progress: bool) -> Splits:
-        evals = {}
-        for name, split in facts.evals:
-            found = read_split(split, data.max_eval_examples, progress)
-            evals[name if found.name == split else found.name] = found
-        return Splits(read_split("train", data.max_train_examples, progress), evals)
-
-    return Task(
+    return SequenceTask(
         name=task.name,
-        problem="classification" if facts.labels else "regression",
         labels=facts.labels,
         metrics=facts.metrics,
-        primary=primary,
+        primary=choose_metric(task.name, facts.metrics, task.metric),
         columns=facts.columns,
         max_length=task.max_length,
-        read=read,
+        read=split_reader(task.name, data, HubData(HUB_DATASET, task.name), dict(facts.evals), facts.columns),
         bounds=facts.bounds,
     )

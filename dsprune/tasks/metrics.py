@@ -13,7 +13,7 @@ from torch import Tensor
 
 from dsprune.errors import NumericsError
 
-__all__ = ["METRICS", "score"]
+__all__ = ["METRICS", "check_finite", "score"]
 
 Metric = Callable[[np.ndarray[Any, Any], np.ndarray[Any, Any]], float]
 """Predictions and labels of a split, [examples] each, to a figure."""
@@ -67,10 +67,19 @@ def score(logits: Tensor, labels: Tensor, metrics: tuple[str, ...]) -> dict[str,
     Raises:
         NumericsError: logits that are not finite.
     """
-    broken = int((~torch.isfinite(logits)).any(dim=-1).sum())
-    if broken:
-        raise NumericsError(f"the model's outputs for {broken} of {len(logits)} examples are not finite numbers")
+    check_finite(logits)
     # float64: a correlation of nearly constant float32 predictions loses its digits.
     outputs = logits.detach().cpu().double()
     predictions = outputs.squeeze(-1) if logits.shape[-1] == 1 else outputs.argmax(-1)
     return {name: METRICS[name](predictions.numpy(), labels.cpu().numpy()) for name in metrics}
+
+
+def check_finite(outputs: Tensor) -> None:
+    """Refuse outputs, [examples, ...], that hold anything but finite numbers.
+
+    Raises:
+        NumericsError: for how many examples they do.
+    """
+    broken = int((~torch.isfinite(outputs)).flatten(1).any(dim=-1).sum())
+    if broken:
+        raise NumericsError(f"the model's outputs for {broken} of {len(outputs)} examples are not finite numbers")

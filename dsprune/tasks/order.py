@@ -27,8 +27,9 @@ from typing import NamedTuple
 
 from dsprune.config import DataConfig, TaskConfig
 from dsprune.errors import ConfigError
-from dsprune.tasks.base import Splits, Task, choose_metric
-from dsprune.tasks.sources import Split
+from dsprune.tasks.base import Task, choose_metric
+from dsprune.tasks.sequence import SequenceTask
+from dsprune.tasks.sources import Split, Splits
 
 __all__ = ["LABELS", "NUM_TRAIN", "NUM_VALIDATION", "Example", "build_order", "generate"]
 
@@ -145,9 +146,8 @@ def build_order(task: TaskConfig, data: DataConfig, seed: int) -> Task:
         train, validation = generate(seed, **sizes)
         return Splits(_as_split("train", train, seed), {"validation": _as_split("validation", validation, seed)})
 
-    return Task(
+    return SequenceTask(
         name=task.name,
-        problem="classification",
         labels=LABELS,
         metrics=("accuracy",),
         primary=choose_metric(task.name, ("accuracy",), task.metric),

@@ -7,7 +7,7 @@ part of an official split keeps its own name wherever figures are shown.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -17,9 +17,10 @@ import pyarrow as pa
 import pyarrow.csv
 import pyarrow.parquet
 
-from dsprune.errors import DataError
+from dsprune.config import DataConfig
+from dsprune.errors import ConfigError, DataError
 
-__all__ = ["Split", "find_files", "read_file", "read_hub"]
+__all__ = ["HubData", "Split", "Splits", "find_files", "read_file", "read_hub", "split_reader"]
 
 Columns = dict[str, list[Any]]
 
@@ -35,12 +36,14 @@ class Split:
         origin: file or hub address, for messages.
         columns: raw values by column name.
         notes: what figures measured on it have to say.
+        whole: it holds all that was read, not just the first examples.
     """
 
     name: str
     origin: str
     columns: Mapping[str, Sequence[Any]]
     notes: tuple[str, ...] = ()
+    whole: bool = True
 
     def __len__(self) -> int:
         return len(next(iter(self.columns.values()), ()))
@@ -51,7 +54,69 @@ class Split:
             return self
         note = f"{self.name}: the first {count} of {len(self)} examples"
         columns = {name: values[:count] for name, values in self.columns.items()}
-        return replace(self, columns=columns, notes=(*self.notes, note))
+        return replace(self, columns=columns, notes=(*self.notes, note), whole=False)
+
+
+@dataclass(frozen=True)
+class Splits:
+    """Training and evaluation examples as they were read."""
+
+    train: Split
+    evals: Mapping[str, Split]
+
+    def __iter__(self) -> Iterator[Split]:
+        yield self.train
+        yield from self.evals.values()
+
+    def map(self, change: Callable[[Split], Split]) -> Splits:
+        """All splits, changed."""
+        return Splits(change(self.train), {name: change(split) for name, split in self.evals.items()})
+
+
+@dataclass(frozen=True)
+class HubData:
+    """A data set of the hub: its subset, where it has several, and the revision read by default."""
+
+    dataset: str
+    subset: str | None = None
+    revision: str | None = None
+
+
+def split_reader(
+    task: str, data: DataConfig, hub: HubData, evals: Mapping[str, str], text_columns: Sequence[str] = ()
+) -> Callable[[bool], Splits]:
+    """What reads the splits of a task: local files, found now, or the hub.
+
+    Args:
+        task: its name.
+        data: the user's settings.
+        hub: where the splits are, unless they are local.
+        evals: evaluation splits, from the name in figures to that in the data set.
+        text_columns: columns that csv and tsv files must not take for numbers.
+
+    Raises:
+        ConfigError: contradictory settings.
+        DataError: `data.path` without the files of the task.
+    """
+    if data.path is not None and data.revision is not None:
+        raise ConfigError("data.revision pins a data set of the hub, and data.path is a local folder: drop one")
+    official = ("train", *evals.values())
+    files = {} if data.path is None else find_files(Path(data.path).expanduser(), task, official)
+
+    def read_split(split: str, limit: int | None, progress: bool) -> Split:
+        if split in files:
+            return read_file(files[split], split, text_columns=text_columns).first(limit)
+        revision = data.revision or hub.revision
+        return read_hub(hub.dataset, hub.subset, split, revision=revision, progress=progress).first(limit)
+
+    def read(progress: bool) -> Splits:
+        found = {}
+        for name, split in evals.items():
+            got = read_split(split, data.max_eval_examples, progress)
+            found[name if got.name == split else got.name] = got
+        return Splits(read_split("train", data.max_train_examples, progress), found)
+
+    return read
 
 
 # --- local folders ------------------------------------------------------------------------
@@ -179,7 +244,9 @@ READERS: dict[str, Callable[[Path, Sequence[str]], Columns]] = {
 # --- the hub ------------------------------------------------------------------------------
 
 
-def read_hub(dataset: str, subset: str, split: str, *, revision: str | None = None, progress: bool = False) -> Split:
+def read_hub(
+    dataset: str, subset: str | None, split: str, *, revision: str | None = None, progress: bool = False
+) -> Split:
     """One split of a hub data set, downloaded or from the local cache of `datasets`.
 
     Raises:
@@ -187,7 +254,7 @@ def read_hub(dataset: str, subset: str, split: str, *, revision: str | None = No
     """
     import datasets  # seconds of imports that local and generated data do not need
 
-    origin = f"{dataset} ({subset}, {split}) on the hub"
+    origin = f"{dataset} ({', '.join(filter(None, (subset, split)))}) on the hub"
     if not progress:
         datasets.disable_progress_bars()
     try:

@@ -6,7 +6,7 @@ from transformers import PreTrainedTokenizerFast
 
 from dsprune.errors import ArchitectureError
 from dsprune.tasks import batching
-from dsprune.tasks.batching import Encoded, encode
+from dsprune.tasks.batching import Encoded, Tokeniser, Tokens, encode
 
 FIRST = ["the cat sat", "a dog", "the cat sat on a mat and the dog ran"]
 SECOND = ["a mat", "the dog ran", "the cat"]
@@ -14,7 +14,7 @@ LABELS = torch.tensor([0, 1, 1])
 
 
 def build(tokenizer: PreTrainedTokenizerFast, *texts: list[str], max_length: int = 128) -> Encoded:
-    return encode("train", texts, LABELS, tokenizer, max_length=max_length)
+    return encode("train", texts, LABELS, Tokeniser(tokenizer, max_length))
 
 
 def test_collating_equals_what_the_tokenizer_pads(tokenizer: PreTrainedTokenizerFast) -> None:
@@ -28,6 +28,7 @@ def test_collating_equals_what_the_tokenizer_pads(tokenizer: PreTrainedTokenizer
         assert batch[name].dtype == torch.int64
     assert batch["labels"].tolist() == [1, 0]
     assert encoded.lengths.tolist() == [8, 8, 15]
+    assert encoded.targets.tolist() == [1, 1, 1]
 
 
 def test_batches_are_as_wide_as_their_longest(tokenizer: PreTrainedTokenizerFast) -> None:
@@ -70,10 +71,20 @@ def test_chunks_are_joined(tokenizer: PreTrainedTokenizerFast, monkeypatch: pyte
         assert torch.equal(tensor, chunked.collate([0, 1, 2])[name])
 
 
+def test_labels_of_tokens_are_padded_with_what_no_loss_counts() -> None:
+    tokens = Tokens(torch.tensor([5, 6, 7, 8], dtype=torch.int32), torch.tensor([3, 1]), pad_token_id=0)
+    labels = torch.tensor([-100, 2, 1, 3], dtype=torch.int8)
+    encoded = Encoded("train", tokens, labels, per_token=True, targets=torch.tensor([2, 1]))
+    batch = encoded.collate([1, 0], pad_multiple=4)
+    assert batch["labels"].tolist() == [[3, -100, -100, -100], [-100, 2, 1, -100]]
+    assert batch["labels"].dtype == torch.int64
+    assert set(batch) == {"input_ids", "attention_mask", "labels"}
+
+
 def test_token_ids_that_the_model_has_not_are_refused(tokenizer: PreTrainedTokenizerFast) -> None:
     with pytest.raises(ArchitectureError, match=r"token id 12 and the model has 12 embeddings"):
-        encode("train", [FIRST], LABELS, tokenizer, max_length=128, vocab_size=12)
-    assert len(encode("train", [FIRST], LABELS, tokenizer, max_length=128, vocab_size=13)) == 3
+        encode("train", [FIRST], LABELS, Tokeniser(tokenizer, 128, vocab_size=12))
+    assert len(encode("train", [FIRST], LABELS, Tokeniser(tokenizer, 128, vocab_size=13))) == 3
 
 
 def test_a_tokenizer_without_padding_token_is_refused(tokenizer: PreTrainedTokenizerFast) -> None:

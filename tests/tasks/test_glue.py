@@ -3,6 +3,7 @@ from __future__ import annotations
 import logging
 import math
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import datasets
@@ -62,17 +63,39 @@ def test_every_task_loads_from_a_folder(
         assert batch["token_type_ids"].max() == segments - 1
         assert batch["labels"].dtype == (torch.float32 if name == "stsb" else torch.int64)
         logits = torch.randn(3, task.num_labels, requires_grad=True)
-        task.loss(logits, batch["labels"]).backward()
-        assert set(task.score(logits, batch["labels"])) == set(GLUE[name].metrics)
+        count = encoded.targets.sum()
+        task.loss(logits, batch["labels"], count=count).backward()
+        task.logit_loss(logits, logits.detach(), batch["labels"], temperature=2.0, count=count).backward()
+        assert set(task.score(logits, encoded)) == set(GLUE[name].metrics)
 
 
-def test_losses_are_means_over_examples() -> None:
+def test_losses_are_sums_over_a_count() -> None:
     classify = build_task(TaskConfig(name="sst2"), DataConfig(), seed=0)
-    assert classify.loss(torch.zeros(4, 2), torch.tensor([0, 1, 1, 0])).item() == pytest.approx(math.log(2))
+    loss = classify.loss(torch.zeros(4, 2), torch.tensor([0, 1, 1, 0]), count=torch.tensor(8.0))
+    assert loss.item() == pytest.approx(math.log(2) / 2)
     regress = build_task(TaskConfig(name="stsb"), DataConfig(), seed=0)
-    loss = regress.loss(torch.tensor([[1.0], [2.0]]), torch.tensor([2.0, 4.0]))
+    loss = regress.loss(torch.tensor([[1.0], [2.0]]), torch.tensor([2.0, 4.0]), count=torch.tensor(2.0))
     assert loss.shape == ()
     assert loss.item() == pytest.approx(2.5)
+
+
+def test_logit_losses() -> None:
+    """KL((1/2, 1/2) || (1/4, 3/4)) = log(4/3) / 2, of one example of two, times T^2."""
+    labels, count = torch.tensor([0, 1]), torch.tensor(2.0)
+    classify = build_task(TaskConfig(name="sst2"), DataConfig(), seed=0)
+    student = torch.tensor([[0.0, 2 * math.log(3)], [1.0, 1.0]])
+    loss = classify.logit_loss(student, torch.zeros(2, 2), labels, temperature=2.0, count=count)
+    assert loss.item() == pytest.approx(2.0**2 * math.log(4 / 3) / 2 / 2)
+    regress = build_task(TaskConfig(name="stsb"), DataConfig(), seed=0)
+    loss = regress.logit_loss(torch.tensor([[1.0]]), torch.tensor([[4.0]]), labels[:1], temperature=2.0, count=count)
+    assert loss.item() == pytest.approx(4.5)
+
+
+def test_the_engine_reads_logits_and_puts_them_into_the_order_of_the_task() -> None:
+    task = build_task(TaskConfig(name="mnli"), DataConfig(), seed=0)
+    assert task.head == "ForSequenceClassification"
+    outputs = task.outputs(SimpleNamespace(logits=torch.tensor([[10.0, 20.0, 30.0]])))
+    assert task.reorder(outputs, [1, 2, 0]).tolist() == [[20.0, 30.0, 10.0]]
 
 
 def test_mnli_needs_both_evaluation_splits(tmp_path: Path, write: Write) -> None:
