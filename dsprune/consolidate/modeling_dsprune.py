@@ -12,6 +12,7 @@ zero value dimensions nothing to an output; the scale stays that of the dense he
 """
 
 import copy
+import math
 from typing import Any
 
 import torch
@@ -106,9 +107,7 @@ class PackedLinear(nn.Linear):
         return tensor.new_zeros(shape).index_copy(axis, self._index, tensor)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        bias = self.bias
-        if bias is not None and self.axis == 0:
-            bias = self._padded(bias, 0)
+        bias = self._padded(self.bias, 0) if self.bias is not None and self.axis == 0 else self.bias
         return nn.functional.linear(x, self._padded(self.weight, self.axis), bias)
 
     def extra_repr(self) -> str:
@@ -121,12 +120,13 @@ class FactoredEmbedding(nn.Module):
     def __init__(self, dense: nn.Embedding, rank: int) -> None:
         super().__init__()
         shape = getattr(dense.weight, "ds_shape", dense.weight.shape)
-        options = {"device": dense.weight.device, "dtype": dense.weight.dtype}
+        options: Any = {"device": dense.weight.device, "dtype": dense.weight.dtype}
         self.table = nn.Embedding(shape[0], rank, padding_idx=dense.padding_idx, **options)
         self.projection = nn.Linear(rank, shape[1], bias=False, **options)
 
     def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
-        return self.projection(self.table(input_ids))
+        projected: torch.Tensor = self.projection(self.table(input_ids))
+        return projected
 
 
 def _resized(module: Any, sizes: list[int | None]) -> nn.Module:
@@ -180,7 +180,7 @@ def _pack(layer: nn.Module, family: dict[str, Any], heads: dict[str, list[int]],
         axis, kind = next(((i, name) for i, name in enumerate(axes) if name in heads), (0, None))
         if kind is None or all(count == size for count in heads[kind]):
             continue
-        module = layer.get_submodule(path)
+        module: Any = layer.get_submodule(path)
         if sum(heads[kind]) == 0:
             _replace(layer, path, Zeros(len(heads[kind]) * size))
             continue
@@ -202,24 +202,25 @@ def _shrink_layer(layer: nn.Module, family: dict[str, Any], sizes: dict[str, Any
         _resize(layer, path, axes, widths)
     for kind, count in (("attention", sizes["heads"]), ("ffn", sizes["ffn_dim"])):
         spec = family[kind]
-        if count == 0 and facts["empty"] == "identity":
-            for path, rule in spec["skip"].items():
-                _stand_in(layer, path, rule)
-            continue
         if count == 0:
-            _replace(layer, spec["output"], Constant(layer.get_submodule(spec["output"]).bias))
-            for path, rule in spec["idle"].items():
-                _stand_in(layer, path, rule)
+            _empty_sublayer(layer, spec, facts["empty"])
             continue
         if kind == "attention":
             _pack(layer, family, {"qk_dim": query, "vo_dim": value}, head_size)
         known = {"heads": sizes["heads"], "head_dim": head_size}
         for path, attributes in spec.get("cached", {}).items():
             for name, formula in attributes.items():
-                product = 1
-                for factor in formula.split(" * "):
-                    product *= known[factor]
-                setattr(layer.get_submodule(path), name, product)
+                factors = [known[factor] for factor in formula.split(" * ")]
+                setattr(layer.get_submodule(path), name, math.prod(factors))
+
+
+def _empty_sublayer(layer: nn.Module, spec: dict[str, Any], empty: str) -> None:
+    """Take out a sublayer without units: wholly, or down to its output bias."""
+    if empty == "bias":
+        output: Any = layer.get_submodule(spec["output"])
+        _replace(layer, spec["output"], Constant(output.bias))
+    for path, rule in spec["skip" if empty == "identity" else "idle"].items():
+        _stand_in(layer, path, rule)
 
 
 def factor_embedding(model: Any, family: dict[str, Any], rank: int) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -38,7 +39,7 @@ def check_rank(model: PreTrainedModel, rank: int) -> None:
         )
 
 
-def _word_embedding(model: PreTrainedModel) -> torch.nn.Module:
+def _word_embedding(model: PreTrainedModel) -> Any:
     family = family_for(str(model.config.model_type))
     base = getattr(model, family.base, model)
     return base.get_submodule(family.word_embeddings)
@@ -82,5 +83,5 @@ def factor_word_embedding(model: PreTrainedModel, rank: int) -> None:
     factor_embedding(model, family_for(str(model.config.model_type)).as_dict(), rank)
     factored = _word_embedding(model)
     for part, value in ((factored.table, table), (factored.projection, projection)):
-        part.weight = torch.nn.Parameter(value.contiguous())  # type: ignore[union-attr]
+        part.weight = torch.nn.Parameter(value.contiguous())
     setattr(model.config, EMBEDDING_RANK, rank)

@@ -51,7 +51,7 @@ class Teacher:
     def logits(self, inputs: Mapping[str, Tensor]) -> Tensor:
         """The task's outputs, in its label order: [batch, ..., classes]. Collective under ZeRO-3."""
         outputs = self.task.outputs(self.engine(**inputs))
-        return outputs if self._order is None else outputs[..., self._order]
+        return outputs if self._order is None else self.task.reorder(outputs, self._order)
 
     @torch.no_grad()
     def teach(self, inputs: Mapping[str, Tensor], token_index: Tensor) -> tuple[Tensor, Tensor | None]:

@@ -39,7 +39,7 @@ from dsprune.methods.base import GateSignal, Method, Plan
 from dsprune.methods.noise import uniform_noise
 from dsprune.methods.ranking import UnitGroups, prune_lowest
 from dsprune.methods.schedules import cubic_density
-from dsprune.structure import Selection, Structure, gate_shapes, head_alive
+from dsprune.structure import Selection, Structure, by_head, gate_shapes, head_alive
 
 __all__ = ["Grain", "GrainOptions"]
 
@@ -139,9 +139,9 @@ class Grain(Method):
 
     def _regularisation(self) -> Tensor:
         """tanh(D / alpha) of each value unit's head: [L, H * D]."""
-        by_head = self.mask["vo_dim"].unflatten(-1, (self.structure.sizes.num_heads, -1))
-        density = by_head.mean(-1, keepdim=True)
-        return torch.tanh(density / self.options.alpha).expand_as(by_head).flatten(-2)
+        left = by_head(self.mask["vo_dim"], self.structure.sizes.num_heads)
+        density = left.mean(-1, keepdim=True)
+        return torch.tanh(density / self.options.alpha).expand_as(left).flatten(-2)
 
     # --- selection --------------------------------------------------------------------------
 
@@ -154,7 +154,7 @@ class Grain(Method):
         """Parameters that go with each unit: as `mask`, fp64."""
         dims = self.cost.unit_prices(UNITS["dims"], of=self.plan.target_of)
         num_heads = self.structure.sizes.num_heads
-        dims["head"] = (dims["qk_dim"] + dims["vo_dim"]).unflatten(-1, (num_heads, -1)).sum(-1)
+        dims["head"] = by_head(dims["qk_dim"] + dims["vo_dim"], num_heads).sum(-1)
         return {kind: dims[kind] for kind in self.kinds}
 
     def _groups(self) -> dict[str, UnitGroups]:
@@ -162,7 +162,7 @@ class Grain(Method):
         num_heads, round_to = self.structure.sizes.num_heads, self.options.round_to
 
         def grouped(kind: str, value: Tensor) -> Tensor:
-            return value.unflatten(-1, (num_heads, -1)).flatten(0, 1) if kind in ("qk_dim", "vo_dim") else value
+            return by_head(value, num_heads).flatten(0, 1) if kind in ("qk_dim", "vo_dim") else value
 
         return {
             kind: UnitGroups(

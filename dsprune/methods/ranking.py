@@ -81,9 +81,8 @@ def prune_lowest(
     # Prices are sums of a few thousand whole numbers, so that equality is exact.
     removed = torch.zeros_like(score, dtype=torch.bool)
     removed[order] = (gone_before < budget) | (score[order] == -torch.inf)
-    masks = {}
-    for (kind, pack), part in zip(
-        packs.items(), removed.split([pack.score.numel() for pack in packs.values()]), strict=True
-    ):
-        masks[kind] = (~part.view(pack.score.shape).gather(1, pack.of_unit)).float()
-    return masks
+    parts = torch.split(removed, [pack.score.numel() for pack in packs.values()])  # type: ignore[no-untyped-call]
+    return {
+        kind: (~part.view(pack.score.shape).gather(1, pack.of_unit)).float()
+        for (kind, pack), part in zip(packs.items(), parts, strict=True)
+    }

@@ -17,7 +17,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from dsprune.structure.gating import Gates, complete
+from dsprune.structure.gating import Gates, by_head, complete
 from dsprune.structure.spaces import Empty, ParamSpec, Structure, gate_shapes
 
 __all__ = ["CostModel", "Scope"]
@@ -129,10 +129,10 @@ class CostModel:
 def _expected_units(full: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Expected number of units by kind and layer, coarse gates included: [L] each."""
     num_heads = full["head"].shape[-1]
-    by_head = {kind: full[kind].unflatten(-1, (num_heads, -1)) for kind in ("qk_dim", "vo_dim")}
+    per_head = {kind: by_head(full[kind], num_heads).sum(-1) for kind in ("qk_dim", "vo_dim")}
     return {
-        "qk_dim": full["attn"] * (_expected_heads(full) * by_head["qk_dim"].sum(-1)).sum(-1),
-        "vo_dim": full["attn"] * (full["head"] * by_head["vo_dim"].sum(-1)).sum(-1),
+        "qk_dim": full["attn"] * (_expected_heads(full) * per_head["qk_dim"]).sum(-1),
+        "vo_dim": full["attn"] * (full["head"] * per_head["vo_dim"]).sum(-1),
         "ffn_dim": full["ffn"] * full["ffn_dim"].sum(-1),
     }
 
@@ -140,7 +140,7 @@ def _expected_units(full: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def _expected_heads(full: Mapping[str, Tensor]) -> Tensor:
     """Chance that a head has a value dimension: [L, H]."""
     head = full["head"]
-    return head * (1 - (1 - full["vo_dim"].unflatten(-1, (head.shape[-1], -1))).prod(-1))
+    return head * (1 - (1 - by_head(full["vo_dim"], head.shape[-1])).prod(-1))
 
 
 def _expected_alive(full: Mapping[str, Tensor]) -> dict[str, Tensor]:

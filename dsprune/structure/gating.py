@@ -22,6 +22,7 @@ __all__ = [
     "Gates",
     "Gating",
     "attach_gates",
+    "by_head",
     "complete",
     "ffn_alive",
     "head_alive",
@@ -59,10 +60,15 @@ def complete(structure: Structure, gates: Gates) -> dict[str, Tensor]:
     }
 
 
+def by_head(dims: Tensor, num_heads: int) -> Tensor:
+    """Dimensions of all heads apart by head: [L, H * D] as [L, H, D]."""
+    return dims.reshape(*dims.shape[:-1], num_heads, -1)
+
+
 def head_alive(gates: Mapping[str, Tensor]) -> Tensor:
     """Which heads give out anything: gate on and at least one value dimension on. Bool [L, H]."""
     head = gates["head"]
-    return (head != 0) & (gates["vo_dim"].unflatten(-1, (head.shape[-1], -1)) != 0).any(-1)
+    return (head != 0) & (by_head(gates["vo_dim"], head.shape[-1]) != 0).any(-1)
 
 
 def ffn_alive(gates: Mapping[str, Tensor]) -> Tensor:

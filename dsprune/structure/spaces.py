@@ -283,15 +283,15 @@ class _Analysis:
     def _walk_sublayer(self, kind: Literal["attn", "ffn"], layer: int) -> Sublayer:
         root = _join(self.base, self.family.layers, str(layer))
         spec: SublayerSpec = self.family.attention if kind == "attn" else self.family.ffn
-        paths = {part: _join(root, getattr(spec, part)) for part in ("output", "norm")}
+        output, norm = _join(root, spec.output), _join(root, spec.norm)
         if kind == "attn":
             width = self.sizes.num_heads * self.sizes.head_dim
             units = {axis: Space(axis, layer, width) for axis in ("qk_dim", "vo_dim")}
             query = _join(root, spec.query)
-            sublayer = Sublayer(kind, layer, units["vo_dim"], **paths, query=query, queries=units["qk_dim"])
+            sublayer = Sublayer(kind, layer, units["vo_dim"], output, norm, query, units["qk_dim"])
         else:
             units = {"ffn_dim": Space("ffn_dim", layer, self.sizes.ffn_dim)}
-            sublayer = Sublayer(kind, layer, units["ffn_dim"], **paths)
+            sublayer = Sublayer(kind, layer, units["ffn_dim"], output, norm)
         for path, axes in self.family.layer.items():
             if path != spec.norm and not units.keys() & set(axes):
                 continue

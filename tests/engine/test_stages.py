@@ -1,14 +1,16 @@
 """Whole runs in forked worlds: every stage, finished once, resumed exactly, exported and reported."""
 
 import json
+from functools import cache
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
+import dsprune.methods
 from dsprune.consolidate import load_compact
-from tests.helpers.folders import tiny_recipe
+from tests.helpers.folders import METHODS, tiny_recipe
 from tests.helpers.world import run_world
 
 pytestmark = pytest.mark.dist
@@ -22,19 +24,38 @@ def _execute(recipe, *overrides):
 
 
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("finished")
-    recipe = tiny_recipe(folder)
-    assert run_world(_execute, 2, recipe) == [0, 0]
-    return folder
+def finish(tmp_path_factory):
+    """Folder of a finished run of a method; run once."""
+
+    @cache
+    def run(method):
+        folder = tmp_path_factory.mktemp(method)
+        assert run_world(_execute, 2, tiny_recipe(folder, method=method)) == [0, 0]
+        return folder
+
+    return run
+
+
+@pytest.fixture
+def finished(finish):
+    return finish("cofi")
+
+
+@pytest.fixture(params=METHODS)
+def finished_by(finish, request):
+    return finish(request.param)
 
 
 def _metrics(run: Path):
     return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
 
 
-def test_one_launch_does_everything(finished):
-    run = finished / "run"
+def test_there_is_a_tiny_recipe_for_every_method():
+    assert set(METHODS) == set(dsprune.methods.METHODS)
+
+
+def test_one_launch_does_everything(finished_by):
+    run = finished_by / "run"
     for stage in ("teacher", "prune", "consolidate", "recover", "evaluate"):
         assert (run / stage / "done.json").exists(), stage
     report = json.loads((run / "report.json").read_text())
@@ -82,10 +103,13 @@ def _stop_after(recipe, step, *overrides):
     return _execute(recipe, *overrides)
 
 
-@pytest.mark.parametrize("student", ["zero1", "zero2", "zero3"])
-def test_a_resumed_run_is_the_run_that_was_never_stopped(finished, tmp_path, student):
+@pytest.mark.parametrize(
+    ("method", "student"),
+    [("cofi", "zero1"), ("cofi", "zero2"), ("cofi", "zero3"), ("grain", "zero2"), ("grain", "zero3")],
+)
+def test_a_resumed_run_is_the_run_that_was_never_stopped(finished, tmp_path, method, student):
     """Invariant 6, bitwise, dropout on: stopped two steps after a checkpoint in the middle of pruning."""
-    recipe = tiny_recipe(tmp_path, output=tmp_path / "unused")
+    recipe = tiny_recipe(tmp_path, output=tmp_path / "unused", method=method)
     teacher = f"teacher.path={finished / 'run' / 'teacher' / 'model'}"
     common = (teacher, f"deepspeed.student={student}", 'stages=["prune"]', "log.tensorboard=false")
     whole, stopped = tmp_path / "whole", tmp_path / "stopped"
@@ -113,9 +137,9 @@ def test_a_checkpoint_of_another_world_size_is_refused(finished, tmp_path):
     assert run_world(_execute, 1, recipe, *common) == [74]
 
 
-def test_the_selection_survives_recovery(finished):
+def test_the_selection_survives_recovery(finished_by):
     """Gates are fixed after pruning: recovery changes weights, not shapes."""
-    run = finished / "run"
+    run = finished_by / "run"
     compact, recovered = (load_file(run / name / "model.safetensors") for name in ("compact", "recovered"))
     assert {k: v.shape for k, v in compact.items()} == {k: v.shape for k, v in recovered.items()}
     assert any(not torch.equal(compact[name], recovered[name]) for name in compact)

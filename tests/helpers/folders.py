@@ -28,16 +28,10 @@ size = 8
 eval = 8
 [teacher]
 duration = "2 steps"
-[method]
-name = "cofi"
-distill_phase = "1 steps"
-warmup = "3 steps"
-lr = 0.1
 [prune]
 target = 0.5
 duration = "6 steps"
-[distill]
-labels = 0.1
+{method}
 [recover]
 duration = "2 steps"
 [deepspeed]
@@ -52,6 +46,34 @@ every = "4 steps"
 [log]
 every = 1
 """
+
+METHODS = {
+    "cofi": """
+[method]
+name = "cofi"
+distill_phase = "1 steps"
+warmup = "3 steps"
+lr = 0.1
+[distill]
+labels = 0.1
+""",
+    "grain": """
+embedding_rank = 8
+[method]
+name = "grain"
+start = 0.2
+end = 0.7
+[distill]
+logits = 1.0
+logit_scale = "none"
+temperature = 8.0
+layers = 1.0
+match = "fixed"
+projection = "separate"
+teacher_layers = [0, 1, 2]
+""",
+}
+"""What stands under [prune] and after it, for each method."""
 
 
 def tiny_tokenizer() -> PreTrainedTokenizerFast:
@@ -92,11 +114,12 @@ def tiny_folder(folder: Path) -> Path:
     return folder
 
 
-def tiny_recipe(folder: Path, *, output: Path | None = None) -> Path:
+def tiny_recipe(folder: Path, *, output: Path | None = None, method: str = "cofi") -> Path:
     """A recipe of all stages on `tiny_folder`, in the same folder."""
     model = folder / "dense"
     if not model.exists():
         tiny_folder(model)
     path = folder / "tiny.toml"
-    path.write_text(RECIPE.format(model=model, output=output or folder / "run"), encoding="utf-8")
+    text = RECIPE.format(model=model, output=output or folder / "run", method=METHODS[method].strip())
+    path.write_text(text, encoding="utf-8")
     return path

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -27,59 +28,27 @@ def random_gates(structure: Structure, seed: int, *, soft: bool = False) -> dict
 
 
 def awkward_gates(structure: Structure) -> Iterator[tuple[str, dict[str, Tensor]]]:
-    """Named cases: empty sublayers of every origin, a single head, one hidden dimension left, everything gone."""
-    shapes = gate_shapes(structure.sizes)
-
-    def ones() -> dict[str, Tensor]:
-        return {kind: torch.ones(shape) for kind, shape in shapes.items()}
-
-    gates = ones()
-    yield "all kept", gates
-    gates = ones()
-    gates["attn"][0] = 0
-    gates["ffn"][1] = 0
-    yield "coarse gates off", gates
-    gates = ones()
-    gates["head"][0] = 0
-    gates["ffn_dim"][1] = 0
-    yield "all fine units off, coarse gates on", gates
-    gates = ones()
-    gates["head"][:, 1:] = 0
-    yield "a single head a layer", gates
-    gates = ones()
-    gates["ffn_dim"][:, 1:] = 0
-    yield "a single neuron a layer", gates
-    gates = ones()
-    gates["hidden"][1:] = 0
-    yield "one hidden dimension left", gates
-    gates = ones()
-    gates["attn"][0] = 0
-    gates["ffn_dim"][0] = 0
-    yield "a whole layer gone", gates
-    gates = ones()
-    gates["attn"][:] = 0
-    gates["ffn"][:] = 0
-    yield "everything gone", gates
+    """Named cases: empty sublayers of every origin, a single head, one dimension left, everything gone."""
     dims = structure.sizes.head_dim
-    gates = ones()
-    gates["qk_dim"][:, 1:] = 0
-    gates["vo_dim"][:, 1:] = 0
-    yield "one dimension left in one head", gates
-    gates = ones()
-    gates["qk_dim"][:, :dims] = 0
-    yield "a head without queries", gates
-    gates = ones()
-    gates["qk_dim"][0] = 0
-    gates["vo_dim"][0, dims : 2 * dims] = 0
-    yield "a layer without queries", gates
-    gates = ones()
-    gates["vo_dim"][:, : 2 * dims] = 0
-    yield "heads without values", gates
-    gates = ones()
-    gates["vo_dim"][:, 1::dims] = 0
-    gates["qk_dim"][:, 1::dims] = 0
-    yield "all heads smaller by one", gates
-    gates = ones()
-    gates["vo_dim"][0] = 0
-    gates["ffn_dim"][0] = 0
-    yield "an empty layer", gates
+    everything = slice(None)
+    closed: dict[str, list[tuple[str, Any]]] = {
+        "all kept": [],
+        "coarse gates off": [("attn", 0), ("ffn", 1)],
+        "all fine units off, coarse gates on": [("head", 0), ("ffn_dim", 1)],
+        "a single head a layer": [("head", (everything, slice(1, None)))],
+        "a single neuron a layer": [("ffn_dim", (everything, slice(1, None)))],
+        "one hidden dimension left": [("hidden", slice(1, None))],
+        "a whole layer gone": [("attn", 0), ("ffn_dim", 0)],
+        "everything gone": [("attn", everything), ("ffn", everything)],
+        "one dimension left in one head": [(kind, (everything, slice(1, None))) for kind in ("qk_dim", "vo_dim")],
+        "a head without queries": [("qk_dim", (everything, slice(dims)))],
+        "a layer without queries": [("qk_dim", 0), ("vo_dim", (0, slice(dims, 2 * dims)))],
+        "heads without values": [("vo_dim", (everything, slice(2 * dims)))],
+        "all heads smaller by one": [(kind, (everything, slice(1, None, dims))) for kind in ("qk_dim", "vo_dim")],
+        "an empty layer": [("vo_dim", 0), ("ffn_dim", 0)],
+    }
+    for name, closings in closed.items():
+        gates = {kind: torch.ones(shape) for kind, shape in gate_shapes(structure.sizes).items()}
+        for kind, where in closings:
+            gates[kind][where] = 0
+        yield name, gates

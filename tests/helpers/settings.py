@@ -15,9 +15,20 @@ class MethodRow:
     options: dict[str, Any] = field(default_factory=dict)
     target: float = 0.5
     steps: int = 6
-    match: str = "monotone"
+    distill: dict[str, Any] = field(default_factory=dict)
+    teacher_layers: tuple[int, ...] = (1, 2)
 
 
 ROWS = [
-    MethodRow("cofi", {"distill_phase": "1 steps", "warmup": "3 steps", "lr": 0.05, "multiplier_lr": 0.05}),
+    MethodRow(
+        "cofi",
+        {"distill_phase": "1 steps", "warmup": "3 steps", "lr": 0.05, "multiplier_lr": 0.05},
+        distill={"match": "monotone"},
+    ),
+    MethodRow(
+        "grain",
+        {"start": 0.2, "end": 0.5},
+        distill={"match": "fixed", "projection": "separate", "logit_scale": "none", "temperature": 8.0},
+        teacher_layers=(0, 1, 2),
+    ),
 ]

@@ -42,6 +42,7 @@ class RandomExamples:
         self.lengths = torch.randint(4, 12, (count,), generator=generator)
         self.ids = torch.randint(3, 50, (count, 12), generator=generator)
         self.labels = torch.randint(0, 2, (count,), generator=generator)
+        self.targets = torch.ones(count, dtype=torch.int64)
 
     def __len__(self) -> int:
         return len(self.lengths)
@@ -88,7 +89,7 @@ def build_trainer(setup: Setup, *, dropout: bool = False, steps: int | None = No
     teacher_module.load_model = lambda *_, **__: without_dropout(tiny_model(setup.family, seed=7))
     try:
         teacher = teacher_module.Teacher(
-            "tiny", task, teacher_config(load_ds_config(setup.teacher), world.size), layers=(1, 2)
+            "tiny", task, teacher_config(load_ds_config(setup.teacher), world.size), layers=setup.row.teacher_layers
         )
     finally:
         teacher_module.load_model = original
@@ -104,8 +105,8 @@ def build_trainer(setup: Setup, *, dropout: bool = False, steps: int | None = No
     student = Student(
         model,
         task,
-        distill=DistillConfig(labels=0.3, match=row.match),
-        teacher=(32, (1, 2)),
+        distill=DistillConfig(labels=0.3, **row.distill),
+        teacher=(32, row.teacher_layers),
         gating=attach_gates(model, structure, empty=method.empty),
     )
     engine = build_student_engine(student, ds_config, lr=1e-3, weight_decay=0.01)
@@ -118,7 +119,7 @@ def build_trainer(setup: Setup, *, dropout: bool = False, steps: int | None = No
         total_steps=total,
         seed=0,
         teacher=teacher,
-        matcher=LayerMatcher(row.match, (1, 2), (0, 1)),
+        matcher=LayerMatcher(row.distill["match"], row.teacher_layers, (0, 1)),
         replica=Replica(method),
     )
 
