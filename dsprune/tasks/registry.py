@@ -8,13 +8,17 @@ from collections.abc import Callable
 from dsprune.config import DataConfig, TaskConfig
 from dsprune.errors import ConfigError
 from dsprune.tasks.base import Task
+from dsprune.tasks.conll import build_conll
 from dsprune.tasks.glue import GLUE, build_glue
 from dsprune.tasks.order import build_order
+from dsprune.tasks.squad import SQUAD, build_squad
 
 __all__ = ["TASKS", "build_task", "task_names"]
 
 TASKS: dict[str, Callable[[TaskConfig, DataConfig, int], Task]] = {
     **dict.fromkeys(GLUE, build_glue),
+    **dict.fromkeys(SQUAD, build_squad),
+    "conll2003": build_conll,
     "order": build_order,
 }
 """What builds each task, from its name and settings, where its data are, and the seed of generated data."""

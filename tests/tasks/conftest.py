@@ -11,8 +11,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from tokenizers import Tokenizer
-from tokenizers.models import WordLevel
-from tokenizers.pre_tokenizers import Whitespace
+from tokenizers.models import WordLevel, WordPiece
+from tokenizers.pre_tokenizers import BertPreTokenizer, Whitespace
 from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
 
@@ -26,6 +26,21 @@ Write = Callable[[Path, dict[str, list[Any]]], Path]
 def tokenizer() -> PreTrainedTokenizerFast:
     backend = Tokenizer(WordLevel(SPECIAL | WORDS, unk_token="[UNK]"))
     backend.pre_tokenizer = Whitespace()
+    return _with_specials(backend)
+
+
+@pytest.fixture(scope="session")
+def speller() -> PreTrainedTokenizerFast:
+    """Spells lower-case words piece by piece: one piece a letter or mark."""
+    letters = "abcdefghijklmnopqrstuvwxyz0123456789.,-"
+    pieces = [*letters, *(f"##{letter}" for letter in letters)]
+    vocab = SPECIAL | {piece: len(SPECIAL) + i for i, piece in enumerate(pieces)}
+    backend = Tokenizer(WordPiece(vocab, unk_token="[UNK]"))
+    backend.pre_tokenizer = BertPreTokenizer()
+    return _with_specials(backend)
+
+
+def _with_specials(backend: Tokenizer) -> PreTrainedTokenizerFast:
     backend.post_processor = TemplateProcessing(
         single="[CLS] $A [SEP]",
         pair="[CLS] $A [SEP] $B:1 [SEP]:1",

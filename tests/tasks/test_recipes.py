@@ -6,16 +6,21 @@ from dsprune.config import Duration, RunConfig, list_recipes, load_config
 from dsprune.methods import method_options
 from dsprune.tasks import build_task
 from dsprune.tasks.glue import GLUE
+from dsprune.tasks.squad import SQUAD
 
 SMALL = ("cola", "mrpc", "stsb", "rte", "wnli")
 
 
-def recipe(task: str) -> RunConfig:
-    return load_config(f"cofi_{task}", method_options=method_options)
+OTHERS = (*SQUAD, "conll2003")
+
+
+def recipe(task: str, method: str = "cofi") -> RunConfig:
+    return load_config(f"{method}_{task}", method_options=method_options)
 
 
 def test_there_is_a_recipe_for_every_task() -> None:
-    assert {f"cofi_{name}" for name in GLUE} <= set(list_recipes())
+    for method in ("cofi", "grain"):
+        assert {f"{method}_{name}" for name in (*GLUE, *OTHERS)} <= set(list_recipes())
 
 
 @pytest.mark.parametrize("name", GLUE)
@@ -34,3 +39,42 @@ def test_recipes_hold_the_values_of_the_paper(name: str) -> None:
     assert config.distill.match == ("monotone" if name in SMALL else "free")
     assert (config.deepspeed.student, config.deepspeed.teacher) == ("zero2", "teacher")
     assert config.output == f"runs/cofi_{name}"
+
+
+@pytest.mark.parametrize("name", SQUAD)
+def test_squad_as_in_the_paper(name: str) -> None:
+    config = recipe(name)
+    assert build_task(config.task, config.data, seed=config.seed).name == name
+    assert (config.task.max_length, config.task.stride, config.batch.size, config.prune.lr) == (384, 128, 16, 3e-5)
+    epochs = (config.method.options.distill_phase, config.method.options.warmup, config.prune.duration)
+    assert epochs == tuple(Duration(count, "epochs") for count in (1, 2, 20))
+    # The authors' 0.1 weighs the mean of start and end.
+    assert (config.distill.logits * 2, config.distill.layers, config.prune.target) == (0.1, 0.9, 0.95)
+
+
+def test_entities_on_the_schedule_of_small_tasks() -> None:
+    config = recipe("conll2003")
+    assert build_task(config.task, config.data, seed=config.seed).name == "conll2003"
+    assert config.prune.duration == Duration(100, "epochs")
+    assert config.distill.match == "monotone"
+
+
+@pytest.mark.parametrize("name", (*GLUE, *OTHERS))
+def test_grain_prunes_all_tasks_alike(name: str) -> None:
+    config = recipe(name, "grain")
+    assert build_task(config.task, config.data, seed=config.seed).name == name
+    assert config.model.name == "google-bert/bert-base-uncased"
+    assert (config.task.max_length, config.task.stride) == (384 if name in SQUAD else 128, 128)
+    options = config.method.options
+    assert (config.method.name, options.alpha, options.beta) == ("grain", 0.3, 0.998)
+    assert (options.start, options.end, options.probe_every) == (0.2, 0.4, 1)
+    assert (config.prune.target, config.prune.embedding_rank, config.prune.start) == (0.95, 192, "pretrained")
+    twice = name == "conll2003"
+    assert config.prune.duration == Duration(40 if twice else 20, "epochs")
+    assert (config.prune.lr, config.prune.weight_decay, config.prune.warmup) == (1e-4 if twice else 3e-5, 0.01, 0.1)
+    distill = config.distill
+    assert (distill.logits, distill.logit_scale, distill.temperature) == (1.0, "none", 8.0)
+    assert (distill.layers, distill.match, distill.projection) == (1.0, "fixed", "separate")
+    assert distill.teacher_layers == tuple(range(0, 13, 2))
+    assert config.recover.duration == Duration(0, "steps")
+    assert config.output == f"runs/grain_{name}"
