@@ -121,6 +121,7 @@ class FactoredEmbedding(nn.Module):
         super().__init__()
         shape = getattr(dense.weight, "ds_shape", dense.weight.shape)
         options: Any = {"device": dense.weight.device, "dtype": dense.weight.dtype}
+        self.num_embeddings, self.embedding_dim = int(shape[0]), int(shape[1])
         self.table = nn.Embedding(shape[0], rank, padding_idx=dense.padding_idx, **options)
         self.projection = nn.Linear(rank, shape[1], bias=False, **options)
 
