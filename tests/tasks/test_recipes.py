@@ -59,7 +59,7 @@ def test_entities_on_the_schedule_of_small_tasks() -> None:
     assert config.distill.match == "monotone"
 
 
-@pytest.mark.parametrize("name", (*GLUE, *OTHERS))
+@pytest.mark.parametrize("name", [*GLUE, *OTHERS])
 def test_grain_prunes_all_tasks_alike(name: str) -> None:
     config = recipe(name, "grain")
     assert build_task(config.task, config.data, seed=config.seed).name == name
