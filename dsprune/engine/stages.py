@@ -351,8 +351,15 @@ class Run:
         return int(state["step"]), dict(state["metrics"])
 
     def _score(self, scores: Mapping[str, float]) -> float:
-        """The metric that picks the best checkpoint: the primary one, its mean where there are several splits."""
-        values = [value for name, value in scores.items() if name.split("/")[-1] == self.task.primary]
+        """The metric that picks the best checkpoint: the primary one, its mean where there are several splits.
+
+        A test split is reported, never picked by.
+        """
+        values = [
+            value
+            for name, value in scores.items()
+            if name.split("/")[-1] == self.task.primary and not name.startswith("test/")
+        ]
         return sum(values) / len(values)
 
     def _evaluate_student(self, trainer: Trainer, done: int) -> dict[str, float]:

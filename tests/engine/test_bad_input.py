@@ -93,8 +93,59 @@ CASES = {
     "empty split": (65, "validation", lambda f: _data(f, GOOD, "sentence,label\n")),
     "label out of range": (65, "label", lambda f: _data(f, GOOD + "one more,7\n")),
     "no data": (65, "no data here", lambda f: ("task.name=sst2", f"data.path={_empty(f)}")),
+    "density out of reach": (64, "gates qk_dim, vo_dim, ffn_dim can remove at most", lambda f: ("prune.target=0.999",)),
+    "pruning that never ends": (64, "leave a step after the end", lambda f: ("method.end=0.99",)),
+    "factors larger than the embedding": (64, "are larger than that", lambda f: ("prune.embedding_rank=64",)),
+    "answers that are not at their offsets": (65, "answer_start", lambda f: _squad(f, shift=1)),
+    "tags that occur in one split only": (65, "I-LOC", lambda f: _tags(f, [5, 6])),
+    "tags that are not the teacher's": (
+        65,
+        "are not the task's",
+        lambda f: (
+            *_tags(f, [5, 0]),
+            _teacher(
+                f,
+                architectures=["BertForTokenClassification"],
+                id2label={str(i): f"T{i}" for i in range(9)},
+                label2id={f"T{i}": i for i in range(9)},
+            ),
+        ),
+    ),
     "output under a file": (73, "is a file", lambda f: (_unwritable(f),)),
 }
+
+
+GRAIN = ("density out of reach", "pruning that never ends")
+"""Cases on the recipe of GRAIN; all others are on that of CoFi."""
+
+
+def _squad(folder: Path, *, shift: int) -> tuple[str, ...]:
+    """Questions whose answers begin `shift` characters before they are said to."""
+    rows = [
+        {
+            "id": str(i),
+            "title": "",
+            "context": f"Ann met Bob in room {i}.",
+            "question": "Who met Bob?",
+            "answers": {"text": ["Ann"], "answer_start": [shift]},
+        }
+        for i in range(20)
+    ]
+    return _jsonl(folder, "squad", rows, rows)
+
+
+def _tags(folder: Path, first: list[int]) -> tuple[str, ...]:
+    """Sentences of two tagged words; the validation split begins with these tags."""
+    rows = [{"id": str(i), "tokens": ["Paris", "calls"], "ner_tags": [5, 0]} for i in range(20)]
+    return _jsonl(folder, "conll2003", rows, [{"id": "20", "tokens": ["New", "York"], "ner_tags": first}, *rows])
+
+
+def _jsonl(folder: Path, task: str, train: list[dict], validation: list[dict]) -> tuple[str, ...]:
+    data = folder / "data"
+    data.mkdir()
+    for name, rows in (("train", train), ("validation", validation), ("test", train)):
+        (data / f"{name}.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
+    return (f"task.name={task}", "task.stride=8", f"data.path={data}")
 
 
 def _empty(folder: Path) -> Path:
@@ -128,10 +179,10 @@ def _run_all(cases):
 def results(tmp_path_factory):
     dense = tiny_folder(tmp_path_factory.mktemp("model") / "dense")
     cases = []
-    for _, _, make in CASES.values():
+    for name, (_, _, make) in CASES.items():
         folder = tmp_path_factory.mktemp("case")
         shutil.copytree(dense, folder / "dense")
-        recipe = tiny_recipe(folder)
+        recipe = tiny_recipe(folder, method="grain" if name in GRAIN else "cofi")
         cases.append((str(recipe), make(folder)))
     ranks = run_world(_run_all, 2, cases, timeout=300)
     runs = [Path(recipe).parent / "run" for recipe, _ in cases]

@@ -58,6 +58,14 @@ def test_every_family_is_one_trajectory(family):
     _assert_same(results[0], _reference(0, family), rtol=2e-5)
 
 
+@pytest.mark.parametrize(("task", "family"), [("conll2003", "token"), ("squad", "span")])
+def test_losses_over_tokens_do_not_depend_on_how_a_batch_is_cut(task, family):
+    setup = Setup(ROWS[1], stage=2, accumulation=2, family=family, task=task)
+    results = run_world(trajectory, 2, setup)
+    reference = run_world(trajectory, 1, setup.at(stage=0, accumulation=1))[0]
+    _assert_same(results[0], reference, rtol=2e-5)
+
+
 @pytest.mark.parametrize("row_index", range(len(ROWS)), ids=[row.name for row in ROWS])
 def test_the_method_learns(row_index):
     """The trajectories above could all agree on standing still."""

@@ -47,7 +47,7 @@ FAMILIES = {
 }
 HEADS = {
     "base": lambda: BertModel(BertConfig(**SIZES)),
-    "token": lambda: BertForTokenClassification(BertConfig(**SIZES)),
+    "token": lambda: BertForTokenClassification(BertConfig(**SIZES, num_labels=9)),
     "span": lambda: BertForQuestionAnswering(BertConfig(**SIZES)),
 }
 

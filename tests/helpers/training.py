@@ -28,6 +28,7 @@ class Setup:
     accumulation: int = 1
     precision: str = ""
     family: str = "bert"
+    task: str = "sst2"
     activation_checkpointing: bool = False
 
     def at(self, **changes: Any) -> Setup:
@@ -35,14 +36,23 @@ class Setup:
 
 
 class RandomExamples:
-    """Random token sequences of several lengths, as `Encoded` examples."""
+    """Random token sequences of several lengths with the labels of a task, as `Encoded` examples."""
 
-    def __init__(self, count: int = 64) -> None:
+    def __init__(self, task: str = "sst2", count: int = 64) -> None:
         generator = torch.Generator().manual_seed(5)
         self.lengths = torch.randint(4, 12, (count,), generator=generator)
         self.ids = torch.randint(3, 50, (count, 12), generator=generator)
         self.labels = torch.randint(0, 2, (count,), generator=generator)
         self.targets = torch.ones(count, dtype=torch.int64)
+        if task != "sst2":
+            self.labels = torch.randint(0, 9 if task == "conll2003" else 4, (count, 12), generator=generator)
+            self.labels[torch.arange(12) >= self.lengths[:, None]] = -100
+        if task == "conll2003":
+            self.labels[:, ::3] = -100  # word pieces after the first; unequally many labels in an example
+            self.targets = (self.labels != -100).sum(1)
+        elif task == "squad":  # one start and one end in every example
+            self.labels.clamp_(max=0)
+            self.labels[:, 1], self.labels[:, 3] = 1, 2
 
     def __len__(self) -> int:
         return len(self.lengths)
@@ -54,7 +64,7 @@ class RandomExamples:
         return {
             "input_ids": self.ids[chosen][:, :width] * mask,
             "attention_mask": mask,
-            "labels": self.labels[chosen],
+            "labels": self.labels[chosen] if self.labels.dim() == 1 else self.labels[chosen][:, :width],
         }
 
 
@@ -81,7 +91,7 @@ def build_trainer(setup: Setup, *, dropout: bool = False, steps: int | None = No
     from dsprune.engine.world import start_world
 
     world = start_world()
-    task = build_task(TaskConfig(name="sst2"), DataConfig(), seed=0)
+    task = build_task(TaskConfig(name=setup.task, stride=16), DataConfig(), seed=0)
     batch = plan_batch(BatchConfig(size=BATCH, micro=BATCH // world.size // setup.accumulation), world.size)
     suffix = f"_{setup.precision}" if setup.precision else ""
     ds_config = student_config(load_ds_config(f"zero{setup.stage}{suffix}"), batch, clip=1.0)
@@ -114,7 +124,7 @@ def build_trainer(setup: Setup, *, dropout: bool = False, steps: int | None = No
         stage="prune",
         engine=engine,
         world=world,
-        batches=Batches(RandomExamples(), batch, world, seed=0),
+        batches=Batches(RandomExamples(setup.task), batch, world, seed=0),
         optim=OptimConfig(lr=1e-3),
         total_steps=total,
         seed=0,
