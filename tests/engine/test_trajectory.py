@@ -1,5 +1,6 @@
 """Invariants 4 and 5: one trajectory whatever stage, world size and accumulation; replicas equal bit by bit."""
 
+from dataclasses import replace
 from functools import cache
 
 import numpy as np
@@ -56,6 +57,15 @@ def test_every_way_of_running_is_one_trajectory(row_index, world_size, changes):
 def test_every_family_is_one_trajectory(family):
     results = run_world(trajectory, 2, Setup(ROWS[0], stage=3, accumulation=2, family=family))
     _assert_same(results[0], _reference(0, family), rtol=2e-5)
+
+
+@pytest.mark.parametrize(("selects", "teaches"), [(0, 1), (1, 0)], ids=["cofi with grain's", "grain with cofi's"])
+def test_selection_and_distillation_combine_freely(selects, teaches):
+    row = replace(ROWS[selects], distill=ROWS[teaches].distill, teacher_layers=ROWS[teaches].teacher_layers)
+    reference = run_world(trajectory, 1, Setup(row))[0]
+    results = run_world(trajectory, 2, Setup(row, stage=3, accumulation=2))
+    _assert_same(results[0], reference, rtol=2e-5)
+    assert reference["losses"][-1]["layers"] > 0
 
 
 @pytest.mark.parametrize(("task", "family"), [("conll2003", "token"), ("squad", "span")])

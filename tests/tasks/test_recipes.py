@@ -41,6 +41,16 @@ def test_recipes_hold_the_values_of_the_paper(name: str) -> None:
     assert config.output == f"runs/cofi_{name}"
 
 
+def test_one_recipe_mixes_the_selection_of_one_method_with_the_distillation_of_another() -> None:
+    mixed, grain, cofi = (
+        load_config("mixed_sst2", method_options=method_options),
+        recipe("sst2", "grain"),
+        recipe("sst2"),
+    )
+    assert mixed.method == grain.method
+    assert mixed.distill == cofi.distill != grain.distill
+
+
 @pytest.mark.parametrize("name", SQUAD)
 def test_squad_as_in_the_paper(name: str) -> None:
     config = recipe(name)
