@@ -9,6 +9,9 @@ Attention heads that kept unequal numbers of query/key and value/output dimensio
 weights are stored without padding and padded with zeros, when they are used, to one head size a layer,
 so that the stock attention runs all heads in one call. Zero query dimensions add nothing to a score,
 zero value dimensions nothing to an output; the scale stays that of the dense head.
+
+A sublayer that writes only some coordinates of the residual stream computes those rows alone, and
+spreads them over the width with zeros between.
 """
 
 import copy
@@ -62,15 +65,41 @@ class Bypass(nn.Module):
         return self.rule
 
 
+class Spread(nn.Module):
+    """Places values in a wider last axis, zeros between; nothing where they fill it.
+
+    Args:
+        places: index of each value in the wide axis, ascending.
+        width: of the wide axis.
+    """
+
+    def __init__(self, places: list[int], width: int) -> None:
+        super().__init__()
+        self.places, self.width = places, width
+        self._index: torch.Tensor | None = None
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if len(self.places) == self.width:
+            return x
+        if self._index is None or self._index.device != x.device:
+            self._index = torch.tensor(self.places, device=x.device)
+        return x.new_zeros(*x.shape[:-1], self.width).index_copy(-1, self._index, x)
+
+    def extra_repr(self) -> str:
+        return f"{len(self.places)} of {self.width}"
+
+
 class Constant(nn.Module):
     """What is left of a linear without inputs: its bias, for every token."""
 
-    def __init__(self, bias: nn.Parameter) -> None:
+    def __init__(self, bias: nn.Parameter, spread: Spread) -> None:
         super().__init__()
         self.bias = bias
+        self.spread = spread
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.bias.expand(*x.shape[:-1], -1)
+        bias: torch.Tensor = self.spread(self.bias)
+        return bias.expand(*x.shape[:-1], -1)
 
 
 class Zeros(nn.Module):
@@ -84,6 +113,18 @@ class Zeros(nn.Module):
         return x.new_zeros(*x.shape[:-1], self.width)
 
 
+class SpreadLinear(nn.Linear):
+    """A linear that computes only some rows of its output; the others are zero."""
+
+    def __init__(self, shape: list[int], spread: Spread, **options: Any) -> None:
+        super().__init__(shape[1], shape[0], **options)
+        self.spread = spread
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        rows: torch.Tensor = self.spread(super().forward(x))
+        return rows
+
+
 class PackedLinear(nn.Linear):
     """A linear whose rows or columns belong to heads of unequal size, padded with zeros when it is used.
 
@@ -93,10 +134,14 @@ class PackedLinear(nn.Linear):
         axis: 0 where the rows belong to heads, 1 where the columns do.
         counts: units of each head, in the order of the weight.
         size: units of each head once padded.
+        spread: of the output, where only some of its rows are computed.
     """
 
-    def __init__(self, shape: list[int], axis: int, counts: list[int], size: int, **options: Any) -> None:
+    def __init__(
+        self, shape: list[int], axis: int, counts: list[int], size: int, spread: Spread | None = None, **options: Any
+    ) -> None:
         super().__init__(shape[1], shape[0], **options)
+        self.spread = spread
         self.axis, self.size, self.heads = axis, size, len(counts)
         self.places = [head * size + unit for head, count in enumerate(counts) for unit in range(count)]
         self._kept: tuple[Any, tuple[torch.Tensor, torch.Tensor | None]] | None = None
@@ -123,8 +168,10 @@ class PackedLinear(nn.Linear):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if self.training or torch.is_grad_enabled():
             self._kept = None
-            return nn.functional.linear(x, *self._weights())
-        return nn.functional.linear(x, *self._weights_for_inference())
+            y = nn.functional.linear(x, *self._weights())
+        else:
+            y = nn.functional.linear(x, *self._weights_for_inference())
+        return y if self.spread is None else self.spread(y)  # type: ignore[no-any-return]
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_kept": None}  # copies pad for themselves
@@ -194,6 +241,12 @@ def head_sizes(sizes: dict[str, Any], facts: dict[str, Any]) -> tuple[list[int],
     return query, value, -(-max(query + value) // multiple) * multiple
 
 
+def _like(module: Any) -> tuple[list[int], dict[str, Any]]:
+    """Shape of a linear's weight, and the options to make another like it."""
+    shape = list(getattr(module.weight, "ds_shape", module.weight.shape))
+    return shape, {"bias": module.bias is not None, "device": module.weight.device, "dtype": module.weight.dtype}
+
+
 def _pack(layer: nn.Module, family: dict[str, Any], heads: dict[str, list[int]], size: int) -> None:
     """Let the linears of attention pad their heads to one size, where they are not of that size anyway."""
     for path, axes in family["layer"].items():
@@ -204,9 +257,15 @@ def _pack(layer: nn.Module, family: dict[str, Any], heads: dict[str, list[int]],
         if sum(heads[kind]) == 0:
             _replace(layer, path, Zeros(len(heads[kind]) * size))
             continue
-        shape = list(getattr(module.weight, "ds_shape", module.weight.shape))
-        options = {"bias": module.bias is not None, "device": module.weight.device, "dtype": module.weight.dtype}
-        _replace(layer, path, PackedLinear(shape, axis, heads[kind], size, **options))
+        shape, options = _like(module)
+        _replace(layer, path, PackedLinear(shape, axis, heads[kind], size, getattr(module, "spread", None), **options))
+
+
+def _rows(sizes: dict[str, Any], kind: str, hidden: int) -> Spread:
+    """Which coordinates of the residual stream a sublayer writes."""
+    text = sizes.get(f"{kind}_rows")
+    bits = "1" * hidden if text is None else f"{int(text, 16):0{hidden}b}"
+    return Spread([i for i, bit in enumerate(bits) if bit == "1"], hidden)
 
 
 def _shrink_layer(layer: nn.Module, family: dict[str, Any], sizes: dict[str, Any], facts: dict[str, Any]) -> None:
@@ -222,9 +281,13 @@ def _shrink_layer(layer: nn.Module, family: dict[str, Any], sizes: dict[str, Any
         _resize(layer, path, axes, widths)
     for kind, count in (("attention", sizes["heads"]), ("ffn", sizes["ffn_dim"])):
         spec = family[kind]
+        spread = _rows(sizes, "attn" if kind == "attention" else "ffn", facts["hidden"])
         if count == 0:
-            _empty_sublayer(layer, spec, facts["empty"])
+            _empty_sublayer(layer, spec, facts["empty"], spread)
             continue
+        if len(spread.places) < spread.width:
+            (_, columns), options = _like(layer.get_submodule(spec["output"]))
+            _replace(layer, spec["output"], SpreadLinear([len(spread.places), columns], spread, **options))
         if kind == "attention":
             _pack(layer, family, {"qk_dim": query, "vo_dim": value}, head_size)
         known = {"heads": sizes["heads"], "head_dim": head_size}
@@ -234,11 +297,12 @@ def _shrink_layer(layer: nn.Module, family: dict[str, Any], sizes: dict[str, Any
                 setattr(layer.get_submodule(path), name, math.prod(factors))
 
 
-def _empty_sublayer(layer: nn.Module, spec: dict[str, Any], empty: str) -> None:
+def _empty_sublayer(layer: nn.Module, spec: dict[str, Any], empty: str, spread: Spread) -> None:
     """Take out a sublayer without units: wholly, or down to its output bias."""
     if empty == "bias":
-        output: Any = layer.get_submodule(spec["output"])
-        _replace(layer, spec["output"], Constant(output.bias))
+        _, options = _like(layer.get_submodule(spec["output"]))
+        bias = nn.Parameter(torch.empty(len(spread.places), device=options["device"], dtype=options["dtype"]))
+        _replace(layer, spec["output"], Constant(bias, spread) if spread.places else Zeros(spread.width))
     for path, rule in spec["skip" if empty == "identity" else "idle"].items():
         _stand_in(layer, path, rule)
 

@@ -27,6 +27,8 @@ def describe_spaces(structure: Structure) -> str:
         "hidden": "a coordinate of the residual stream",
         "qk_dim": "a query dimension and its key",
         "vo_dim": "a value dimension and its output",
+        "attn_row": "a coordinate that attention writes",
+        "ffn_row": "a coordinate that the FFN writes",
     }
     encoder = cost.dense("encoder")
     rows = []

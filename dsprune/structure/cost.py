@@ -27,14 +27,15 @@ Scope = Literal["encoder", "total"]
 
 @dataclass(frozen=True)
 class _Term:
-    """Sum of all parameters of one form: `weight * alive(sublayer) * units * hidden ** num_hidden`.
+    """Sum of all parameters of one form: `weight * alive(sublayer) * units * rows * hidden ** num_hidden`.
 
     `units` is the kind of the units that the parameters belong to, one for each layer's sublayer; None
-    where they only belong to the sublayer, or to none.
+    where they only belong to the sublayer, or to none. `rows`: whether they belong to its output rows.
     """
 
     sublayer: str | None
     units: str | None
+    rows: bool
     num_hidden: int
 
 
@@ -62,8 +63,9 @@ class CostModel:
         terms: dict[_Term, Tensor] = defaultdict(lambda: torch.zeros(sizes.num_layers, dtype=torch.float64))
         for param in self.structure.params.values():
             kinds = [space.kind for space in param.axes if space is not None]
-            units = next((kind for kind in kinds if kind != "hidden"), None)
-            term = _Term(param.sublayer.kind if param.sublayer else None, units, kinds.count("hidden"))
+            units = next((kind for kind in kinds if kind in ("qk_dim", "vo_dim", "ffn_dim")), None)
+            rows = any(kind in ("attn_row", "ffn_row") for kind in kinds)
+            term = _Term(param.sublayer.kind if param.sublayer else None, units, rows, kinds.count("hidden"))
             width = 1
             for space in param.axes:
                 width *= space.size if space is not None else 1
@@ -73,6 +75,7 @@ class CostModel:
     def _sum(self, terms: Mapping[_Term, Tensor], gates: Gates) -> Tensor:
         full = {kind: gate.double() for kind, gate in complete(self.structure, gates).items()}
         hidden, units, alive = full["hidden"].sum(), _expected_units(full), _expected_alive(full)
+        rows = _expected_rows(full)
         total = hidden.new_zeros(())
         for term, weights in terms.items():
             count = weights.to(hidden.device) * hidden**term.num_hidden
@@ -80,6 +83,10 @@ class CostModel:
                 count = count * units[term.units]
             elif term.sublayer is not None and self.empty == "identity":
                 count = count * alive[term.sublayer]
+            elif term.rows and term.sublayer is not None:
+                count = count * full[term.sublayer]
+            if term.rows and term.sublayer is not None:
+                count = count * rows[term.sublayer].sum(-1)
             total = total + count.sum()
         return total
 
@@ -126,14 +133,25 @@ class CostModel:
         return float(self.sparsity(gates, of=of))
 
 
+def _expected_rows(full: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Chance that an output row is written, the sublayer being there: [L, d] for `attn` and `ffn`."""
+    return {kind: full[f"{kind}_row"] * full["hidden"] for kind in ("attn", "ffn")}
+
+
+def _expected_writes(full: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Chance that a sublayer is there and has a row to write: [L] for `attn` and `ffn`."""
+    return {kind: full[kind] * (1 - (1 - rows).prod(-1)) for kind, rows in _expected_rows(full).items()}
+
+
 def _expected_units(full: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Expected number of units by kind and layer, coarse gates included: [L] each."""
     num_heads = full["head"].shape[-1]
     per_head = {kind: by_head(full[kind], num_heads).sum(-1) for kind in ("qk_dim", "vo_dim")}
+    writes = _expected_writes(full)
     return {
-        "qk_dim": full["attn"] * (_expected_heads(full) * per_head["qk_dim"]).sum(-1),
-        "vo_dim": full["attn"] * (full["head"] * per_head["vo_dim"]).sum(-1),
-        "ffn_dim": full["ffn"] * full["ffn_dim"].sum(-1),
+        "qk_dim": writes["attn"] * (_expected_heads(full) * per_head["qk_dim"]).sum(-1),
+        "vo_dim": writes["attn"] * (full["head"] * per_head["vo_dim"]).sum(-1),
+        "ffn_dim": writes["ffn"] * full["ffn_dim"].sum(-1),
     }
 
 
@@ -144,10 +162,11 @@ def _expected_heads(full: Mapping[str, Tensor]) -> Tensor:
 
 
 def _expected_alive(full: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Chance that a sublayer has a unit: [L] each."""
+    """Chance that a sublayer has a unit and a row: [L] each."""
+    writes = _expected_writes(full)
     return {
-        "attn": full["attn"] * (1 - (1 - _expected_heads(full)).prod(-1)),
-        "ffn": full["ffn"] * (1 - (1 - full["ffn_dim"]).prod(-1)),
+        "attn": writes["attn"] * (1 - (1 - _expected_heads(full)).prod(-1)),
+        "ffn": writes["ffn"] * (1 - (1 - full["ffn_dim"]).prod(-1)),
     }
 
 

@@ -65,6 +65,11 @@ def by_head(dims: Tensor, num_heads: int) -> Tensor:
     return dims.reshape(*dims.shape[:-1], num_heads, -1)
 
 
+def row_gates(gates: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """What multiplies each output row of a sublayer, coarser gates over it included: [L, d] for `attn` and `ffn`."""
+    return {kind: gates[kind][:, None] * gates[f"{kind}_row"] * gates["hidden"] for kind in ("attn", "ffn")}
+
+
 def head_alive(gates: Mapping[str, Tensor]) -> Tensor:
     """Which heads give out anything: gate on and at least one value dimension on. Bool [L, H]."""
     head = gates["head"]
@@ -77,20 +82,26 @@ def ffn_alive(gates: Mapping[str, Tensor]) -> Tensor:
 
 
 def sublayer_alive(gates: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Which sublayers exist: coarse gate on and at least one unit on. Bool [L] for `attn` and `ffn`."""
-    return {"attn": (gates["attn"] != 0) & head_alive(gates).any(-1), "ffn": ffn_alive(gates)}
+    """Which sublayers exist: at least one unit on, and at least one row to write. Bool [L] for `attn` and `ffn`."""
+    writes = {kind: (rows != 0).any(-1) for kind, rows in row_gates(gates).items()}
+    return {"attn": writes["attn"] & head_alive(gates).any(-1), "ffn": writes["ffn"] & ffn_alive(gates)}
 
 
 def unit_gates(gates: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """What multiplies each unit, coarser gates over it included; by the kind of its space, [L, units] each.
 
-    A query dimension of a head that gives out nothing is 0: it can have no effect.
+    Units that can have no effect are 0: those of a sublayer without rows to write, and the query
+    dimensions of a head that gives out nothing.
     """
     dims = gates["vo_dim"].shape[-1] // gates["head"].shape[-1]
+    rows = row_gates(gates)
+    writes = {kind: (rows[kind] != 0).any(-1, keepdim=True) for kind in rows}
     return {
-        "qk_dim": gates["qk_dim"] * head_alive(gates).repeat_interleave(dims, -1),
-        "vo_dim": gates["vo_dim"] * gates["head"].repeat_interleave(dims, -1),
-        "ffn_dim": gates["ffn_dim"],
+        "qk_dim": gates["qk_dim"] * (head_alive(gates).repeat_interleave(dims, -1) & writes["attn"]),
+        "vo_dim": gates["vo_dim"] * gates["head"].repeat_interleave(dims, -1) * writes["attn"],
+        "ffn_dim": gates["ffn_dim"] * writes["ffn"],
+        "attn_row": rows["attn"],
+        "ffn_row": rows["ffn"],
     }
 
 
@@ -197,7 +208,7 @@ class Gating:
         for sublayer in self.structure.sublayers:
             lives = alive[sublayer.kind][sublayer.layer] if self.empty == "identity" else always
             linear = self._linears[sublayer.output]
-            linear.rows = full[sublayer.kind][sublayer.layer] * lives * hidden
+            linear.rows = units[sublayer.rows.kind][sublayer.layer] * lives
             linear.columns = units[sublayer.units.kind][sublayer.layer]
             if sublayer.query is not None and "qk_dim" in gates:
                 linear = self._linears[sublayer.query]

@@ -61,12 +61,7 @@ class Selection:
 
     def kept(self, space: Space) -> Tensor:
         """Indices of the kept units of a space, ascending: [kept] int64. Units of a removed sublayer are gone."""
-        if space.layer is not None and not self._coarse(space.kind)[space.layer]:
-            return torch.empty(0, dtype=torch.int64)
         return self.gate(space).nonzero().flatten()
-
-    def _coarse(self, kind: str) -> Tensor:
-        return self.gates["ffn" if kind == "ffn_dim" else "attn"] != 0
 
     def alive(self, kind: str, layer: int) -> bool:
         """Whether the `attn` or `ffn` sublayer of a layer still exists in the exported model."""
@@ -80,19 +75,26 @@ class Selection:
         """What is kept, layer by layer.
 
         Returns:
-            `heads` and `ffn_dim`; where a kept head lost dimensions, `qk_dims` and `vo_dims` as well,
-            one number a kept head.
+            `heads` and `ffn_dim`; where a kept head lost dimensions, `qk_dims` and `vo_dims` as well, one
+            number a kept head; where a sublayer writes only some of the kept hidden dimensions,
+            `attn_rows` or `ffn_rows`: a bit for each of those, as a hexadecimal number.
         """
         by_layer: list[dict[str, Any]] = [{} for _ in range(structure.sizes.num_layers)]
+        hidden = self.kept(structure.hidden)
         for sublayer in structure.sublayers:
+            sizes = by_layer[sublayer.layer]
             if sublayer.kind == "ffn":
-                by_layer[sublayer.layer]["ffn_dim"] = len(self.kept(sublayer.units))
+                sizes["ffn_dim"] = len(self.kept(sublayer.units))
             else:
-                by_layer[sublayer.layer] |= self._head_sizes(structure.sizes, sublayer)
+                sizes |= self._head_sizes(structure.sizes, sublayer)
+            written = (self.gate(sublayer.rows) != 0)[hidden]
+            if self.alive(sublayer.kind, sublayer.layer) and not written.all():
+                sizes[f"{sublayer.kind}_rows"] = _hex(written)
         return by_layer
 
     def _head_sizes(self, sizes: Sizes, sublayer: Sublayer) -> dict[str, Any]:
-        alive = head_alive(self.gates)[sublayer.layer] & (self.gates["attn"][sublayer.layer] != 0)
+        writes = (self.gate(sublayer.rows) != 0).any()
+        alive = head_alive(self.gates)[sublayer.layer] & writes
         dims = {}
         for name, space in (("qk_dims", sublayer.queries), ("vo_dims", sublayer.units)):
             assert space is not None
@@ -129,3 +131,8 @@ class Selection:
                 f"{path} holds an impossible selection: gates not finite, or no hidden dimension left"
             )
         return cls(gates, empty)  # type: ignore[arg-type]
+
+
+def _hex(bits: Tensor) -> str:
+    """Bits as a hexadecimal number, the first bit the most significant."""
+    return f"{int(''.join('01'[int(bit)] for bit in bits), 2):x}"

@@ -36,7 +36,7 @@ Empty = Literal["identity", "bias"]
 """What a sublayer without units computes: nothing at all (CoFi: the residual, un-normalised), or its
 output bias followed by its norm (GRAIN)."""
 
-GATE_KINDS = ("head", "attn", "ffn", "ffn_dim", "hidden", "qk_dim", "vo_dim")
+GATE_KINDS = ("head", "attn", "ffn", "ffn_dim", "hidden", "qk_dim", "vo_dim", "attn_row", "ffn_row")
 
 
 @dataclass(frozen=True)
@@ -55,8 +55,8 @@ class Space:
     """A set of units that live and die together on every axis that names the space.
 
     `kind` is also the kind of the gate that decides over it, together with the coarser gates over it:
-    query/key and value/output dimensions go with their head. `layer` is None for a space that the
-    whole model shares.
+    query/key and value/output dimensions go with their head, output rows with the coordinate of the
+    residual stream that they write. `layer` is None for a space that the whole model shares.
     """
 
     kind: str
@@ -72,13 +72,14 @@ class Space:
 class Sublayer:
     """One attention or FFN sublayer: paths from the root of the model, and the spaces of its units.
 
-    `units` are what the output linear reads: value dimensions or neurons. Attention also has the
-    linear of its queries, whose rows are the units `queries`.
+    `units` are what the output linear reads: value dimensions or neurons; `rows` is what it writes.
+    Attention also has the linear of its queries, whose rows are the units `queries`.
     """
 
     kind: SublayerKind
     layer: int
     units: Space
+    rows: Space
     output: str
     norm: str
     query: str | None = None
@@ -145,6 +146,7 @@ class Structure:
             if sublayer.queries is not None:
                 yield sublayer.queries
             yield sublayer.units
+            yield sublayer.rows
         yield self.hidden
 
 
@@ -159,6 +161,8 @@ def gate_shapes(sizes: Sizes) -> dict[str, tuple[int, ...]]:
         "hidden": (sizes.hidden,),
         "qk_dim": (layers, sizes.num_heads * sizes.head_dim),
         "vo_dim": (layers, sizes.num_heads * sizes.head_dim),
+        "attn_row": (layers, sizes.hidden),
+        "ffn_row": (layers, sizes.hidden),
     }
 
 
@@ -284,18 +288,21 @@ class _Analysis:
         root = _join(self.base, self.family.layers, str(layer))
         spec: SublayerSpec = self.family.attention if kind == "attn" else self.family.ffn
         output, norm = _join(root, spec.output), _join(root, spec.norm)
+        rows = Space(f"{kind}_row", layer, self.sizes.hidden)
         if kind == "attn":
             width = self.sizes.num_heads * self.sizes.head_dim
             units = {axis: Space(axis, layer, width) for axis in ("qk_dim", "vo_dim")}
             query = _join(root, spec.query)
-            sublayer = Sublayer(kind, layer, units["vo_dim"], output, norm, query, units["qk_dim"])
+            sublayer = Sublayer(kind, layer, units["vo_dim"], rows, output, norm, query, units["qk_dim"])
         else:
             units = {"ffn_dim": Space("ffn_dim", layer, self.sizes.ffn_dim)}
-            sublayer = Sublayer(kind, layer, units["ffn_dim"], output, norm)
+            sublayer = Sublayer(kind, layer, units["ffn_dim"], rows, output, norm)
         for path, axes in self.family.layer.items():
             if path != spec.norm and not units.keys() & set(axes):
                 continue
             writes = path in (spec.output, spec.norm)
+            if path == spec.output:
+                axes, units = (rows.kind, axes[1]), {**units, rows.kind: rows}
             # Queries are gated where they are made, and need no gate on their keys as well.
             gated = (path == spec.query, False) if not writes else (True,) * len(axes)
             self._add(_join(root, path), axes, "encoder", sublayer=sublayer, units=units, gated=gated[: len(axes)])

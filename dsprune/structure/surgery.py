@@ -28,17 +28,10 @@ def compact_shape(param: ParamSpec, selection: Selection) -> tuple[int, ...]:
     )
 
 
-def _scale(param: ParamSpec, axis: int, space: Space, selection: Selection) -> Tensor | None:
+def _scale(space: Space, selection: Selection) -> Tensor | None:
     """Scale of each entry along a gated axis, fp64; None where there is nothing to fold."""
     scale = selection.gate(space)
-    if param.sublayer is not None and axis == 0 and space.kind == "hidden" and _is_output(param):
-        scale = scale * selection.gates[param.sublayer.kind][param.sublayer.layer]
     return None if bool((scale == 1).all()) else scale
-
-
-def _is_output(param: ParamSpec) -> bool:
-    assert param.sublayer is not None
-    return param.name.rpartition(".")[0] == param.sublayer.output
 
 
 def cut(param: ParamSpec, tensor: Tensor, selection: Selection) -> Tensor:
@@ -57,7 +50,7 @@ def cut(param: ParamSpec, tensor: Tensor, selection: Selection) -> Tensor:
         if space is None:
             continue
         entries = selection.kept(space)
-        scale = _scale(param, axis, space, selection) if param.gated[axis] else None
+        scale = _scale(space, selection) if param.gated[axis] else None
         if len(entries) != tensor.shape[axis]:
             tensor = tensor.index_select(axis, entries)
         if scale is not None:

@@ -45,6 +45,10 @@ def awkward_gates(structure: Structure) -> Iterator[tuple[str, dict[str, Tensor]
         "a layer without queries": [("qk_dim", 0), ("vo_dim", (0, slice(dims, 2 * dims)))],
         "heads without values": [("vo_dim", (everything, slice(2 * dims)))],
         "all heads smaller by one": [(kind, (everything, slice(1, None, dims))) for kind in ("qk_dim", "vo_dim")],
+        "some rows only": [("attn_row", (everything, slice(3, None, 2))), ("ffn_row", (everything, slice(4)))],
+        "one row of one head": [("attn_row", (0, slice(1, None))), ("head", (0, slice(1, None)))],
+        "no rows": [("attn_row", 0), ("ffn_row", 1)],
+        "rows of an empty sublayer": [("vo_dim", 0), ("attn_row", (0, slice(20))), ("hidden", slice(5, 25))],
         "an empty layer": [("vo_dim", 0), ("ffn_dim", 0)],
     }
     for name, closings in closed.items():

@@ -29,6 +29,7 @@ def _taylor(model, structure):
             (sums[space.kind] if space.layer is None else sums[space.kind][space.layer]).add_(per_entry)
         if param.sublayer is not None and param.name.startswith(f"{param.sublayer.output}."):
             sums[param.sublayer.kind][param.sublayer.layer] += score.sum()
+    sums["hidden"] += sums["attn_row"].sum(0) + sums["ffn_row"].sum(0)
     sums["head"] = sums["vo_dim"].unflatten(-1, (structure.sizes.num_heads, -1)).sum(-1)
     return sums
 

@@ -43,6 +43,17 @@ def test_dimensions_go_with_their_head_and_are_told_head_by_head():
     ]
 
 
+def test_rows_are_told_as_bits_of_the_kept_hidden_dimensions():
+    structure = analyze(tiny_model("bert"))
+    gates = ones(structure)
+    gates["hidden"][8:] = 0
+    gates["attn_row"][0, [1, 2, 3, 20]] = 0
+    selection = Selection.from_gates(structure, gates)
+    first, second = selection.layer_sizes(structure)
+    assert first == {"heads": 4, "attn_rows": f"{0b10001111:x}", "ffn_dim": 64}
+    assert second == {"heads": 4, "ffn_dim": 64}
+
+
 def test_impossible_selections_are_refused():
     structure = analyze(tiny_model("bert"))
     with pytest.raises(ConfigError, match="no hidden dimension is left"):
