@@ -197,12 +197,15 @@ class DistillConfig(Section):
     """Multiply the logit loss by the squared temperature (CoFi), or not (GRAIN)."""
     layers: float = Field(0.9, ge=0)
     """Weight of the layerwise hidden-state loss."""
+    attentions: float = Field(0.0, ge=0)
+    """Weight of the loss between attention maps (MLPruning); above 0 both models run eager attention."""
     labels: float = Field(0.0, ge=0)
     """Weight of the task's own loss on the labels (the paper: none beside a teacher)."""
     match: Literal["fixed", "free", "monotone"] = "free"
     """Which student layer learns from a teacher layer: the same one, the nearest, or the nearest in rising order."""
-    projection: Literal["shared", "separate"] = "shared"
-    """From student to teacher width: one learned projection (CoFi), or one for each teacher layer (GRAIN)."""
+    projection: Literal["shared", "separate", "none"] = "shared"
+    """From student to teacher width: one learned projection (CoFi), one for each teacher layer (GRAIN), or none
+    (MLPruning; equal widths)."""
     teacher_layers: tuple[int, ...] | None = None
     """Teacher layers that teach, counted from 1, 0 being the embeddings; by default four, evenly spaced, ending with
     the last."""

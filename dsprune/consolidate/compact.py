@@ -21,6 +21,7 @@ __all__ = [
     "apply_selection",
     "compact_config",
     "compact_name",
+    "kept_heads",
     "load_compact",
     "model_class",
     "surviving",
@@ -150,6 +151,11 @@ def _fits_stock(config: dict[str, Any], structure: Structure, selection: Selecti
     ours = {name: compact_shape(param, selection) for name, param in surviving(structure, selection)}
     theirs = without_weights(config)
     return ours == {name: tuple(param.shape) for name, param in theirs.named_parameters()}
+
+
+def kept_heads(facts: dict[str, Any]) -> list[list[int]]:
+    """For each layer of a compact model, which heads of the dense layer its heads were; from its `dsprune` table."""
+    return [layer.get("kept_heads", list(range(layer["heads"]))) for layer in facts["layers"]]
 
 
 def model_class(config: dict[str, Any]) -> type[nn.Module]:

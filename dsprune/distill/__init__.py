@@ -1,5 +1,6 @@
 """Losses between teacher and student, and the matching of their layers."""
 
+from dsprune.distill.attention import AttentionTap, attention_loss
 from dsprune.distill.hidden import HiddenTap
 from dsprune.distill.losses import layer_distances, layer_loss, logit_loss
 from dsprune.distill.matching import (
@@ -14,7 +15,9 @@ from dsprune.distill.matching import (
 
 __all__ = [
     "UNMATCHED",
+    "AttentionTap",
     "HiddenTap",
+    "attention_loss",
     "check_teacher_layers",
     "default_teacher_layers",
     "layer_distances",

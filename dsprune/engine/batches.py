@@ -25,6 +25,7 @@ class MicroBatch:
         token_index: [tokens] positions of real tokens in the flattened [batch * length].
         num_tokens: [] real tokens of a mean micro-batch of this step, over all ranks and accumulation steps.
         num_targets: [] what is predicted (examples, or labelled tokens) in a mean micro-batch, likewise.
+        num_pairs: [] pairs of real tokens (squared lengths) in a mean micro-batch, likewise.
     """
 
     inputs: dict[str, Tensor]
@@ -32,6 +33,7 @@ class MicroBatch:
     token_index: Tensor
     num_tokens: Tensor
     num_targets: Tensor
+    num_pairs: Tensor
 
 
 def to_device(batch: dict[str, Tensor], world: World) -> tuple[dict[str, Tensor], Tensor, Tensor]:
@@ -77,6 +79,8 @@ class Batches:
         )
         inputs, labels, token_index = to_device(self.data.collate(mine), self.world)
         shares = self.plan.world_size * self.plan.accumulation
-        totals = (self.num_tokens(step), int(self.data.targets[self.indices(step)].sum()))
+        indices = self.indices(step)
+        lengths = self.data.lengths[indices]
+        totals = (int(lengths.sum()), int(self.data.targets[indices].sum()), int(lengths.square().sum()))
         means = torch.tensor([total / shares for total in totals], device=self.world.device)
         return MicroBatch(inputs, labels, token_index, *means)

@@ -6,8 +6,6 @@ the table U S and the projection V; both are trained on.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -16,10 +14,8 @@ from transformers import PreTrainedModel
 
 from dsprune.arch import family_for
 from dsprune.consolidate import EMBEDDING_RANK, factor_embedding
-from dsprune.engine.requirements import quiet_import
+from dsprune.engine.models import gathered
 from dsprune.errors import ConfigError
-
-deepspeed = quiet_import()
 
 __all__ = ["check_rank", "factor_word_embedding"]
 
@@ -50,15 +46,6 @@ def _shape(weight: Tensor) -> tuple[int, int]:
     return int(rows), int(width)
 
 
-@contextmanager
-def _gathered(weight: Tensor) -> Iterator[None]:
-    if not hasattr(weight, "ds_id"):
-        yield
-        return
-    with deepspeed.zero.GatheredParameters([weight]):
-        yield
-
-
 def _factors(weight: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     """Table [rows, rank] and projection [width, rank] whose product is the nearest of that rank."""
     # The right singular vectors are the eigenvectors of E^T E, which is only width x width.
@@ -78,7 +65,7 @@ def factor_word_embedding(model: PreTrainedModel, rank: int) -> None:
     """
     check_rank(model, rank)
     dense = _word_embedding(model)
-    with _gathered(dense.weight):
+    with gathered(dense.weight):
         table, projection = _factors(dense.weight, rank)
     factor_embedding(model, family_for(str(model.config.model_type)).as_dict(), rank)
     factored = _word_embedding(model)

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 from transformers import (
     AutoConfig,
     AutoModelForQuestionAnswering,
@@ -31,13 +32,16 @@ from dsprune.tasks import Task
 
 __all__ = [
     "AUTO_CLASSES",
+    "attention_modules",
     "encoder_layers",
+    "gathered",
     "hidden_states",
     "is_compact",
     "load_model",
     "load_tokenizer",
     "release",
     "resolve_source",
+    "whole",
 ]
 
 logger = logging.getLogger(__name__)
@@ -188,6 +192,31 @@ def hidden_states(model: PreTrainedModel, *, embeddings: bool) -> list[str]:
         module = family.embedding_projection
     path = f"{family.base}.{module}" if base is not model else module
     return encoder_layers(model) + ([path] if embeddings else [])
+
+
+def attention_modules(model: PreTrainedModel) -> list[str]:
+    """Modules that hand out attention maps, one a layer."""
+    family = family_for(str(model.config.model_type).removeprefix("dsprune_"))
+    owner = family.attention.query.rpartition(".")[0]
+    return [f"{layer}.{owner}" for layer in encoder_layers(model)]
+
+
+@contextmanager
+def gathered(weight: Tensor) -> Iterator[None]:
+    """A parameter as a whole, wherever ZeRO-3 keeps its parts. Collective under ZeRO-3."""
+    if not hasattr(weight, "ds_id"):
+        yield
+        return
+    with quiet_import().zero.GatheredParameters([weight]):
+        yield
+
+
+def whole(model: PreTrainedModel, name: str) -> Tensor:
+    """Copy of one parameter on the CPU, fp32. Collective under ZeRO-3."""
+    param = model.get_parameter(name)
+    with gathered(param):
+        value: Tensor = param.detach().float().cpu().clone()
+    return value
 
 
 def release(*objects: Any) -> None:

@@ -25,7 +25,7 @@ from dsprune.engine.ds_config import student_config
 from dsprune.engine.evaluate import evaluate_all
 from dsprune.engine.factoring import factor_word_embedding
 from dsprune.engine.journal import Journal, write_json
-from dsprune.engine.models import load_model, release, resolve_source
+from dsprune.engine.models import load_model, release, resolve_source, whole
 from dsprune.engine.preflight import Preflight, build_method
 from dsprune.engine.replica import Replica
 from dsprune.engine.student import Student, build_student_engine
@@ -35,7 +35,7 @@ from dsprune.engine.world import World
 from dsprune.errors import CheckpointError, ConfigError
 from dsprune.methods import Method
 from dsprune.methods.noise import stable_seed
-from dsprune.structure import Selection, attach_gates
+from dsprune.structure import Selection, attach_gates, unit_magnitudes
 from dsprune.tasks import TaskData
 
 __all__ = ["Run"]
@@ -198,6 +198,9 @@ class Run:
             teacher=(teacher.width, self.ready.teacher_layers),
             gating=attach_gates(model, self.ready.structure, empty=method.empty),
         )
+        if method.wants_magnitudes:
+            magnitudes = unit_magnitudes(self.ready.structure, lambda name: whole(model, name))
+            method.begin(self.world.broadcast(magnitudes))
         engine = build_student_engine(student, ds_config, lr=config.lr, weight_decay=config.weight_decay)
         sources = tuple(range(self.ready.structure.sizes.num_layers))
         trainer = self._trainer("prune", engine, config, total, teacher, sources, Replica(method))
@@ -251,8 +254,9 @@ class Run:
         return build_method(self.config, self.ready.structure, total_steps=total, steps_per_epoch=per_epoch)
 
     def _load_teacher(self) -> Teacher:
-        layers = self.ready.teacher_layers if self.config.distill.layers > 0 else ()
-        return Teacher(self.teacher_source, self.task, self.ready.teacher_ds, layers)
+        distill = self.config.distill
+        layers = self.ready.teacher_layers if distill.layers > 0 or distill.attentions > 0 else ()
+        return Teacher(self.teacher_source, self.task, self.ready.teacher_ds, layers, attentions=distill.attentions > 0)
 
     def _compact_layers(self, folder: Path) -> tuple[int, ...]:
         """For each layer of the compact model, the dense layer that it was."""

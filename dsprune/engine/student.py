@@ -11,9 +11,10 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from dsprune.config import DistillConfig
-from dsprune.distill import UNMATCHED, HiddenTap, layer_distances, layer_loss
+from dsprune.consolidate import kept_heads
+from dsprune.distill import UNMATCHED, AttentionTap, HiddenTap, attention_loss, layer_distances, layer_loss
 from dsprune.engine.ds_config import zero_stage
-from dsprune.engine.models import encoder_layers, hidden_states
+from dsprune.engine.models import attention_modules, encoder_layers, hidden_states
 from dsprune.engine.requirements import quiet_import
 from dsprune.structure import Gates, Gating
 from dsprune.tasks import Task
@@ -22,7 +23,7 @@ deepspeed = quiet_import()
 
 __all__ = ["PARTS", "Lesson", "Student", "adamw", "build_student_engine"]
 
-PARTS = ("total", "logits", "layers", "labels")
+PARTS = ("total", "logits", "layers", "attentions", "labels")
 """Order of the loss parts that `Student.forward` returns."""
 
 
@@ -38,6 +39,8 @@ class Lesson:
         match: for each teacher layer the student layer that learns from it, the number of layers for the
             embeddings, or `UNMATCHED`.
         search: whether the distances of all pairs are wanted.
+        attentions: maps of the teacher layers that teach, the embeddings apart; None where they are not wanted.
+        num_pairs: [] pairs of real tokens of a mean micro-batch of this step.
     """
 
     logits: Tensor
@@ -46,6 +49,8 @@ class Lesson:
     num_tokens: Tensor
     match: Sequence[int]
     search: bool
+    attentions: Sequence[Tensor] | None
+    num_pairs: Tensor
 
 
 class Student(nn.Module):
@@ -78,13 +83,19 @@ class Student(nn.Module):
         self.gating = gating
         self.tap: HiddenTap | None = None
         self.num_layers = len(encoder_layers(model))
+        facts = getattr(model.config, "dsprune", None)
+        self.head_sources = kept_heads(facts) if facts else None
         self.projections = nn.ModuleList()
         if distill is not None and distill.layers > 0 and teacher is not None:
             width, layers = teacher
-            count = len(layers) if distill.projection == "separate" else 1
+            count = {"separate": len(layers), "shared": 1, "none": 0}[distill.projection]
             self.projections.extend(nn.Linear(int(model.config.hidden_size), width) for _ in range(count))
             self._start_projections(projections)
             self.tap = HiddenTap(model, hidden_states(model, embeddings=0 in layers))
+        self.attention_tap: AttentionTap | None = None
+        if distill is not None and distill.attentions > 0 and teacher is not None:
+            model.set_attn_implementation("eager")
+            self.attention_tap = AttentionTap(model, attention_modules(model))
 
     def _start_projections(self, start: Sequence[tuple[Tensor, Tensor]]) -> None:
         for i, projection in enumerate(self.projections):
@@ -138,14 +149,21 @@ class Student(nn.Module):
         by_layers, distances = (None, None) if probe else self._layerwise(lesson)
         if by_layers is not None:
             total = total + weights.layers * by_layers
+        by_maps = None if probe else self._by_attentions(lesson, inputs["attention_mask"], gates)
+        if by_maps is not None:
+            total = total + weights.attentions * by_maps
         by_labels = self.task.loss(outputs.float(), labels, count=num_targets) if weights.labels > 0 else None
         if by_labels is not None:
             total = total + weights.labels * by_labels
-        return self._result(total, logits=by_logits, layers=by_layers, labels=by_labels, distances=distances)
+        return self._result(
+            total, logits=by_logits, layers=by_layers, attentions=by_maps, labels=by_labels, distances=distances
+        )
 
     def _let_go(self) -> None:
         if self.tap is not None:
             self.tap.clear()
+        if self.attention_tap is not None:
+            self.attention_tap.clear()
 
     def _by_logits(self, ours: Tensor, theirs: Tensor, labels: Tensor, num_targets: Tensor) -> Tensor:
         assert self.distill is not None
@@ -164,6 +182,8 @@ class Student(nn.Module):
 
     def _project(self, states: Sequence[Tensor], teacher: Sequence[int]) -> Tensor:
         """Student states through the projections of teacher layers (by position): [len(states), tokens, width]."""
+        if not self.projections:
+            return torch.stack(list(states))
         if len(self.projections) == 1:
             projected: Tensor = self.projections[0](torch.stack(list(states)))
             return projected
@@ -174,7 +194,7 @@ class Student(nn.Module):
         """Distance of every student layer to every teacher layer: [teacher layers, student layers]."""
         teacher = lesson.hidden
         assert teacher is not None
-        if len(self.projections) == 1:
+        if len(self.projections) <= 1:
             return layer_distances(self._project(states, ()), teacher, num_tokens=lesson.num_tokens)
         rows = [
             layer_distances(self._project(states, [i] * len(states)), teacher[i : i + 1], num_tokens=lesson.num_tokens)
@@ -194,6 +214,22 @@ class Student(nn.Module):
         learned = self._project([states[j] for _, j in pairs], [i for i, _ in pairs])
         target = lesson.hidden[[i for i, _ in pairs]]
         return layer_loss(learned, target, num_tokens=lesson.num_tokens), distances
+
+    def _by_attentions(self, lesson: Lesson, mask: Tensor, gates: Gates | None) -> Tensor | None:
+        """Sum over matched layers of the loss between attention maps, over the heads that are left."""
+        if self.attention_tap is None or lesson.attentions is None:
+            return None
+        maps = self.attention_tap.take()
+        losses = []
+        match = [j for j in lesson.match if j != self.num_layers]  # the embeddings have no map
+        for theirs, j in zip(lesson.attentions, match, strict=True):
+            ours = maps[j] if j != UNMATCHED else None
+            if ours is None:
+                continue
+            heads = gates["head"][j] if gates is not None and "head" in gates else None
+            theirs = theirs if self.head_sources is None else theirs[:, self.head_sources[j]]
+            losses.append(attention_loss(ours, theirs, mask=mask, heads=heads, num_pairs=lesson.num_pairs))
+        return torch.stack(losses).sum() if losses else None
 
 
 def adamw(student: nn.Module, *, lr: float, weight_decay: float, ds_config: Mapping[str, Any]) -> torch.optim.Optimizer:

@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dsprune.distill import HiddenTap
+from dsprune.distill import AttentionTap, HiddenTap
 from dsprune.engine.ds_config import precision
-from dsprune.engine.models import hidden_states, load_model
+from dsprune.engine.models import attention_modules, hidden_states, load_model
 from dsprune.engine.requirements import quiet_import
 from dsprune.tasks import Task
 from dsprune.tasks.labels import label_permutation
@@ -30,12 +30,21 @@ class Teacher:
         task: its labels decide the order of the logits.
         ds_config: filled teacher configuration, ZeRO stage 0 or 3.
         layers: layers whose hidden states are wanted, counted from 1; 0 stands for the embeddings.
+        attentions: whether their attention maps are wanted as well.
 
     Raises:
         ArchitectureError: the model's labels are not the task's.
     """
 
-    def __init__(self, source: str, task: Task, ds_config: Mapping[str, Any], layers: Sequence[int] = ()) -> None:
+    def __init__(
+        self,
+        source: str,
+        task: Task,
+        ds_config: Mapping[str, Any],
+        layers: Sequence[int] = (),
+        *,
+        attentions: bool = False,
+    ) -> None:
         self.task = task
         model = load_model(source, task, ds_config)
         self.width = int(model.config.hidden_size)
@@ -44,6 +53,11 @@ class Teacher:
         *paths, embeddings = hidden_states(model, embeddings=True)
         self.tap = HiddenTap(model, [paths[i - 1] if i > 0 else embeddings for i in layers])
         self.has_taps = bool(layers)
+        self.attention_tap: AttentionTap | None = None
+        if attentions:
+            model.set_attn_implementation("eager")
+            modules = attention_modules(model)
+            self.attention_tap = AttentionTap(model, [modules[i - 1] for i in layers if i > 0])
         self.engine, *_ = deepspeed.initialize(model=model, config=dict(ds_config))
         self.engine.eval()
 
@@ -54,7 +68,19 @@ class Teacher:
         return outputs if self._order is None else self.task.reorder(outputs, self._order)
 
     @torch.no_grad()
-    def teach(self, inputs: Mapping[str, Tensor], token_index: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Logits, and the hidden states of the chosen layers: [layers, tokens, width]. Collective under ZeRO-3."""
+    def teach(self, inputs: Mapping[str, Tensor], token_index: Tensor) -> tuple[Any, ...]:
+        """What is wanted of the teacher. Collective under ZeRO-3.
+
+        Returns:
+            The outputs; the hidden states of the chosen layers, [layers, tokens, width], or None; their
+            attention maps (embeddings have none), a list of [batch, heads, length, length], or None.
+        """
         logits = self.logits(inputs)
-        return logits, torch.stack(self.tap.take(token_index)) if self.has_taps else None
+        hidden = torch.stack(self.tap.take(token_index)) if self.has_taps else None
+        return logits, hidden, self.attention_tap.take() if self.attention_tap else None
+
+    def let_go(self) -> None:
+        """Drop hidden states and maps of a forward pass that nobody took."""
+        self.tap.clear()
+        if self.attention_tap is not None:
+            self.attention_tap.clear()

@@ -208,9 +208,9 @@ class Trainer:
     def _lesson(self, batch: MicroBatch, match: list[int]) -> Lesson | None:
         if self.teacher is None:
             return None
-        logits, hidden = self.teacher.teach(batch.inputs, batch.token_index)
+        logits, hidden, attentions = self.teacher.teach(batch.inputs, batch.token_index)
         search = self.matcher is not None and self.matcher.searches
-        return Lesson(logits, hidden, batch.token_index, batch.num_tokens, match, search)
+        return Lesson(logits, hidden, batch.token_index, batch.num_tokens, match, search, attentions, batch.num_pairs)
 
     def _reduce(self, sums: dict[str, Tensor], gates: dict[str, Tensor] | None, scale: float) -> Reduced:
         tensors = dict(sums)

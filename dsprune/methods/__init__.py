@@ -9,10 +9,11 @@ from dsprune.errors import ConfigError
 from dsprune.methods.base import GateSignal, Method, Plan
 from dsprune.methods.cofi import CoFi
 from dsprune.methods.grain import Grain
+from dsprune.methods.mlpruning import MLPruning
 
 __all__ = ["METHODS", "GateSignal", "Method", "Plan", "method_class", "method_options"]
 
-METHODS: dict[str, type[Method]] = {"cofi": CoFi, "grain": Grain}
+METHODS: dict[str, type[Method]] = {"cofi": CoFi, "grain": Grain, "mlpruning": MLPruning}
 
 
 def method_class(name: str) -> type[Method]:

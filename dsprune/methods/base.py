@@ -68,6 +68,18 @@ class Method(ABC):
     def start_step(self) -> int:
         """Optimizer step at which gates come on; before it the dense model distils."""
 
+    @property
+    def wants_magnitudes(self) -> bool:
+        """Whether `begin` is to be called with the size of each unit's weights."""
+        return False
+
+    def begin(self, magnitudes: Mapping[str, Tensor]) -> None:  # noqa: B027 (most methods have nothing to do)
+        """Called once before the first step of a fresh run, where `wants_magnitudes`.
+
+        Args:
+            magnitudes: by kind of gate, the Euclidean norm of each unit's weights.
+        """
+
     @abstractmethod
     def parameters(self) -> dict[str, Tensor]:
         """The replicated leaf tensors that define the method's state, by name."""

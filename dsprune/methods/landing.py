@@ -16,6 +16,11 @@ from dsprune.structure import Gates
 
 __all__ = ["land"]
 
+ROOM = 1.0
+"""Shift of the threshold, a logit, within which units may still be given back."""
+MOST = 500
+"""Units that are tried."""
+
 
 def land(
     hard_gates: Callable[[float], Gates],
@@ -52,7 +57,9 @@ def land(
             low, sparse = middle, gates
         else:
             high, dense = middle, gates
-    return _fill(sparse, dense, sparsity, scores, target)
+    gates = _fill(sparse, dense, sparsity, scores, target)
+    # What separates the two may be one large unit, a head. Smaller ones fill the rest of the room.
+    return _fill(gates, hard_gates(high + ROOM), sparsity, scores, target)
 
 
 def _fill(
@@ -65,7 +72,7 @@ def _fill(
         for index in ((dense[kind] != 0) & (sparse[kind] == 0)).nonzero().tolist()
     ]
     gates = {kind: gate.clone() for kind, gate in sparse.items()}
-    for _, kind, index in sorted(missing, reverse=True):
+    for _, kind, index in sorted(missing, reverse=True)[:MOST]:
         gates[kind][index] = dense[kind][index]
         if sparsity(gates) < target:
             gates[kind][index] = torch.zeros(())

@@ -62,18 +62,19 @@ def prune_lowest(
     Args:
         groups: by kind.
         budget: parameters to remove, those that are gone already included.
-        tied: (follower, leader) kinds with the same groups: where a group of the leader loses its last
-            unit, the follower's units go with it, and count (GRAIN: queries of a head without values).
+        tied: (follower, leader) kinds with the same groups, the follower first among `groups`: where a
+            group of the leader loses its last unit, the follower's units are gone, and count (GRAIN:
+            queries of a head without values).
 
     Returns:
         New masks by kind, [groups, units] fp32.
     """
     packs = {kind: _packs(group) for kind, group in groups.items()}
     if tied is not None and all(kind in packs for kind in tied):
-        follower, leader = packs.pop(tied[0]), packs[tied[1]]
-        # The leader's best pack is the last to go; no unit of the follower outlives it.
+        follower, leader = (packs[kind] for kind in tied)
+        # The leader's best pack is the last to go, and no unit of the follower outlives it. Between equals the
+        # follower goes first: once the leader's last unit is gone all of the follower is, and has to be counted.
         follower.score = torch.minimum(follower.score, leader.score.max(dim=1, keepdim=True).values)
-        packs[tied[0]] = follower  # at the end, so that between equals the leader goes first
     score = torch.cat([pack.score.flatten() for pack in packs.values()])
     price = torch.cat([pack.price.flatten() for pack in packs.values()])
     order = score.argsort(stable=True)

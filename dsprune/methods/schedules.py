@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-__all__ = ["cubic_density", "linear_target"]
+__all__ = ["cubic_density", "linear_target", "warmup_and_decay"]
 
 
 def linear_target(step: int, *, target: float, warmup_steps: int) -> float:
@@ -22,3 +22,11 @@ def cubic_density(step: int, *, start: int, end: int, final: float) -> float:
     if step >= end:
         return final
     return final + (1 - final) * (1 - (step - start) / (end - start)) ** 3
+
+
+def warmup_and_decay(step: int, *, total: int, warmup: float) -> float:
+    """Factor of a learning rate: rises linearly over the first share `warmup` of the steps, then falls to zero."""
+    rising = round(warmup * total)
+    if step < rising:
+        return (step + 1) / rising
+    return max(0.0, (total - step) / max(1, total - rising))

@@ -13,6 +13,7 @@ from dsprune.structure.gating import (
     sublayer_alive,
     unit_gates,
 )
+from dsprune.structure.magnitude import unit_magnitudes
 from dsprune.structure.selection import Selection
 from dsprune.structure.spaces import (
     GATE_KINDS,
@@ -53,4 +54,5 @@ __all__ = [
     "ones",
     "sublayer_alive",
     "unit_gates",
+    "unit_magnitudes",
 ]

@@ -75,9 +75,9 @@ class Selection:
         """What is kept, layer by layer.
 
         Returns:
-            `heads` and `ffn_dim`; where a kept head lost dimensions, `qk_dims` and `vo_dims` as well, one
-            number a kept head; where a sublayer writes only some of the kept hidden dimensions,
-            `attn_rows` or `ffn_rows`: a bit for each of those, as a hexadecimal number.
+            `heads` and `ffn_dim`. Where heads are gone, `kept_heads`; where a kept head lost dimensions,
+            `qk_dims` and `vo_dims`, one number a kept head; where a sublayer writes only some of the kept
+            hidden dimensions, `attn_rows` or `ffn_rows`: a bit for each of those, as a hexadecimal number.
         """
         by_layer: list[dict[str, Any]] = [{} for _ in range(structure.sizes.num_layers)]
         hidden = self.kept(structure.hidden)
@@ -104,7 +104,8 @@ class Selection:
             )
             dims[name] = counts[alive].tolist()
         ragged = any(count != sizes.head_dim for counts in dims.values() for count in counts)
-        return {"heads": int(alive.sum()), **(dims if ragged else {})}
+        which = {} if alive.all() else {"kept_heads": alive.nonzero().flatten().tolist()}
+        return {"heads": int(alive.sum()), **which, **(dims if ragged else {})}
 
     def save(self, path: Path, **metadata: Any) -> None:
         """Write to a safetensors file; `metadata` values are kept as JSON."""

@@ -118,7 +118,7 @@ def measure(options: argparse.Namespace, world: World, stage: int) -> list[list[
         for name, call in calls.items():
             elapsed = _timed(call)
             if name == "teacher":
-                teacher.tap.clear()
+                teacher.let_go()
             if step >= options.warmup:
                 times[name].append(elapsed)
     medians = {name: statistics.median(values) for name, values in times.items()}

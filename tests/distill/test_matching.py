@@ -65,7 +65,7 @@ def test_dynamic_rules_begin_with_the_fixed_match():
         assert match_layers(rule, **arguments, distances=None) == [0, 1]
 
 
-@pytest.mark.parametrize("layers", [(), (0, 3), (3, 7), (4, 2), (2, 2)])
+@pytest.mark.parametrize("layers", [(), (-1, 3), (3, 7), (4, 2), (2, 2)])
 def test_impossible_teacher_layers_are_refused(layers):
     with pytest.raises(ConfigError, match="from 1 to 6"):
         check_teacher_layers(layers, 6)

@@ -35,13 +35,13 @@ OVERFLOW = """
 import sys
 import torch
 from tests.helpers.settings import ROWS
-from tests.helpers.training import Setup, build_trainer
+from tests.helpers.training import Setup, build_trainer, spoiled
 
 trainer = build_trainer(Setup(ROWS[0], stage=int(sys.argv[1]), precision="fp16"))
 applied = [trainer.step(step).applied for step in range(2)]
 before = trainer.replica.fingerprint()
 teach = trainer.teacher.teach
-trainer.teacher.teach = lambda *a: tuple(value * float("inf") for value in teach(*a))
+trainer.teacher.teach = spoiled(teach, float("inf"))
 result = trainer.step(2)
 assert not result.applied, "an overflow was applied"
 assert trainer.replica.fingerprint() == before, "the gates moved in a step that the weights skipped"

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from tests.helpers.settings import ROWS
-from tests.helpers.training import Setup, build_trainer, trajectory
+from tests.helpers.training import Setup, build_trainer, spoiled, trajectory
 from tests.helpers.world import run_world
 
 pytestmark = pytest.mark.dist
@@ -34,7 +34,7 @@ def _overflow(setup):
     for step in range(4):
         if step == 2:
             teach = trainer.teacher.teach
-            trainer.teacher.teach = lambda *args, teach=teach: tuple(value * float("inf") for value in teach(*args))
+            trainer.teacher.teach = spoiled(teach, float("inf"))
         if step == 3:
             trainer.teacher.teach = teach
         applied.append(trainer.step(step).applied)

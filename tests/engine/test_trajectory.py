@@ -8,7 +8,7 @@ import pytest
 
 from dsprune.methods import METHODS
 from tests.helpers.settings import ROWS
-from tests.helpers.training import Setup, build_trainer, trajectory
+from tests.helpers.training import Setup, build_trainer, spoiled, trajectory
 from tests.helpers.world import run_world
 
 pytestmark = pytest.mark.dist
@@ -125,7 +125,7 @@ def _poison(setup):
     before = trainer.replica.fingerprint()
     teach = trainer.teacher.teach
     if trainer.world.rank == 1:
-        trainer.teacher.teach = lambda *args: tuple(value * float("nan") for value in teach(*args))
+        trainer.teacher.teach = spoiled(teach, float("nan"))
     with pytest.raises(NumericsError, match="step 1: a loss or gate gradient is not finite"):
         trainer.step(1)
     return before == trainer.replica.fingerprint()

@@ -72,6 +72,20 @@ match = "fixed"
 projection = "separate"
 teacher_layers = [0, 1, 2]
 """,
+    "mlpruning": """
+[method]
+name = "mlpruning"
+lr = 0.5
+init = 3.0
+[distill]
+labels = 0.1
+logits = 0.9
+layers = 0.9
+attentions = 0.9
+match = "fixed"
+projection = "none"
+teacher_layers = [0, 1, 2]
+""",
 }
 """What stands under [prune] and after it, for each method."""
 

@@ -31,4 +31,10 @@ ROWS = [
         distill={"match": "fixed", "projection": "separate", "logit_scale": "none", "temperature": 8.0},
         teacher_layers=(0, 1, 2),
     ),
+    MethodRow(
+        "mlpruning",
+        {"lr": 0.3, "init": 2.0, "penalty": 200.0},
+        distill={"match": "fixed", "projection": "none", "attentions": 0.9},
+        teacher_layers=(0, 1, 2),
+    ),
 ]

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from dsprune.config import BatchConfig, DistillConfig, OptimConfig
 from dsprune.methods import Plan, method_class
-from dsprune.structure import analyze, attach_gates
+from dsprune.structure import analyze, attach_gates, unit_magnitudes
 from dsprune.tasks import build_task
 from tests.helpers.models import tiny_model
 from tests.helpers.settings import MethodRow
@@ -99,7 +99,11 @@ def build_trainer(setup: Setup, *, dropout: bool = False, steps: int | None = No
     teacher_module.load_model = lambda *_, **__: without_dropout(tiny_model(setup.family, seed=7))
     try:
         teacher = teacher_module.Teacher(
-            "tiny", task, teacher_config(load_ds_config(setup.teacher), world.size), layers=setup.row.teacher_layers
+            "tiny",
+            task,
+            teacher_config(load_ds_config(setup.teacher), world.size),
+            layers=setup.row.teacher_layers,
+            attentions=setup.row.distill.get("attentions", 0) > 0,
         )
     finally:
         teacher_module.load_model = original
@@ -112,6 +116,8 @@ def build_trainer(setup: Setup, *, dropout: bool = False, steps: int | None = No
     total = steps or row.steps
     cls = method_class(row.name)
     method = cls(structure, cls.Options(**row.options), Plan(row.target, "encoder", total, 4, 0))
+    if method.wants_magnitudes:
+        method.begin(unit_magnitudes(structure, lambda name: model.get_parameter(name)))
     student = Student(
         model,
         task,
@@ -132,6 +138,16 @@ def build_trainer(setup: Setup, *, dropout: bool = False, steps: int | None = No
         matcher=LayerMatcher(row.distill["match"], row.teacher_layers, (0, 1)),
         replica=Replica(method),
     )
+
+
+def spoiled(teach: Any, factor: float) -> Any:
+    """A teacher's `teach` whose logits are multiplied by something."""
+
+    def teach_badly(*args: Any) -> Any:
+        logits, *rest = teach(*args)
+        return logits * factor, *rest
+
+    return teach_badly
 
 
 def trajectory(setup: Setup) -> dict[str, Any]:

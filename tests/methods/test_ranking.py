@@ -33,9 +33,9 @@ def test_followers_go_with_the_last_of_their_leaders_and_count():
         "q": _group([[8.0, 9.0], [7.0, 6.0]]),
         "v": _group([[1.0, 2.0], [5.0, 3.0]]),
     }
-    masks = prune_lowest(groups, 2, tied=("q", "v"))
-    assert masks["v"].tolist() == [[0, 0], [1, 1]]
-    assert masks["q"].tolist() == [[1, 1], [1, 1]]  # the budget is met before their turn
+    masks = prune_lowest(groups, 1, tied=("q", "v"))
+    assert masks["v"].tolist() == [[0, 1], [1, 1]]
+    assert masks["q"].tolist() == [[1, 1], [1, 1]]
     masks = prune_lowest(groups, 4, tied=("q", "v"))
     assert masks["q"].tolist() == [[0, 0], [1, 1]]
     assert masks["v"].tolist() == [[0, 0], [1, 1]]

@@ -1,0 +1,131 @@
+"""MLPruning against its formulas, and against the pitfalls of its authors' code."""
+
+import pytest
+import torch
+
+from dsprune.errors import ConfigError
+from dsprune.methods import Plan, method_class
+from dsprune.methods.schedules import warmup_and_decay
+from dsprune.methods.topk import count_kept, top_k
+from dsprune.structure import CostModel, analyze, unit_magnitudes
+from tests.helpers.models import tiny_model
+
+MLPruning = method_class("mlpruning")
+
+
+def _method(*, target=0.5, of="encoder", total=200, **options):
+    plan = Plan(target=target, target_of=of, total_steps=total, steps_per_epoch=10, seed=0)
+    options = {"lr": 0.1, "init": 4.0, "penalty": 2000.0, **options}
+    return MLPruning(analyze(tiny_model("bert")), MLPruning.Options(**options), plan)
+
+
+def _magnitudes(method):
+    model = tiny_model("bert")
+    return unit_magnitudes(method.structure, lambda name: model.get_parameter(name))
+
+
+def _train(method, steps, pull=0.0):
+    """Steps under the regularisation and a task that pulls every gate by `pull`."""
+    for step in range(steps):
+        gates = method.gates(step)
+        method.learn(step, gates, {kind: torch.full_like(gate, pull) for kind, gate in gates.items()})
+        for optimizer in method.optimizers():
+            optimizer.step()
+            optimizer.zero_grad()
+
+
+def test_the_highest_scores_are_kept_and_at_least_one():
+    scores = torch.tensor([[0.1, 0.9, 0.5, 0.3]] * 3)
+    theta = torch.tensor([0.0, -30.0, 30.0])
+    assert count_kept(theta, 4).tolist() == [2, 1, 4]
+    assert top_k(scores, theta).tolist() == [[0, 1, 1, 0], [0, 1, 0, 0], [1, 1, 1, 1]]
+    # ceil(sigmoid(10) * n) is all of a small group
+    assert count_kept(torch.tensor([10.0]), 768).tolist() == [768]
+
+
+def test_gradients_go_straight_through():
+    scores = torch.tensor([[0.1, 0.9, 0.5, 0.3]], requires_grad=True)
+    theta = torch.zeros(1, requires_grad=True)
+    (top_k(scores, theta) * torch.tensor([[1.0, 2.0, 3.0, 4.0]])).sum().backward()
+    assert scores.grad.tolist() == [[1, 2, 3, 4]]
+    assert theta.grad.tolist() == [5]  # 2 + 3, the kept ones
+
+
+def test_scores_start_from_the_magnitude_of_weights():
+    """Pitfall 9: with equal scores the first units to go are arbitrary."""
+    method = _method()
+    magnitudes = _magnitudes(method)
+    method.begin(magnitudes)
+    for kind, score in method.score.items():
+        assert torch.equal(score.argsort(-1), magnitudes[kind].float().argsort(-1)), kind
+        torch.testing.assert_close(score.detach().std(-1), torch.ones(2))
+    assert _method(scores="zero").wants_magnitudes is False
+    model = tiny_model("bert")
+    layer = model.bert.encoder.layer[1]
+    dense, output = layer.intermediate.dense, layer.output.dense
+    expected = dense.weight[7].square().sum() + dense.bias[7] ** 2 + output.weight[:, 7].square().sum()
+    assert float(magnitudes["ffn_dim"][1, 7]) == pytest.approx(float(expected.sqrt().detach()))
+
+
+def test_remaining_is_the_share_at_the_fractional_sizes():
+    method = _method()
+    with torch.no_grad():
+        for theta in method.theta.values():
+            theta.zero_()
+    dense = CostModel(method.structure).dense("encoder")
+    # Half of every group: heads, neurons and rows. Written out for one layer of 32 and 64.
+    attention = 3 * (16 * 32 + 16) + 16 * 16 + 16
+    ffn = 32 * 32 + 32 + 16 * 32 + 16
+    norms = 4 * 32
+    assert float(method.remaining()) == pytest.approx(2 * (attention + ffn + norms) / dense)
+
+
+def test_the_weight_of_the_regularisation_follows_the_gap():
+    method = _method(penalty=20000.0, target=0.5)
+    gap = float(method.remaining()) - 0.5
+    weight = 20000 * gap**2 / 0.25
+    assert float(method.penalty(0)) == pytest.approx(weight * gap**2, rel=1e-6)
+
+
+@pytest.mark.parametrize(("two_sided", "returns"), [(True, True), (False, False)])
+def test_only_the_two_sided_rule_pulls_sizes_back_up(two_sided, returns):
+    """Pitfall 7: one-sided, sizes that fell below the target stay there."""
+    method = _method(two_sided=two_sided, target=0.3)
+    with torch.no_grad():
+        for theta in method.theta.values():
+            theta.fill_(-1.0)
+    before = float(method.remaining())
+    assert before < 0.7
+    _train(method, 60)
+    assert (float(method.remaining()) > before + 0.05) is returns
+
+
+@pytest.mark.parametrize("target", [0.3, 0.5, 0.7])
+def test_the_exported_model_lands_on_the_target(target):
+    method = _method(target=target)
+    method.begin(_magnitudes(method))
+    _train(method, 200)
+    sparsity = float(CostModel(method.structure, empty="bias").sparsity(method.select().gates))
+    assert target <= sparsity < target + 0.005
+    # Four heads a layer are coarse; the thresholds themselves have come near.
+    assert method.metrics(200)["sparsity/expected"] == pytest.approx(target, abs=0.03)
+
+
+def test_every_group_keeps_a_unit_and_a_target_beyond_that_is_refused():
+    with pytest.raises(ConfigError, match=r"keeps a unit of every group .* 0\.88\d+ at most"):
+        _method(target=0.98)
+    method = _method(target=0.85)
+    for kind, mask in method.hard_gates(-100).items():
+        assert (mask.sum(-1) == 1).all(), kind
+
+
+def test_the_learning_rate_of_scores_rises_and_falls():
+    rates = [warmup_and_decay(step, total=10, warmup=0.2) for step in range(11)]
+    assert rates[:3] == [0.5, 1.0, 1.0]
+    assert rates[-1] == 0.0
+    assert rates[2:] == sorted(rates[2:], reverse=True)
+
+
+def test_unknown_gates_are_refused():
+    with pytest.raises(ConfigError, match="unknown \\['hidden'\\]"):
+        _method(gates=("hidden",))
