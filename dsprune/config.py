@@ -29,6 +29,7 @@ from pydantic import (
 from dsprune.errors import ConfigError
 
 __all__ = [
+    "BlocksConfig",
     "DataConfig",
     "DistillConfig",
     "Duration",
@@ -43,7 +44,7 @@ __all__ = [
     "parse_config",
 ]
 
-StageName = Literal["teacher", "prune", "consolidate", "recover", "evaluate"]
+StageName = Literal["teacher", "prune", "consolidate", "recover", "blocks", "evaluate"]
 STAGES: tuple[StageName, ...] = get_args(StageName)
 
 
@@ -186,6 +187,31 @@ class RecoverConfig(OptimConfig):
     """Learning rate after warm-up (the paper: constant)."""
 
 
+class BlocksConfig(OptimConfig):
+    """MLPruning's second step: blocks of the compact model's matrices, by learnable top-k."""
+
+    duration: DurationField = Duration(0, "steps")
+    """How long to prune blocks; `"0 steps"` skips the stage."""
+    target: float = Field(0.6, ge=0, lt=1)
+    """Share to remove of the encoder parameters that the compact model has."""
+    shape: tuple[int, int] = (32, 32)
+    """Rows and columns of a block."""
+    lr: float = Field(3e-5, gt=0)
+    """Peak learning rate of the weights (AdamW)."""
+    warmup: float = Field(0.05, ge=0, lt=1)
+    """Share of the stage during which the learning rates rise linearly from zero."""
+    scores_lr: float = Field(0.01, gt=0)
+    """Peak learning rate of scores and thresholds (AdamW)."""
+    init: float = 10.0
+    """Initial threshold of a matrix, a logit: 10 keeps all blocks."""
+    scores: Literal["magnitude", "zero"] = "magnitude"
+    """What the blocks' scores start from: the norm of their weights, or zero, as the authors had it."""
+    penalty: float = Field(20000.0, gt=0)
+    """Weight of the regularisation at the start."""
+    two_sided: bool = True
+    """Pull sizes back up when they fall below the target; the authors do not."""
+
+
 class DistillConfig(Section):
     """What the student learns from the teacher."""
 
@@ -280,6 +306,7 @@ class RunConfig(Section):
     prune: PruneConfig = PruneConfig()
     distill: DistillConfig = DistillConfig()
     recover: RecoverConfig = RecoverConfig()
+    blocks: BlocksConfig = BlocksConfig()
     deepspeed: DeepSpeedConfig = DeepSpeedConfig()
     eval: EvalConfig = EvalConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()

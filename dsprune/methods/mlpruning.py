@@ -37,15 +37,12 @@ from dsprune.config import Section
 from dsprune.errors import ConfigError
 from dsprune.methods.base import GateSignal, Method, Plan
 from dsprune.methods.landing import land
-from dsprune.methods.schedules import warmup_and_decay
-from dsprune.methods.topk import count_kept, top_k, top_k_mask
+from dsprune.methods.topk_groups import REACH, TopKGroups, adaptive_penalty
 from dsprune.structure import Selection, Structure, gate_shapes
 
 __all__ = ["MLPruning", "MLPruningOptions"]
 
 KINDS = ("head", "ffn_dim", "attn_row", "ffn_row")
-REACH = 40.0
-"""Shift of the thresholds beyond which every group is full, or down to one unit."""
 
 
 class MLPruningOptions(Section):
@@ -80,11 +77,14 @@ class MLPruning(Method):
         if unknown or not options.gates:
             raise ConfigError(f"method.gates: unknown {unknown or 'empty list'}: MLPruning has {', '.join(KINDS)}")
         shapes = gate_shapes(structure.sizes)
-        self.score = {kind: torch.zeros(shapes[kind], requires_grad=True) for kind in options.gates}
-        self.theta = {kind: torch.full((shapes[kind][0],), options.init, requires_grad=True) for kind in options.gates}
+        self.groups = TopKGroups(
+            {kind: (shapes[kind][0], shapes[kind][-1]) for kind in options.gates},
+            lr=options.lr,
+            warmup=options.warmup,
+            total_steps=plan.total_steps,
+            init=options.init,
+        )
         self.check_target()
-        parameters = [*self.score.values(), *self.theta.values()]
-        self._optimizers: list[torch.optim.Optimizer] = [torch.optim.AdamW(parameters, lr=options.lr, weight_decay=0.0)]
 
     @property
     def kinds(self) -> tuple[str, ...]:
@@ -98,70 +98,45 @@ class MLPruning(Method):
     def wants_magnitudes(self) -> bool:
         return self.options.scores == "magnitude"
 
-    @torch.no_grad()
     def begin(self, magnitudes: Mapping[str, Tensor]) -> None:
-        for kind, score in self.score.items():
-            magnitude = magnitudes[kind].float()
-            spread = magnitude.std(-1, keepdim=True).clamp(min=1e-12)
-            score.copy_((magnitude - magnitude.mean(-1, keepdim=True)) / spread)
+        self.groups.begin(magnitudes)
 
     def parameters(self) -> dict[str, Tensor]:
-        scores = {f"score.{kind}": value for kind, value in self.score.items()}
-        return scores | {f"theta.{kind}": value for kind, value in self.theta.items()}
+        return self.groups.parameters()
 
     def optimizers(self) -> list[torch.optim.Optimizer]:
-        return self._optimizers
+        return [self.groups.optimizer]
 
     def gates(self, step: int) -> dict[str, Tensor] | None:
-        return {kind: top_k(self.score[kind], self.theta[kind]) for kind in self.kinds}
+        return self.groups.gates()
 
     def signal(self, step: int) -> GateSignal:
         return "training"
 
     def learn(self, step: int, gates: Mapping[str, Tensor], gradients: Mapping[str, Tensor]) -> None:
         super().learn(step, gates, gradients)
-        rate = warmup_and_decay(step, total=self.plan.total_steps, warmup=self.options.warmup)
-        for group in self._optimizers[0].param_groups:
-            group["lr"] = self.options.lr * rate
-
-    # --- size -------------------------------------------------------------------------------
+        self.groups.set_rate(step)
 
     def remaining(self) -> Tensor:
         """R: share of the parameters that is left, at the fractional sizes of the thresholds; [] float64."""
-        shares = {
-            kind: torch.sigmoid(theta.double()).clamp(min=1 / self.score[kind].shape[-1])[:, None]
-            for kind, theta in self.theta.items()
-        }
-        gates = {kind: share.expand(self.score[kind].shape) for kind, share in shares.items()}
-        return 1 - self.cost.sparsity(gates, of=self.plan.target_of)
+        return 1 - self.cost.sparsity(self.groups.shares(), of=self.plan.target_of)
 
     def penalty(self, step: int) -> Tensor | None:
-        tau = 1 - self.plan.target
-        gap = self.remaining() - tau
-        rho = gap.square() if self.options.two_sided else gap.clamp(min=0).square()
-        size = float(rho.detach())
-        weight = 10.0 if size < 3e-4 else max(self.options.penalty * size / max(1e-12, (1 - tau) ** 2), 50.0)
-        return weight * rho
-
-    @torch.no_grad()
-    def hard_gates(self, shift: float = 0.0) -> dict[str, Tensor]:
-        """Masks of the top k, with `shift` added to every threshold when units are counted."""
-        return {
-            kind: top_k_mask(score, count_kept(self.theta[kind].double() + shift, score.shape[-1]))
-            for kind, score in self.score.items()
-        }
+        return adaptive_penalty(
+            self.remaining(), 1 - self.plan.target, strength=self.options.penalty, two_sided=self.options.two_sided
+        )
 
     def deterministic(self, step: int) -> dict[str, Tensor] | None:
-        return self.hard_gates()
+        return self.groups.hard_gates()
 
     def _hard_sparsity(self, gates: Mapping[str, Tensor]) -> float:
         return float(self.cost.sparsity(dict(gates), of=self.plan.target_of))
 
     def select(self) -> Selection:
         gates = land(
-            self.hard_gates,
+            self.groups.hard_gates,
             self._hard_sparsity,
-            {kind: score.detach() for kind, score in self.score.items()},
+            {kind: score.detach() for kind, score in self.groups.score.items()},
             self.plan.target,
             reach=REACH,
         )
@@ -173,7 +148,7 @@ class MLPruning(Method):
         Raises:
             ConfigError: naming what is reachable.
         """
-        reachable = self._hard_sparsity(self.hard_gates(-REACH - self.options.init))
+        reachable = self._hard_sparsity(self.groups.hard_gates(-REACH - self.options.init))
         if self.plan.target > reachable:
             raise ConfigError(
                 f"prune.target = {self.plan.target:g} of the {self.plan.target_of} is out of reach: MLPruning keeps a "
@@ -182,9 +157,10 @@ class MLPruning(Method):
 
     @torch.no_grad()
     def metrics(self, step: int) -> dict[str, float]:
+        masks = self.groups.hard_gates()
         return {
             "sparsity/expected": 1 - float(self.remaining()),
-            "sparsity/hard": self._hard_sparsity(self.hard_gates()),
+            "sparsity/hard": self._hard_sparsity(masks),
             "sparsity/target": self.plan.target,
-            **{f"kept/{kind}": float(mask.mean()) for kind, mask in self.hard_gates().items()},
+            **{f"kept/{kind}": float(mask.mean()) for kind, mask in masks.items()},
         }

@@ -132,3 +132,62 @@ def live_layer_norm(x: Tensor, weight: Tensor, bias: Tensor, gate: Tensor, alive
         [..., d] in the dtype of `x`.
     """
     return _LiveLayerNorm.apply(x, weight, bias, gate, alive, eps)  # type: ignore[no-any-return, no-untyped-call]
+
+
+def _spread_blocks(gate: Tensor, block: tuple[int, int], shape: torch.Size) -> Tensor:
+    """A gate for each number of a matrix, from one for each block."""
+    wide = gate.repeat_interleave(block[0], 0).repeat_interleave(block[1], 1)
+    return wide[: shape[0], : shape[1]]
+
+
+def _sum_blocks(values: Tensor, block: tuple[int, int], grid: torch.Size) -> Tensor:
+    """Sum over each block of a matrix: [block rows, block columns]."""
+    rows, columns = grid[0] * block[0], grid[1] * block[1]
+    padded = torch.nn.functional.pad(values, (0, columns - values.shape[1], 0, rows - values.shape[0]))
+    return padded.view(grid[0], block[0], grid[1], block[1]).sum((1, 3))
+
+
+class _BlockGatedLinear(Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, gate: Tensor, block: tuple[int, int], frozen: bool
+    ) -> Tensor:
+        ctx.block, ctx.frozen, ctx.with_bias = block, frozen, bias is not None
+        ctx.save_for_backward(x, weight, gate)
+        return torch.nn.functional.linear(x, weight * _spread_blocks(gate, block, weight.shape).to(weight.dtype), bias)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        (grad,) = grads
+        x, weight, gate = ctx.saved_tensors
+        need_x, need_weight, need_bias, need_gate, *_ = ctx.needs_input_grad
+        wide = _spread_blocks(gate, ctx.block, weight.shape).to(weight.dtype)
+        grad_x = grad @ (weight * wide) if need_x else None
+        flat = grad.reshape(-1, grad.shape[-1])
+        grad_weight = grad_gate = None
+        if need_gate or (need_weight and not ctx.frozen):
+            outer = flat.t() @ x.reshape(-1, x.shape[-1])
+            if need_gate:
+                grad_gate = _sum_blocks(outer.to(gate.dtype) * weight.to(gate.dtype), ctx.block, gate.shape)
+            grad_weight = outer * wide if need_weight and not ctx.frozen else None
+        grad_bias = flat.sum(0) if ctx.with_bias and need_bias and not ctx.frozen else None
+        return grad_x, grad_weight, grad_bias, grad_gate, None, None
+
+
+def block_gated_linear(
+    x: Tensor, weight: Tensor, bias: Tensor | None, gate: Tensor, block: tuple[int, int], *, frozen: bool = False
+) -> Tensor:
+    """A linear whose weight is multiplied by a gate for each block, without storing a gated copy.
+
+    Args:
+        x: [..., in].
+        weight: [out, in].
+        bias: [out] or None; not gated.
+        gate: [block rows, block columns], fp32 (or fp64 with an fp64 model).
+        block: rows and columns of a block; the last ones may reach beyond the matrix.
+        frozen: as in `gated_linear`.
+
+    Returns:
+        [..., out] in the dtype of `x`.
+    """
+    return _BlockGatedLinear.apply(x, weight, bias, gate, block, frozen)  # type: ignore[no-any-return, no-untyped-call]

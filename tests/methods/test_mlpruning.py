@@ -56,9 +56,9 @@ def test_scores_start_from_the_magnitude_of_weights():
     method = _method()
     magnitudes = _magnitudes(method)
     method.begin(magnitudes)
-    for kind, score in method.score.items():
+    for kind, score in method.groups.score.items():
         assert torch.equal(score.argsort(-1), magnitudes[kind].float().argsort(-1)), kind
-        torch.testing.assert_close(score.detach().std(-1), torch.ones(2))
+        torch.testing.assert_close(score.detach().std(-1, correction=0), torch.ones(2))
     assert _method(scores="zero").wants_magnitudes is False
     model = tiny_model("bert")
     layer = model.bert.encoder.layer[1]
@@ -70,7 +70,7 @@ def test_scores_start_from_the_magnitude_of_weights():
 def test_remaining_is_the_share_at_the_fractional_sizes():
     method = _method()
     with torch.no_grad():
-        for theta in method.theta.values():
+        for theta in method.groups.theta.values():
             theta.zero_()
     dense = CostModel(method.structure).dense("encoder")
     # Half of every group: heads, neurons and rows. Written out for one layer of 32 and 64.
@@ -92,7 +92,7 @@ def test_only_the_two_sided_rule_pulls_sizes_back_up(two_sided, returns):
     """Pitfall 7: one-sided, sizes that fell below the target stay there."""
     method = _method(two_sided=two_sided, target=0.3)
     with torch.no_grad():
-        for theta in method.theta.values():
+        for theta in method.groups.theta.values():
             theta.fill_(-1.0)
     before = float(method.remaining())
     assert before < 0.7
@@ -115,7 +115,7 @@ def test_every_group_keeps_a_unit_and_a_target_beyond_that_is_refused():
     with pytest.raises(ConfigError, match=r"keeps a unit of every group .* 0\.88\d+ at most"):
         _method(target=0.98)
     method = _method(target=0.85)
-    for kind, mask in method.hard_gates(-100).items():
+    for kind, mask in method.groups.hard_gates(-100).items():
         assert (mask.sum(-1) == 1).all(), kind
 
 

@@ -1,0 +1,136 @@
+"""MLPruning, step 2: blocks of the matrices that step 1 left (arXiv 2105.14636).
+
+Every matrix of the compact model's layers is one group under learnable top-k; see `mlpruning.py` for the
+rule and its sources. The teacher is the model of step 1. R is the share of its encoder that is stored,
+biases and norms included; what the dense model lost in both steps is the product. Blocks at the edge of a
+matrix that the block size does not divide reach beyond it and hold zeros there: no row comes back that step
+1 removed, where the authors' code rounds the number of rows up and revives rows that had not trained.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dsprune.config import BlocksConfig
+from dsprune.errors import ConfigError
+from dsprune.methods.base import GateSignal, Method, Plan
+from dsprune.methods.landing import land
+from dsprune.methods.topk_groups import REACH, TopKGroups, adaptive_penalty
+from dsprune.structure import BlockSelection, BlockStructure
+
+__all__ = ["BlockPruning"]
+
+
+class BlockPruning(Method):
+    """Learnable top-k of blocks, matrix by matrix.
+
+    Args:
+        structure: the matrices of the compact model.
+        options: the `[blocks]` table.
+        plan: length of the stage; its target is that of the table.
+
+    Raises:
+        ConfigError: a target that one block a matrix does not reach.
+    """
+
+    Options = BlocksConfig
+    empty = "bias"
+
+    def __init__(self, structure: BlockStructure, options: BlocksConfig, plan: Plan) -> None:
+        # Blocks have a structure and a cost of their own, so nothing of the base class is set up.
+        self.blocks = structure
+        self.options = options
+        self.plan = plan
+        self._grids = structure.gate_shapes
+        self.groups = TopKGroups(
+            {path: (1, rows * columns) for path, (rows, columns) in self._grids.items()},
+            lr=options.scores_lr,
+            warmup=options.warmup,
+            total_steps=plan.total_steps,
+            init=options.init,
+        )
+        self.check_target()
+
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        return tuple(self._grids)
+
+    @property
+    def start_step(self) -> int:
+        return 0
+
+    @property
+    def wants_magnitudes(self) -> bool:
+        return self.options.scores == "magnitude"
+
+    def begin(self, magnitudes: Mapping[str, Tensor]) -> None:
+        self.groups.begin({path: magnitude.view(1, -1) for path, magnitude in magnitudes.items()})
+
+    def parameters(self) -> dict[str, Tensor]:
+        return self.groups.parameters()
+
+    def optimizers(self) -> list[torch.optim.Optimizer]:
+        return [self.groups.optimizer]
+
+    def _as_grids(self, gates: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        return {path: gate.view(self._grids[path]) for path, gate in gates.items()}
+
+    def gates(self, step: int) -> dict[str, Tensor] | None:
+        return self._as_grids(self.groups.gates())
+
+    def signal(self, step: int) -> GateSignal:
+        return "training"
+
+    def learn(self, step: int, gates: Mapping[str, Tensor], gradients: Mapping[str, Tensor]) -> None:
+        super().learn(step, gates, gradients)
+        self.groups.set_rate(step)
+
+    def sparsity(self, gates: Mapping[str, Tensor]) -> Tensor:
+        """Share of the encoder of step 1 that is gone: [] float64."""
+        return 1 - self.blocks.remaining(self._as_grids(gates)) / self.blocks.parameters["encoder"]
+
+    def _hard_sparsity(self, gates: Mapping[str, Tensor]) -> float:
+        return float(self.sparsity(gates))
+
+    def penalty(self, step: int) -> Tensor | None:
+        remaining = 1 - self.sparsity(self.groups.shares())
+        return adaptive_penalty(
+            remaining, 1 - self.plan.target, strength=self.options.penalty, two_sided=self.options.two_sided
+        )
+
+    def deterministic(self, step: int) -> dict[str, Tensor] | None:
+        return self._as_grids(self.groups.hard_gates())
+
+    def select(self) -> Any:
+        gates = land(
+            self.groups.hard_gates,
+            self._hard_sparsity,
+            {path: score.detach() for path, score in self.groups.score.items()},
+            self.plan.target,
+            reach=REACH,
+        )
+        return BlockSelection(self._as_grids(gates), self.options.shape)
+
+    def check_target(self) -> None:
+        reachable = self._hard_sparsity(self.groups.hard_gates(-REACH - self.options.init))
+        if self.plan.target > reachable:
+            raise ConfigError(
+                f"blocks.target = {self.plan.target:g} of the compact model's encoder is out of reach: one block of "
+                f"{self.options.shape[0]} x {self.options.shape[1]} stays in every matrix, which is {reachable:.4f} "
+                "at most"
+            )
+
+    @torch.no_grad()
+    def metrics(self, step: int) -> dict[str, float]:
+        hard = self._hard_sparsity(self.groups.hard_gates())
+        left = self.blocks.parameters["encoder"] * (1 - hard)
+        return {
+            "sparsity/expected": self._hard_sparsity(self.groups.shares()),
+            "sparsity/hard": hard,
+            "sparsity/target": self.plan.target,
+            "sparsity/of_dense": 1 - left / self.blocks.dense["encoder"],
+        }

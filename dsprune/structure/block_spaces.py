@@ -1,0 +1,125 @@
+"""The matrices of a compact model that blocks can be removed from, and what a choice of blocks costs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dsprune.arch import family_for
+from dsprune.errors import ArchitectureError, ConfigError
+from dsprune.structure.blocks import block_grid
+from dsprune.structure.spaces import param_shape
+
+__all__ = ["BlockMatrix", "BlockStructure", "analyze_blocks"]
+
+
+@dataclass(frozen=True)
+class BlockMatrix:
+    """One weight matrix of the encoder.
+
+    Attributes:
+        path: of its linear, from the root of the model; also the name of its gate.
+        layer: index of its layer.
+        place: path of the linear inside the layer.
+        shape: [out, in].
+        block: rows and columns of a block.
+    """
+
+    path: str
+    layer: int
+    place: str
+    shape: tuple[int, int]
+    block: tuple[int, int]
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Block rows and block columns."""
+        return block_grid(self.shape, self.block)
+
+    @property
+    def numel(self) -> int:
+        return self.shape[0] * self.shape[1]
+
+
+@dataclass(frozen=True)
+class BlockStructure:
+    """What blocks can be removed from, with the parameters of the model and of the dense one it came from."""
+
+    matrices: tuple[BlockMatrix, ...]
+    parameters: Mapping[str, int]
+    dense: Mapping[str, int]
+
+    @property
+    def gate_shapes(self) -> dict[str, tuple[int, int]]:
+        """Shape of the gates of each matrix, by path."""
+        return {matrix.path: matrix.grid for matrix in self.matrices}
+
+    def remaining(self, gates: Mapping[str, Tensor]) -> Tensor:
+        """Encoder parameters that are stored, padding of edge blocks included; [] float64.
+
+        With gates in {0, 1} this is the count of the exported model; a matrix whose gates are all
+        open is stored dense, without padding.
+        """
+        total = torch.tensor(float(self.parameters["encoder"]), dtype=torch.float64)
+        for matrix in self.matrices:
+            gate = gates[matrix.path].double()
+            stored = gate.sum() * matrix.block[0] * matrix.block[1]
+            whole = bool((gate.detach() == 1).all())
+            total = total + (0.0 if whole else stored - matrix.numel)
+        return total
+
+
+def analyze_blocks(model: nn.Module, block: tuple[int, int]) -> BlockStructure:
+    """Find the matrices of a compact model's layers.
+
+    Args:
+        model: a compact model, on any device, the meta device included.
+        block: rows and columns of a block.
+
+    Raises:
+        ConfigError: blocks larger than a matrix.
+        ArchitectureError: not a compact model, or one whose heads are packed.
+    """
+    facts: Any = getattr(model.config, "dsprune", None)
+    if not facts:
+        raise ArchitectureError("blocks are removed from compact models: run a pruning method first")
+    family = family_for(str(model.config.model_type).removeprefix("dsprune_"))
+    base = f"{family.base}." if hasattr(model, family.base) else ""
+    matrices = []
+    for layer in range(len(facts["layers"])):
+        root = f"{base}{family.layers}.{layer}"
+        for place in family.layer:
+            module = _module(model, f"{root}.{place}")
+            if isinstance(module, nn.Linear):
+                shape = param_shape(module.weight)
+                matrices.append(BlockMatrix(f"{root}.{place}", layer, place, (shape[0], shape[1]), block))
+                _check(matrices[-1], module)
+    counted = facts["parameters"]
+    return BlockStructure(
+        tuple(matrices),
+        {of: counted[of] for of in ("encoder", "total")},
+        {of: counted[f"dense_{of}"] for of in ("encoder", "total")},
+    )
+
+
+def _module(model: nn.Module, path: str) -> nn.Module | None:
+    """A module, or None where a removed sublayer has left none."""
+    try:
+        return model.get_submodule(path)
+    except AttributeError:
+        return None
+
+
+def _check(matrix: BlockMatrix, module: nn.Module) -> None:
+    if hasattr(module, "places"):
+        raise ArchitectureError(
+            f"{matrix.path} holds heads of unequal size: blocks are removed from heads of one size only"
+        )
+    try:
+        block_grid(matrix.shape, matrix.block)
+    except ConfigError as error:
+        raise ConfigError(f"blocks.shape: {matrix.path}: {error}") from error
