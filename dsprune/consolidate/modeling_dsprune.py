@@ -142,7 +142,7 @@ class BlockLinear(nn.Module):
         row_pointers: int32 [block rows + 1]; block row r holds the blocks row_pointers[r] up to row_pointers[r + 1].
         columns: int32 [kept], the block column of each, ascending in a block row.
         bias: [out] or None.
-        thresholds: density below which BSR is faster, for each `place` that was measured.
+        thresholds: density up to which BSR is faster, for each `place` that was measured.
 
     Raises:
         ValueError: more blocks than the matrix has.
@@ -236,7 +236,7 @@ class BlockLinear(nn.Module):
             reason = missing_kernel(device, dtype, self.block)
             if reason:
                 _warn_once(f"block-sparse weights run dense: {reason}")
-        return known is not None and self.density < known
+        return known is not None and self.density <= known
 
     def _to_bsr(self) -> torch.Tensor:
         """The weight as torch's BSR tensor of the blocks that the kernel takes, padded to whole blocks."""
@@ -408,7 +408,7 @@ def shape_class(out: int, inside: int) -> str:
 
 
 def use_calibration(model: nn.Module, table: Sequence[dict[str, Any]]) -> None:
-    """Tell the block-sparse linears of a model below which density BSR is faster, and where.
+    """Tell the block-sparse linears of a model up to which density BSR is faster, and where.
 
     Args:
         table: `dsprune.calibration` of a config.json. A measurement has `device`, `threads`, `dtype`, `block` and
