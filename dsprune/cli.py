@@ -169,6 +169,12 @@ def _consolidate(options: argparse.Namespace) -> int:
 def _bench(options: argparse.Namespace) -> int:
     from dsprune.measure.bench import bench_models
 
+    if options.calibrate is not None:
+        return _calibrate(options)
+    if options.compact is None:
+        raise ConfigError("bench needs two model folders to compare, or --calibrate FOLDER")
+    if options.block or options.shape:
+        raise ConfigError("--block and --shape say what --calibrate is to measure: give that too")
     report = bench_models(
         options.dense,
         options.compact,
@@ -184,6 +190,32 @@ def _bench(options: argparse.Namespace) -> int:
     if options.json is not None:
         report.to_json(options.json)
     return 0
+
+
+def _calibrate(options: argparse.Namespace) -> int:
+    from dsprune.measure.calibrate import calibrate, matrices_of, store
+
+    if options.dense is not None or options.json is not None:
+        raise ConfigError("--calibrate takes one model folder and writes its figures there: no others, and no --json")
+    found = calibrate(
+        matrices_of(options.calibrate, blocks=options.block, shapes=options.shape),
+        batch_sizes=options.batch,
+        length=options.length,
+        dtype=options.dtype,
+        device=options.device,
+        runs=options.runs,
+        warmup=options.warmup,
+        progress=sys.stderr.isatty(),
+    )
+    print("\n\n".join(calibration.render() for calibration in found))
+    print(f"wrote {' and '.join(map(str, store(options.calibrate, found)))}")
+    return 0
+
+
+def _sides(text: str) -> tuple[int, int]:
+    """Two sizes of a command line, such as 32x32."""
+    rows, columns = text.split("x")
+    return int(rows), int(columns)
 
 
 def _inspect(options: argparse.Namespace) -> int:
@@ -231,8 +263,16 @@ def _parser() -> argparse.ArgumentParser:
         description="Times two models alternately in one process: medians with spread, device, dtype, batch and "
         "length named.",
     )
-    bench.add_argument("dense", help="model folder to compare with")
-    bench.add_argument("compact", help="model folder to time")
+    bench.add_argument("dense", nargs="?", help="model folder to compare with")
+    bench.add_argument("compact", nargs="?", help="model folder to time")
+    bench.add_argument(
+        "--calibrate",
+        metavar="FOLDER",
+        help="instead: measure up to which density block-sparse weights are faster than dense ones on this device, for "
+        "the matrices of a model, and store that in its folder, which decides by it what runs",
+    )
+    bench.add_argument("--block", type=_sides, nargs="+", default=[], metavar="RxC", help="block sizes (the model's)")
+    bench.add_argument("--shape", type=_sides, nargs="+", default=[], metavar="RxC", help="matrices (the model's)")
     bench.add_argument("--batch", type=int, nargs="+", default=[1, 32, 128], help="batch sizes (1 32 128)")
     bench.add_argument("--length", type=int, default=128, help="tokens a sequence (128)")
     bench.add_argument("--dtype", default="float32", help="float32, bfloat16 or float16")

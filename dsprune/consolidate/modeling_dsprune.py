@@ -12,10 +12,21 @@ zero value dimensions nothing to an output; the scale stays that of the dense he
 
 A sublayer that writes only some coordinates of the residual stream computes those rows alone, and
 spreads them over the width with zeros between.
+
+Block-sparse linears store the blocks that were kept. They run as dense weights, or through torch's own
+block-sparse kernels where a measurement stored under `dsprune.calibration` says that those are faster.
 """
 
 import copy
+import functools
+import importlib.util
 import math
+import pathlib
+import platform
+import re
+import warnings
+import weakref
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -180,6 +191,320 @@ class PackedLinear(nn.Linear):
         return f"{super().extra_repr()}, {('rows', 'columns')[self.axis]} packed into {self.heads} heads of {self.size}"
 
 
+class BlockLinear(nn.Module):
+    """A linear [out, in] that stores some blocks of its weight; the others are zero.
+
+    With gradients, in training and where nothing is known of the device, the blocks are scattered into a dense
+    weight. In inference the weight that runs, dense or BSR, is made once and kept until the values change.
+
+    Args:
+        shape: out and in.
+        block: rows and columns of a block. The last blocks may reach beyond the matrix: what they hold there is
+            zero, has no influence and gets no gradient.
+        kept: stored blocks.
+        spread: of the output, where only some of its rows are computed.
+
+    Attributes:
+        values: [kept, *block], block row after block row; None where no block is kept.
+        row_pointers: int32 [block rows + 1]; block row r holds the blocks row_pointers[r] up to row_pointers[r + 1].
+        columns: int32 [kept], the block column of each, ascending in a block row.
+        bias: [out] or None.
+        thresholds: density up to which BSR is faster, for each `place` that was measured.
+
+    Raises:
+        ValueError: more blocks than the matrix has.
+    """
+
+    values: Any
+    row_pointers: torch.Tensor
+    columns: torch.Tensor
+
+    def __init__(
+        self,
+        shape: Sequence[int],
+        block: Sequence[int],
+        kept: int,
+        *,
+        bias: bool = True,
+        spread: Spread | None = None,
+        **options: Any,
+    ) -> None:
+        super().__init__()
+        self.spread = spread
+        self.out_features, self.in_features = (int(size) for size in shape)
+        self.block = (int(block[0]), int(block[1]))
+        self.grid = (-(-self.out_features // self.block[0]), -(-self.in_features // self.block[1]))
+        self.kept = kept
+        if kept > math.prod(self.grid):
+            raise ValueError(f"{kept} blocks of {self.block} do not fit into {self.grid[0]} x {self.grid[1]} of them")
+        self.bias = nn.Parameter(torch.zeros(self.out_features, **options)) if bias else None
+        # A parameter without elements is more than ZeRO can partition.
+        self.values = nn.Parameter(torch.zeros(kept, *self.block, **options)) if kept else None
+        device = options.get("device")
+        rows = torch.arange(self.grid[0] + 1, device=device, dtype=torch.int32)
+        self.register_buffer("row_pointers", (rows * self.grid[1]).clamp(max=kept))
+        self.register_buffer("columns", torch.arange(kept, device=device, dtype=torch.int32) % self.grid[1])
+        self.thresholds: dict[tuple[str, int, str], float] = {}
+        self._prepared: _Prepared | None = None
+
+    @property
+    def density(self) -> float:
+        """Share of the blocks that is stored."""
+        return self.kept / math.prod(self.grid)
+
+    def to_dense(self) -> torch.Tensor:
+        """The weight [out, in], where there are blocks; gradients reach what those hold inside the matrix."""
+        (rows, columns), (height, width) = self.grid, self.block
+        counts = self.row_pointers.diff()
+        row = torch.arange(rows, device=counts.device).repeat_interleave(counts, output_size=self.kept)
+        tiles: torch.Tensor = self.values.new_zeros(rows * columns, height, width)
+        tiles = tiles.index_copy(0, row * columns + self.columns, self.values)
+        weight = tiles.view(rows, columns, height, width).transpose(1, 2).reshape(rows * height, columns * width)
+        return weight[: self.out_features, : self.in_features]
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self._product(x)
+        return y if self.spread is None else self.spread(y)  # type: ignore[no-any-return]
+
+    def _product(self, x: torch.Tensor) -> torch.Tensor:
+        """The stored rows of the output: [..., out]."""
+        if self.values is None:
+            empty = x.new_zeros(self.out_features) if self.bias is None else self.bias
+            return empty.expand(*x.shape[:-1], -1)
+        if self._is_transient(x):
+            self._prepared = None
+            return nn.functional.linear(x, self.to_dense(), self.bias)
+        weight = self._prepare()
+        if weight.layout is torch.strided:
+            return nn.functional.linear(x, weight, self.bias)
+        return _bsr_linear(x, weight, self.bias, self.out_features)
+
+    def _is_transient(self, x: torch.Tensor) -> bool:
+        """Whether the weight is made for this call alone, with gradients, and dense.
+
+        In training no copy of a weight may stay behind, and none would be told when it is old: DeepSpeed writes
+        to flat buffers that count no versions. But no step is without a forward that has gradients, which ends
+        what inference has kept. Under ZeRO-3 the values themselves come and go.
+        """
+        return (
+            self.training
+            or torch.is_grad_enabled()
+            or hasattr(self.values, "ds_id")
+            or self.values.is_meta
+            or torch.is_autocast_enabled(x.device.type)
+            or torch.compiler.is_compiling()
+        )
+
+    def _prepare(self) -> torch.Tensor:
+        """The weight to run, dense or BSR, made anew if it is not the one of these values."""
+        values = self.values
+        tensors = [values, self.row_pointers, self.columns]
+        versions = [0 if tensor.is_inference() else tensor._version for tensor in tensors]
+        key = (values.data_ptr(), values.device, values.dtype, torch.get_num_threads(), *versions)
+        if self._prepared is None or not self._prepared.serves(values, key):
+            # Tensors made in inference mode could not be used outside it later.
+            with torch.inference_mode(False), torch.no_grad():
+                sparse = self._pays() and has_kernel(values.device, values.dtype, self.block)
+                self._prepared = _Prepared(values, key, self._to_bsr() if sparse else self.to_dense().contiguous())
+        return self._prepared.weight
+
+    def _pays(self) -> bool:
+        """Whether BSR was measured to be faster here, at this density."""
+        device, dtype = self.values.device, self.values.dtype
+        known = self.thresholds.get(place(device, dtype))
+        if known is None:
+            reason = missing_kernel(device, dtype, self.block)
+            if reason:
+                _warn_once(f"block-sparse weights run dense: {reason}")
+        return known is not None and self.density <= known
+
+    def _to_bsr(self) -> torch.Tensor:
+        """The weight as torch's BSR tensor of the blocks that the kernel takes, padded to whole blocks."""
+        values, pointers, columns = self.values.detach(), self.row_pointers, self.columns
+        side = kernel_side(self.block, values.device)
+        if self.block != (side, side):
+            values, pointers, columns = _split_blocks(values, pointers, columns, side)
+        size = (self.grid[0] * self.block[0], self.grid[1] * self.block[1])
+        return _bsr_tensor(pointers, columns, values, size)
+
+    def forget(self) -> None:
+        """Drop the weight that was made for inference."""
+        self._prepared = None
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        self.forget()
+        return super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_prepared": None}
+
+    def extra_repr(self) -> str:
+        size = f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
+        return f"{size}, {self.kept} of {math.prod(self.grid)} blocks of {self.block[0]} x {self.block[1]}"
+
+
+class _Prepared:
+    """The weight that a `BlockLinear` runs; given up as soon as the values that it was made of are."""
+
+    def __init__(self, values: torch.Tensor, key: tuple[Any, ...], weight: torch.Tensor) -> None:
+        self.key, self.weight = key, weight
+        # Whoever streams weights puts new values in place of the old: by then their copy must be gone.
+        self.source = weakref.ref(values, self._give_up)
+
+    def _give_up(self, _: Any) -> None:
+        del self.weight
+
+    def serves(self, values: torch.Tensor, key: tuple[Any, ...]) -> bool:
+        return self.source() is values and self.key == key
+
+
+BSR_CHUNK = 256
+"""Tokens that MKL multiplies at a time: what it reads and writes for more of them leaves the cache."""
+
+
+def _bsr_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, out: int) -> torch.Tensor:
+    """`linear` with a BSR weight whose size is padded to whole blocks.
+
+    `functional.linear` takes BSR weights too, but multiplies by the transposed weight, which in MKL is several
+    times slower than this.
+    """
+    rows, inside = weight.shape
+    flat = x.reshape(-1, x.shape[-1])
+    tokens, step = len(flat), BSR_CHUNK
+    if x.device.type == "cuda":
+        # The Triton kernel wants whole blocks of tokens as well.
+        step = max(1, tokens + -tokens % weight.values().shape[-1])
+        flat = nn.functional.pad(flat, (0, 0, 0, step - tokens))
+    if inside != x.shape[-1]:
+        flat = nn.functional.pad(flat, (0, inside - x.shape[-1]))
+    column = x.new_zeros(rows, 1)
+    if bias is not None:
+        column[:out, 0] = bias
+    result = x.new_empty(tokens, out)
+    for start in range(0, tokens, step):
+        part, target = flat[start : start + step], result[start : start + step]
+        product = torch.addmm(column.expand(-1, len(part)), weight, part.t())
+        target.copy_(product.t()[: len(target), :out])
+    return result.view(*x.shape[:-1], out)
+
+
+def _bsr_tensor(pointers: torch.Tensor, columns: torch.Tensor, values: torch.Tensor, size: Any) -> torch.Tensor:
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Sparse BSR tensor support is in beta")
+        # The kernels trust the indices; those of a damaged file would make them read anywhere.
+        return torch.sparse_bsr_tensor(pointers, columns, values, size=size, check_invariants=True)
+
+
+def _split_blocks(
+    values: torch.Tensor, pointers: torch.Tensor, columns: torch.Tensor, side: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The same matrix in square blocks of `side`, a divisor of both sides of a block."""
+    kept, height, width = values.shape
+    tall, wide = height // side, width // side
+    row = torch.arange(len(pointers) - 1, device=values.device).repeat_interleave(pointers.diff())
+    down, across = torch.arange(tall, device=values.device), torch.arange(wide, device=values.device)
+    rows = (row[:, None, None] * tall + down[:, None]).expand(-1, -1, wide).flatten()
+    places = (columns[:, None, None] * wide + across).expand(-1, tall, -1).flatten()
+    # Blocks stand ascending in their row already, so that a stable sort by the new row leaves them so.
+    order = rows.argsort(stable=True)
+    tiles = values.view(kept, tall, side, wide, side).transpose(2, 3).reshape(-1, side, side)
+    counts = rows.bincount(minlength=tall * (len(pointers) - 1))
+    return tiles[order], nn.functional.pad(counts.cumsum(0), (1, 0)).int(), places[order].int()
+
+
+def kernel_side(block: Sequence[int], device: torch.device) -> int:
+    """Side of the square blocks that run: MKL takes any squares, the GPU kernels squares of a power of two."""
+    side = math.gcd(*block)
+    return side & -side if device.type == "cuda" else side
+
+
+@functools.cache
+def missing_kernel(device: torch.device, dtype: torch.dtype, block: tuple[int, int]) -> str | None:
+    """Why torch has no block-sparse product for these, as far as can be told without trying; None if it has."""
+    name = str(dtype).removeprefix("torch.")
+    if device.type == "cpu":
+        if not torch.backends.mkl.is_available():  # type: ignore[no-untyped-call]
+            return "this torch is built without MKL"
+        return None if dtype in (torch.float32, torch.float64) else f"MKL has no block-sparse product in {name}"
+    if device.type != "cuda":
+        return f"torch has no block-sparse product on {device.type}"
+    if kernel_side(block, device) < 16:
+        return f"the GPU kernels want blocks of 16, 32, 64, ... and not {block[0]} x {block[1]}"
+    if dtype in (torch.float16, torch.bfloat16) and importlib.util.find_spec("triton") is None:
+        return f"the GPU kernels for {name} need Triton, which is not installed"
+    return None
+
+
+@functools.cache
+def has_kernel(device: torch.device, dtype: torch.dtype, block: tuple[int, int]) -> bool:
+    """Whether torch's block-sparse product works here, tried on a small one. Warns where it does not."""
+    reason = missing_kernel(device, dtype, block) or _try_kernel(device, dtype, kernel_side(block, device))
+    if reason:
+        _warn_once(f"block-sparse weights run dense: {reason}")
+    return not reason
+
+
+def _try_kernel(device: torch.device, dtype: torch.dtype, side: int) -> str | None:
+    """What is wrong with the product of three blocks out of four; None if nothing is."""
+    pointers, columns = torch.tensor([[0, 2, 3], [0, 1, 1]], dtype=torch.int32, device=device).unbind()
+    values = torch.linspace(-1, 1, 3 * side * side, device=device).to(dtype).view(3, side, side)
+    x = torch.linspace(1, -1, 2 * side * (side + 3), device=device).to(dtype).view(side + 3, 2 * side)
+    weight = _bsr_tensor(pointers, columns, values, (2 * side, 2 * side))
+    expected = nn.functional.linear(x, weight.to_dense()).float()
+    try:
+        given = _bsr_linear(x, weight, None, 2 * side).float()
+    # A kernel that cannot be compiled raises whatever its compiler does.
+    except Exception as error:
+        return f"torch's product of blocks of {side} on {device} fails with {type(error).__name__}: {error}"
+    if torch.allclose(given, expected, rtol=0, atol=0.02 * float(expected.abs().max())):
+        return None
+    return f"torch's product of blocks of {side} on {device} is wrong"
+
+
+@functools.cache
+def _warn_once(message: str) -> None:
+    warnings.warn(message, stacklevel=2)
+
+
+@functools.cache
+def device_name(device: torch.device) -> str:
+    """Name of a GPU, or of the CPU."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    info = pathlib.Path("/proc/cpuinfo")
+    match = re.search(r"^model name\s*: (.+)$", info.read_text(), re.MULTILINE) if info.exists() else None
+    return match[1].strip() if match else platform.processor() or platform.machine()
+
+
+def place(device: torch.device, dtype: torch.dtype) -> tuple[str, int, str]:
+    """What a measurement holds for: the device, torch's threads (0 on a GPU) and the dtype, by name."""
+    threads = torch.get_num_threads() if device.type == "cpu" else 0
+    return device_name(device), threads, str(dtype).removeprefix("torch.")
+
+
+def shape_class(out: int, inside: int) -> str:
+    """Matrices of about the same size have one measurement: both sides to the nearest power of two."""
+    return "x".join(str(2 ** round(math.log2(size))) for size in (out, inside))
+
+
+def use_calibration(model: nn.Module, table: Sequence[dict[str, Any]]) -> None:
+    """Tell the block-sparse linears of a model up to which density BSR is faster, and where.
+
+    Args:
+        table: `dsprune.calibration` of a config.json. A measurement has `device`, `threads`, `dtype`, `block` and
+            `thresholds`, a density for each shape class.
+    """
+    for module in model.modules():
+        if isinstance(module, BlockLinear):
+            own = shape_class(module.out_features, module.in_features)
+            module.thresholds = {
+                (entry["device"], entry["threads"], entry["dtype"]): entry["thresholds"][own]
+                for entry in table
+                if tuple(entry["block"]) == module.block and own in entry["thresholds"]
+            }
+            module.forget()
+
+
 class FactoredEmbedding(nn.Module):
     """A word embedding as a narrow table and a projection to the model's width."""
 
@@ -268,6 +593,14 @@ def _rows(sizes: dict[str, Any], kind: str, hidden: int) -> Spread:
     return Spread([i for i, bit in enumerate(bits) if bit == "1"], hidden)
 
 
+def _make_block_sparse(layer: nn.Module, path: str, block: list[int], kept: int) -> None:
+    linear: Any = layer.get_submodule(path)
+    if type(linear) not in (nn.Linear, SpreadLinear):
+        raise ValueError(f"{path} is a {type(linear).__name__}: only a plain linear can be block-sparse")
+    shape, options = _like(linear)
+    _replace(layer, path, BlockLinear(shape, block, kept, spread=getattr(linear, "spread", None), **options))
+
+
 def _shrink_layer(layer: nn.Module, family: dict[str, Any], sizes: dict[str, Any], facts: dict[str, Any]) -> None:
     """Give one layer its own sizes."""
     query, value, head_size = head_sizes(sizes, facts)
@@ -295,6 +628,8 @@ def _shrink_layer(layer: nn.Module, family: dict[str, Any], sizes: dict[str, Any
             for name, formula in attributes.items():
                 factors = [known[factor] for factor in formula.split(" * ")]
                 setattr(layer.get_submodule(path), name, math.prod(factors))
+    for path, stored in sizes.get("blocks", {}).items():
+        _make_block_sparse(layer, path, stored["block"], stored["kept"])
 
 
 def _empty_sublayer(layer: nn.Module, spec: dict[str, Any], empty: str, spread: Spread) -> None:
@@ -336,6 +671,7 @@ def shrink(model: Any, facts: dict[str, Any]) -> None:
         if base is not model and type(model).__name__.endswith(kind):
             for path, axes in table.items():
                 _resize(model, path, axes, widths)
+    use_calibration(base, facts.get("calibration", ()))
 
 
 def dense_view(config: Any) -> Any:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import ctypes
 import json
-import platform
 import re
 import time
 from collections.abc import Iterator, Sequence
@@ -25,10 +24,11 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
+from dsprune.consolidate.modeling_dsprune import device_name
 from dsprune.errors import ConfigError
 from dsprune.measure.bench_report import BenchReport, BenchRow, Measurement, ModelFacts
 
-__all__ = ["BenchReport", "bench_models", "count_macs"]
+__all__ = ["DTYPES", "BenchReport", "bench_models", "check_options", "count_macs", "limit_threads", "wait"]
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 AUTO_CLASSES = {
@@ -80,12 +80,12 @@ def bench_models(
             different vocabularies, a device that is not there, an unknown or unfit dtype, a batch
             that does not fit into GPU memory.
     """
-    place = _check_options(batch_sizes, length, dtype, device, runs, warmup, threads)
+    place = check_options(batch_sizes, length, dtype, device, runs, warmup, threads)
     sources = [str(dense), str(compact)]
     models = [_load(source, DTYPES[dtype]) for source in (dense, compact)]
     _check_fit(sources, models, length)
     models = [model.to(place) for model in models]
-    with _threads(threads), torch.inference_mode():
+    with limit_threads(threads), torch.inference_mode():
         facts = [_facts(source, model, length) for source, model in zip(sources, models, strict=True)]
         rows = []
         with tqdm(total=len(batch_sizes) * (warmup + runs), desc="bench", disable=not progress) as bar:
@@ -123,7 +123,7 @@ def count_macs(model: nn.Module, length: int) -> int:
     return int(counter.get_total_flops()) // 2
 
 
-def _check_options(
+def check_options(
     batch_sizes: Sequence[int],
     length: int,
     dtype: str,
@@ -132,7 +132,11 @@ def _check_options(
     warmup: int,
     threads: int | None,
 ) -> torch.device:
-    """The device, once everything that needs no model is known to be right."""
+    """The device, once everything that needs no model is known to be right.
+
+    Raises:
+        ConfigError: what is not, all of it.
+    """
     mistakes = []
     if not batch_sizes:
         mistakes.append("no batch sizes given: give at least one")
@@ -272,14 +276,15 @@ def _measure(
 def _time(model: nn.Module, inputs: dict[str, Tensor]) -> float:
     """Seconds of one forward, until its last kernel is done."""
     device = inputs["input_ids"].device
-    _wait(device)
+    wait(device)
     start = time.perf_counter()
     model(**inputs)
-    _wait(device)
+    wait(device)
     return time.perf_counter() - start
 
 
-def _wait(device: torch.device) -> None:
+def wait(device: torch.device) -> None:
+    """Until a GPU has done what it was given."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
@@ -326,16 +331,12 @@ def _resident(name: str) -> int:
 
 
 def _device_name(device: torch.device) -> str:
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    info = Path("/proc/cpuinfo")
-    match = re.search(r"^model name\s*: (.+)$", info.read_text(), re.MULTILINE) if info.exists() else None
-    name = match[1].strip() if match else platform.processor() or platform.machine()
-    return f"{name}, {torch.get_num_threads()} thread(s)"
+    name = device_name(device)
+    return name if device.type == "cuda" else f"{name}, {torch.get_num_threads()} thread(s)"
 
 
 @contextmanager
-def _threads(count: int | None) -> Iterator[None]:
+def limit_threads(count: int | None) -> Iterator[None]:
     """Let torch use so many CPU threads for a while."""
     before = torch.get_num_threads()
     torch.set_num_threads(count or before)
