@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,7 +16,17 @@ from transformers.initialization import no_init_weights
 from dsprune.arch import family_for
 from dsprune.consolidate import modeling_dsprune
 from dsprune.errors import ArchitectureError, CheckpointError
-from dsprune.structure import CostModel, ParamSpec, Selection, Structure, analyze, cut, is_removed
+from dsprune.structure import (
+    BlockSelection,
+    BlockStructure,
+    CostModel,
+    ParamSpec,
+    Selection,
+    Structure,
+    analyze,
+    cut,
+    is_removed,
+)
 
 __all__ = [
     "apply_selection",
@@ -125,6 +136,28 @@ def compact_config(
     if _fits_stock(config, structure, selection):
         return config
     return config | _compact_identity(dense)
+
+
+def block_config(compact: dict[str, Any], structure: BlockStructure, selection: BlockSelection) -> dict[str, Any]:
+    """config.json of a compact model once blocks are removed from its matrices.
+
+    Args:
+        compact: config.json of the compact model.
+        structure: its matrices.
+        selection: the blocks that are kept; a matrix that keeps all stays dense.
+    """
+    config = copy.deepcopy(compact)
+    facts = config["dsprune"]
+    for matrix in structure.matrices:
+        mask = selection.masks[matrix.path]
+        if not mask.all():
+            sparse = facts["layers"][matrix.layer].setdefault("blocks", {})
+            sparse[matrix.place] = {"block": list(selection.block), "kept": int(mask.sum())}
+    counted = facts["parameters"]
+    encoder = int(structure.remaining(selection.masks))
+    counted |= {"encoder": encoder, "total": counted["total"] - counted["encoder"] + encoder}
+    counted["encoder_nonzeros"] = structure.nonzeros(selection.masks)
+    return config if "auto_map" in config else config | _compact_identity(config)
 
 
 def _compact_identity(dense: dict[str, Any]) -> dict[str, Any]:

@@ -7,7 +7,7 @@ import logging
 import os
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,17 +20,31 @@ from torch import Tensor
 
 from dsprune.consolidate import verify
 from dsprune.consolidate.card import render_card
-from dsprune.consolidate.compact import MODELING, compact_config, surviving, without_weights
+from dsprune.consolidate.compact import MODELING, block_config, compact_config, surviving, without_weights
 from dsprune.consolidate.manifest import check_files, find_checkpoint, read_manifest
 from dsprune.consolidate.memory import give_back
 from dsprune.consolidate.shards import ShardedTensors, open_shards
 from dsprune.consolidate.writer import DTYPES, SafetensorsStream
 from dsprune.errors import CheckpointError, ConfigError, OutputError
-from dsprune.structure import CostModel, Selection, Structure, analyze, attach_gates, cut, gate_shapes
+from dsprune.structure import (
+    BlockGating,
+    BlockSelection,
+    CostModel,
+    Selection,
+    Structure,
+    analyze,
+    analyze_blocks,
+    attach_gates,
+    cut,
+    gate_shapes,
+    to_blocks,
+)
 
 __all__ = ["ConsolidationReport", "consolidate", "open_checkpoint"]
 
 logger = logging.getLogger(__name__)
+INDICES = (".row_pointers", ".columns")
+"""Tensors of block-sparse linears that say where blocks are; int32 whatever the weights are."""
 PREFIX = "model."
 """What the engine puts before the model's own parameter names; other parameters serve distillation only."""
 
@@ -164,6 +178,14 @@ def _read_json(path: Path) -> dict[str, Any]:
     return value
 
 
+def _block_names(name: str, sparse: Mapping[str, Tensor]) -> list[str]:
+    """What a parameter is written as: itself, or the parts of a block-sparse weight."""
+    if name not in sparse:
+        return [name]
+    path = name.removesuffix(".weight")
+    return [f"{path}.{part}" for part in ("values", "row_pointers", "columns")]
+
+
 class _Export:
     """One consolidation; holds paths and shapes, never weights."""
 
@@ -204,8 +226,11 @@ class _Export:
     def run(self) -> float | None:
         """Write everything; returns the largest difference of logits, or None where nothing was cut."""
         selection = self.checkpoint / "selection.safetensors"
-        if selection.exists():
-            difference: float | None = self._run_cut(Selection.load(selection))
+        difference: float | None
+        if selection.exists() and BlockSelection.is_at(selection):
+            difference = self._run_blocks(BlockSelection.load(selection))
+        elif selection.exists():
+            difference = self._run_cut(Selection.load(selection))
         else:
             difference = None
             self._run_plain()
@@ -215,9 +240,10 @@ class _Export:
     # --- weights ----------------------------------------------------------------------------
 
     def _write(self, tensors: Iterator[tuple[str, Tensor]], shapes: dict[str, tuple[int, ...]]) -> None:
-        with SafetensorsStream(self.scratch, shapes, self.dtype) as stream:
+        indices = {name: torch.int32 for name in shapes if name.endswith(INDICES)}
+        with SafetensorsStream(self.scratch, shapes, self.dtype, dtypes=indices) as stream:
             for name, tensor in self._bar(tensors, len(shapes)):
-                tensor = tensor.to(self.dtype)
+                tensor = tensor.to(indices.get(name, self.dtype))
                 if not bool(tensor.isfinite().all()):
                     raise CheckpointError(
                         f"{self.checkpoint}: '{name}' holds values that are not finite in {self.dtype}"
@@ -261,6 +287,37 @@ class _Export:
         written = sum(int(torch.Size(shape).numel()) for shape in shapes.values())
         assert counted == written, f"counted {counted} parameters, about to write {written}"
 
+    def _run_blocks(self, selection: BlockSelection) -> float:
+        structure = analyze_blocks(self.model, selection.block)
+        shapes = structure.gate_shapes
+        wrong = [
+            path for path in shapes.keys() | selection.masks.keys() if path not in shapes or path not in selection.masks
+        ]
+        if wrong:
+            raise CheckpointError(f"{self.checkpoint} holds the blocks of another model: {wrong[0]} is not in both")
+        self.config = block_config(self.trained, structure, selection)
+        self.facts = self.config["dsprune"]
+        compact = without_weights(self.config)
+        written = sum(param.numel() for param in compact.parameters())
+        assert self.facts["parameters"]["total"] == written, (
+            f"counted otherwise than {written}, the parameters to write"
+        )
+        sparse = {f"{path}.weight": mask for path, mask in selection.masks.items() if not mask.all()}
+        names = {name: tuple(tensor.shape) for name, tensor in compact.state_dict().items()}
+        order = [new for name, _ in self.model.named_parameters() for new in _block_names(name, sparse)]
+        self._write(self._block_tensors(sparse, selection.block), {name: names[name] for name in order})
+        gating = BlockGating(self.model, structure)
+        gating.set(selection.masks)
+        return self._verify(lambda logits: logits)
+
+    def _block_tensors(self, sparse: dict[str, Tensor], block: tuple[int, int]) -> Iterator[tuple[str, Tensor]]:
+        for name, _ in self.model.named_parameters():
+            tensor = self._read(name)
+            if name in sparse:
+                yield from zip(_block_names(name, sparse), to_blocks(tensor, sparse[name], block), strict=True)
+            else:
+                yield name, tensor
+
     def _run_plain(self) -> None:
         self.config = dict(self.trained)
         self.facts = self.config.get("dsprune") or self._dense_facts()
@@ -288,22 +345,32 @@ class _Export:
     def _written_logits(self, batch: dict[str, Tensor]) -> Tensor:
         model = without_weights(self.config)
         reader = verify.SafetensorsReader(self.scratch)
-        missing = {name for name, _ in model.named_parameters()} ^ reader.names()
+        missing = model.state_dict().keys() ^ reader.names()
         if missing:
             raise CheckpointError(f"written and expected parameters differ: {', '.join(sorted(missing)[:3])}")
+        for name, buffer in model.named_buffers():
+            if name in reader.names():
+                buffer.copy_(reader(name))
         verify.stream_weights(model, reader)
         return verify.logits(model, batch)
 
     def _verify_cut(self, structure: Structure, selection: Selection) -> float:
         """Masked dense model against the compact one that was written, both in fp32."""
-        batch = self._batch()
         gating = attach_gates(self.model, structure, empty=selection.empty)
         gating.set(selection.gates)
+        hidden = selection.kept(structure.hidden)
+        # A bare encoder hands out the residual stream itself.
+        return self._verify(lambda masked: masked[..., hidden] if self._is_bare() else masked)
+
+    def _is_bare(self) -> bool:
+        return type(self.model).__name__.endswith("Model")
+
+    def _verify(self, kept: Callable[[Tensor], Tensor]) -> float:
+        """The gated model against the written one; `kept` picks what of the first the second still has."""
+        batch = self._batch()
         verify.stream_weights(self.model, self._read)
-        masked = verify.logits(self.model, batch)
+        masked = kept(verify.logits(self.model, batch))
         written = self._written_logits(batch)
-        if masked.shape != written.shape:  # a bare encoder hands out the residual stream itself
-            masked = masked[..., selection.kept(structure.hidden)]
         exact = self.dtype is torch.float32
         difference = verify.compare(
             written, masked, "masked and compact model", tolerance=verify.TOLERANCE if exact else None

@@ -38,7 +38,7 @@ class SafetensorsReader:
     def __call__(self, name: str) -> Tensor:
         with safe_open(self._where[name], framework="pt") as file:
             tensor: Tensor = file.get_tensor(name)
-        return tensor.float()
+        return tensor.float() if tensor.is_floating_point() else tensor
 
 
 def stream_weights(model: nn.Module, read: Reader) -> None:

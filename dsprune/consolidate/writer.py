@@ -20,7 +20,7 @@ from torch import Tensor
 __all__ = ["DTYPES", "SafetensorsStream"]
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-_CODES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
+_CODES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.int32: "I32"}
 _ALIGNMENT = 8
 
 
@@ -36,7 +36,8 @@ class SafetensorsStream:
     Args:
         folder: where to write.
         shapes: name and shape of every tensor, in the order in which `write` will get them.
-        dtype: of all tensors.
+        dtype: of all tensors but those in `dtypes`.
+        dtypes: of single tensors, by name.
         max_bytes: size above which a new file is begun.
     """
 
@@ -46,18 +47,19 @@ class SafetensorsStream:
         shapes: Mapping[str, tuple[int, ...]],
         dtype: torch.dtype,
         *,
+        dtypes: Mapping[str, torch.dtype] | None = None,
         max_bytes: int = 5 * 10**9,
     ) -> None:
         self.folder = folder
         self.shapes = dict(shapes)
-        self.dtype = dtype
+        self.dtypes = {name: (dtypes or {}).get(name, dtype) for name in shapes}
         self.total_bytes = sum(self._bytes(name) for name in shapes)
         self._files = self._plan(max_bytes)
         self._pending = [(file, name) for file in self._files for name in file.names]
         self._open: _File | None = None
 
     def _bytes(self, name: str) -> int:
-        return math.prod(self.shapes[name]) * self.dtype.itemsize
+        return math.prod(self.shapes[name]) * self.dtypes[name].itemsize
 
     def _plan(self, max_bytes: int) -> list[_File]:
         groups: list[list[str]] = [[]]
@@ -79,7 +81,7 @@ class SafetensorsStream:
         for name in file.names:
             end = offset + self._bytes(name)
             header[name] = {
-                "dtype": _CODES[self.dtype],
+                "dtype": _CODES[self.dtypes[name]],
                 "shape": list(self.shapes[name]),
                 "data_offsets": [offset, end],
             }
@@ -98,7 +100,7 @@ class SafetensorsStream:
         if file is not self._open:
             self._close()
             self._begin(file)
-        data = tensor.to(self.dtype).contiguous().flatten().view(torch.uint8)
+        data = tensor.to(self.dtypes[name]).contiguous().flatten().view(torch.uint8)
         self._stream.write(memoryview(data.numpy()))  # type: ignore[arg-type]
 
     def _close(self) -> None:

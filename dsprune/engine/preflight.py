@@ -19,7 +19,7 @@ from dsprune.engine.factoring import check_rank
 from dsprune.engine.models import AUTO_CLASSES, label_config, load_tokenizer, resolve_source
 from dsprune.errors import ArchitectureError, ConfigError, OutputError
 from dsprune.methods import Method, Plan, method_class
-from dsprune.structure import Structure, analyze
+from dsprune.structure import Structure, analyze, block_grid
 from dsprune.tasks import Task, build_task
 from dsprune.tasks.labels import label_permutation
 
@@ -100,6 +100,19 @@ def _check_lengths(config: RunConfig, model: PreTrainedModel) -> None:
         raise ConfigError(f"task.max_length = {config.task.max_length}: the model has {positions} positions")
 
 
+def _check_blocks(config: RunConfig, structure: Structure) -> None:
+    """Blocks must fit into the matrices of the dense model, to begin with."""
+    if config.blocks.duration.count == 0:
+        return
+    for param in structure.params.values():
+        if param.part != "encoder" or len(param.shape) != 2:
+            continue
+        try:
+            block_grid(param.shape, config.blocks.shape)
+        except ConfigError as error:
+            raise ConfigError(f"blocks.shape: {param.name}: {error}") from error
+
+
 def build_method(config: RunConfig, structure: Structure, *, total_steps: int, steps_per_epoch: int) -> Method:
     """The configured method on this structure.
 
@@ -153,4 +166,5 @@ def preflight(config: RunConfig, world_size: int) -> Preflight:
     layers = config.distill.teacher_layers or default_teacher_layers(structure.sizes.num_layers)
     layers = check_teacher_layers(layers, structure.sizes.num_layers)
     build_method(config, structure, total_steps=0, steps_per_epoch=0)
+    _check_blocks(config, structure)
     return Preflight(task, tokenizer, batch, structure, student_ds, teacher_ds, layers, int(model.config.vocab_size))

@@ -18,14 +18,15 @@ from torch import Tensor
 
 import dsprune
 from dsprune.config import OptimConfig, RunConfig
-from dsprune.consolidate import open_checkpoint
+from dsprune.consolidate import kept_heads, open_checkpoint
+from dsprune.distill import default_teacher_layers
 from dsprune.engine.batches import Batches
 from dsprune.engine.checkpoint import CheckpointStore, Snapshot, save_verification_batch
 from dsprune.engine.ds_config import student_config
 from dsprune.engine.evaluate import evaluate_all
 from dsprune.engine.factoring import factor_word_embedding
 from dsprune.engine.journal import Journal, write_json
-from dsprune.engine.models import load_model, release, resolve_source, whole
+from dsprune.engine.models import encoder_layers, load_model, release, resolve_source, whole
 from dsprune.engine.preflight import Preflight, build_method
 from dsprune.engine.replica import Replica
 from dsprune.engine.student import Student, build_student_engine
@@ -33,9 +34,17 @@ from dsprune.engine.teacher import Teacher
 from dsprune.engine.trainer import LayerMatcher, Meter, Trainer, log_step
 from dsprune.engine.world import World
 from dsprune.errors import CheckpointError, ConfigError
-from dsprune.methods import Method
+from dsprune.methods import Method, Plan
+from dsprune.methods.mlpruning_blocks import BlockPruning
 from dsprune.methods.noise import stable_seed
-from dsprune.structure import Selection, attach_gates, unit_magnitudes
+from dsprune.structure import (
+    BlockGating,
+    Selection,
+    analyze_blocks,
+    attach_gates,
+    block_magnitudes,
+    unit_magnitudes,
+)
 from dsprune.tasks import TaskData
 
 __all__ = ["Run"]
@@ -80,7 +89,8 @@ class Run:
             "prune": ["teacher", "method", "prune", "distill"],
             "consolidate": ["teacher", "method", "prune", "distill"],
             "recover": ["teacher", "method", "prune", "distill", "recover"],
-            "evaluate": ["teacher", "method", "prune", "distill", "recover", "eval"],
+            "blocks": ["teacher", "method", "prune", "distill", "recover", "blocks"],
+            "evaluate": ["teacher", "method", "prune", "distill", "recover", "blocks", "eval"],
         }
         return {key: whole[key] for key in common + own[stage]}
 
@@ -140,10 +150,16 @@ class Run:
         return folder
 
     @property
-    def final_source(self) -> Path:
-        """Folder of the last compact model: the recovered one where there is one."""
+    def recovered_source(self) -> Path:
+        """Folder of the compact model before blocks: the recovered one where there is one."""
         recovered = self.folder / "recovered"
         return recovered if (recovered / "config.json").exists() else self.compact_source
+
+    @property
+    def final_source(self) -> Path:
+        """Folder of the last compact model."""
+        sparse = self.folder / "sparse"
+        return sparse if (sparse / "config.json").exists() else self.recovered_source
 
     # --- stages -----------------------------------------------------------------------------
 
@@ -231,6 +247,7 @@ class Run:
             distill=self.config.distill,
             teacher=(teacher.width, self.ready.teacher_layers),
             projections=self._pruned_projections(),
+            head_sources=kept_heads(facts) if (facts := getattr(model.config, "dsprune", None)) else None,
         )
         engine = build_student_engine(student, ds_config, lr=config.lr, weight_decay=config.weight_decay)
         sources = self._compact_layers(source)
@@ -239,6 +256,46 @@ class Run:
         release(engine, teacher.engine)
         self._export(best, self.folder / "recovered")
         self._finish("recover", checkpoint=str(best), metrics=scores, model=str(self.folder / "recovered"))
+
+    def _blocks(self) -> None:
+        """MLPruning's second step, on whatever compact model there is; that model also teaches."""
+        config = self.config.blocks
+        total = config.duration.steps(self.batches.steps_per_epoch)
+        source = self.recovered_source
+        if total == 0:
+            self.journal.say("blocks: 0 steps, skipped")
+            return
+        ds_config = self._student_ds(config)
+        model = load_model(str(source), self.task, ds_config)
+        structure = analyze_blocks(model, config.shape)
+        method = BlockPruning(structure, config, self._block_plan(total))
+        if method.wants_magnitudes:
+            method.begin(self.world.broadcast(block_magnitudes(structure, lambda name: whole(model, name))))
+        layers = self._block_teacher_layers(len(encoder_layers(model)))
+        teacher = self._load_teacher(str(source), layers)
+        student = Student(
+            model,
+            self.task,
+            distill=self.config.distill,
+            teacher=(teacher.width, layers),
+            gating=BlockGating(model, structure),
+        )
+        engine = build_student_engine(student, ds_config, lr=config.lr, weight_decay=config.weight_decay)
+        sources = tuple(range(student.num_layers))
+        trainer = self._trainer("blocks", engine, config, total, teacher, sources, Replica(method), layers=layers)
+        last, scores = self._train(trainer, {"method": method, "source": source})
+        release(engine, teacher.engine)
+        self._export(last, self.folder / "sparse")
+        self._finish("blocks", checkpoint=str(last), metrics=scores, model=str(self.folder / "sparse"))
+
+    def _block_plan(self, total: int) -> Plan:
+        config = self.config.blocks
+        return Plan(config.target, "encoder", total, self.batches.steps_per_epoch, self.config.seed)
+
+    def _block_teacher_layers(self, num_layers: int) -> tuple[int, ...]:
+        """Layers of the compact teacher: those that were asked for, as far as it has them."""
+        asked = self.config.distill.teacher_layers or default_teacher_layers(num_layers)
+        return tuple(layer for layer in asked if layer <= num_layers)
 
     def _evaluate(self) -> None:
         from dsprune.engine.report import write_report
@@ -253,10 +310,17 @@ class Run:
         total = self.config.prune.duration.steps(per_epoch)
         return build_method(self.config, self.ready.structure, total_steps=total, steps_per_epoch=per_epoch)
 
-    def _load_teacher(self) -> Teacher:
+    def _load_teacher(self, source: str | None = None, layers: tuple[int, ...] | None = None) -> Teacher:
+        """The teacher's engine: by default the dense model and the configured layers."""
         distill = self.config.distill
-        layers = self.ready.teacher_layers if distill.layers > 0 or distill.attentions > 0 else ()
-        return Teacher(self.teacher_source, self.task, self.ready.teacher_ds, layers, attentions=distill.attentions > 0)
+        wanted = distill.layers > 0 or distill.attentions > 0
+        return Teacher(
+            source or self.teacher_source,
+            self.task,
+            self.ready.teacher_ds,
+            (self.ready.teacher_layers if layers is None else layers) if wanted else (),
+            attentions=distill.attentions > 0,
+        )
 
     def _compact_layers(self, folder: Path) -> tuple[int, ...]:
         """For each layer of the compact model, the dense layer that it was."""
@@ -288,10 +352,13 @@ class Run:
         teacher: Teacher | None = None,
         sources: tuple[int, ...] = (),
         replica: Replica | None = None,
+        *,
+        layers: tuple[int, ...] | None = None,
     ) -> Trainer:
         matcher = None
         if teacher is not None and teacher.has_taps:
-            matcher = LayerMatcher(self.config.distill.match, self.ready.teacher_layers, sources)
+            layers = self.ready.teacher_layers if layers is None else layers
+            matcher = LayerMatcher(self.config.distill.match, layers, sources)
         return Trainer(
             stage=stage,
             engine=engine,
@@ -309,9 +376,9 @@ class Run:
         """Train to the end of the stage, from its newest checkpoint if it has one.
 
         Returns:
-            The checkpoint to export (the best one, or in the prune stage the last) and its metrics.
+            The checkpoint to export (the best one, or where gates are learned the last) and its metrics.
         """
-        stage = trainer.stage
+        stage, gated = trainer.stage, trainer.replica is not None
         store = CheckpointStore(
             self.folder / stage / "checkpoints",
             stage,
@@ -334,11 +401,11 @@ class Run:
             if fresh:
                 scores = self._evaluate_student(trainer, done)
             # The best checkpoint is picked by score, so wherever there is a new score there is a checkpoint.
-            if done % save_every == 0 or done == total or (fresh and stage != "prune"):
-                score = self._score(scores) if fresh and stage != "prune" else None
+            if done % save_every == 0 or done == total or (fresh and not gated):
+                score = self._score(scores) if fresh and not gated else None
                 store.save(trainer.engine, self._snapshot(trainer, done, scores, score, about), trainer.replica)
         self.journal.end_bar()
-        chosen = store.committed()[-1] if stage == "prune" else store.best()
+        chosen = store.committed()[-1] if gated else store.best()
         chosen = self.world.broadcast(chosen)
         assert chosen is not None
         return chosen, json.loads((chosen / "state.json").read_text(encoding="utf-8"))["metrics"]
@@ -418,8 +485,7 @@ class Run:
         batch = first.collate(list(range(min(VERIFY_EXAMPLES, len(first)))))
         save_verification_batch(folder / "verify.safetensors", {k: v for k, v in batch.items() if k != "labels"})
         if "method" in about:
-            selection: Selection = about["method"].select()
-            selection.save(folder / "selection.safetensors")
+            about["method"].select().save(folder / "selection.safetensors")
         write_json(folder / "figures.json", self._figures(trainer.stage, scores))
 
     def _figures(self, stage: str, scores: Mapping[str, float]) -> dict[str, Any]:

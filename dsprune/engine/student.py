@@ -11,12 +11,11 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from dsprune.config import DistillConfig
-from dsprune.consolidate import kept_heads
 from dsprune.distill import UNMATCHED, AttentionTap, HiddenTap, attention_loss, layer_distances, layer_loss
 from dsprune.engine.ds_config import zero_stage
 from dsprune.engine.models import attention_modules, encoder_layers, hidden_states
 from dsprune.engine.requirements import quiet_import
-from dsprune.structure import Gates, Gating
+from dsprune.structure import BlockGating, Gates, Gating
 from dsprune.tasks import Task
 
 deepspeed = quiet_import()
@@ -64,6 +63,7 @@ class Student(nn.Module):
             projections start as the identity.
         projections: weight [teacher width, width] and bias [teacher width] of each, to start from instead.
         gating: gates of the model, if any.
+        head_sources: for each layer, which of the teacher's heads its heads were; None where they are the same.
     """
 
     def __init__(
@@ -74,7 +74,8 @@ class Student(nn.Module):
         distill: DistillConfig | None = None,
         teacher: tuple[int, Sequence[int]] | None = None,
         projections: Sequence[tuple[Tensor, Tensor]] = (),
-        gating: Gating | None = None,
+        gating: Gating | BlockGating | None = None,
+        head_sources: Sequence[Sequence[int]] | None = None,
     ) -> None:
         super().__init__()
         self.model = model
@@ -83,8 +84,7 @@ class Student(nn.Module):
         self.gating = gating
         self.tap: HiddenTap | None = None
         self.num_layers = len(encoder_layers(model))
-        facts = getattr(model.config, "dsprune", None)
-        self.head_sources = kept_heads(facts) if facts else None
+        self.head_sources = head_sources
         self.projections = nn.ModuleList()
         if distill is not None and distill.layers > 0 and teacher is not None:
             width, layers = teacher

@@ -93,4 +93,3 @@ class TopKGroups:
         rate = warmup_and_decay(step, total=self.total_steps, warmup=self.warmup)
         for group in self.optimizer.param_groups:
             group["lr"] = self.lr * rate
-

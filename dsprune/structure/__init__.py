@@ -1,5 +1,9 @@
 """What can be pruned: spaces, gates and how they apply, exact cost, selections, surgery. Pure torch."""
 
+from dsprune.structure.block_gating import BlockGating
+from dsprune.structure.block_selection import BlockSelection
+from dsprune.structure.block_spaces import BlockMatrix, BlockStructure, analyze_blocks, block_magnitudes
+from dsprune.structure.blocks import block_grid, to_blocks
 from dsprune.structure.cost import CostModel, Scope
 from dsprune.structure.gating import (
     Gates,
@@ -30,6 +34,10 @@ from dsprune.structure.surgery import compact_shape, cut, is_removed
 
 __all__ = [
     "GATE_KINDS",
+    "BlockGating",
+    "BlockMatrix",
+    "BlockSelection",
+    "BlockStructure",
     "CostModel",
     "Empty",
     "Gates",
@@ -42,7 +50,10 @@ __all__ = [
     "Structure",
     "Sublayer",
     "analyze",
+    "analyze_blocks",
     "attach_gates",
+    "block_grid",
+    "block_magnitudes",
     "by_head",
     "compact_shape",
     "complete",
@@ -53,6 +64,7 @@ __all__ = [
     "is_removed",
     "ones",
     "sublayer_alive",
+    "to_blocks",
     "unit_gates",
     "unit_magnitudes",
 ]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,10 +11,11 @@ from torch import Tensor, nn
 
 from dsprune.arch import family_for
 from dsprune.errors import ArchitectureError, ConfigError
-from dsprune.structure.blocks import block_grid
+from dsprune.structure.blocks import block_areas, block_grid
+from dsprune.structure.kernels import sum_blocks
 from dsprune.structure.spaces import param_shape
 
-__all__ = ["BlockMatrix", "BlockStructure", "analyze_blocks"]
+__all__ = ["BlockMatrix", "BlockStructure", "analyze_blocks", "block_magnitudes"]
 
 
 @dataclass(frozen=True)
@@ -58,6 +59,13 @@ class BlockStructure:
         """Shape of the gates of each matrix, by path."""
         return {matrix.path: matrix.grid for matrix in self.matrices}
 
+    def nonzeros(self, masks: Mapping[str, Tensor]) -> int:
+        """Encoder parameters inside kept blocks or outside of all matrices; padding does not count."""
+        lost = sum(
+            int((block_areas(matrix.shape, matrix.block) * (masks[matrix.path] == 0)).sum()) for matrix in self.matrices
+        )
+        return self.parameters["encoder"] - lost
+
     def remaining(self, gates: Mapping[str, Tensor]) -> Tensor:
         """Encoder parameters that are stored, padding of edge blocks included; [] float64.
 
@@ -80,14 +88,17 @@ def analyze_blocks(model: nn.Module, block: tuple[int, int]) -> BlockStructure:
         model: a compact model, on any device, the meta device included.
         block: rows and columns of a block.
 
+    A matrix that pruning left smaller than a block is not among them: it stays dense.
+
     Raises:
-        ConfigError: blocks larger than a matrix.
+        ConfigError: blocks larger than every matrix.
         ArchitectureError: not a compact model, or one whose heads are packed.
     """
     facts: Any = getattr(model.config, "dsprune", None)
     if not facts:
         raise ArchitectureError("blocks are removed from compact models: run a pruning method first")
-    family = family_for(str(model.config.model_type).removeprefix("dsprune_"))
+    config: Any = model.config
+    family = family_for(str(config.model_type).removeprefix("dsprune_"))
     base = f"{family.base}." if hasattr(model, family.base) else ""
     matrices = []
     for layer in range(len(facts["layers"])):
@@ -95,9 +106,12 @@ def analyze_blocks(model: nn.Module, block: tuple[int, int]) -> BlockStructure:
         for place in family.layer:
             module = _module(model, f"{root}.{place}")
             if isinstance(module, nn.Linear):
-                shape = param_shape(module.weight)
-                matrices.append(BlockMatrix(f"{root}.{place}", layer, place, (shape[0], shape[1]), block))
-                _check(matrices[-1], module)
+                rows, columns = param_shape(module.weight)
+                _refuse_packed(f"{root}.{place}", module)
+                if rows >= block[0] and columns >= block[1]:
+                    matrices.append(BlockMatrix(f"{root}.{place}", layer, place, (rows, columns), block))
+    if not matrices:
+        raise ConfigError(f"blocks.shape: no matrix of the compact model holds a block of {block[0]} x {block[1]}")
     counted = facts["parameters"]
     return BlockStructure(
         tuple(matrices),
@@ -114,12 +128,20 @@ def _module(model: nn.Module, path: str) -> nn.Module | None:
         return None
 
 
-def _check(matrix: BlockMatrix, module: nn.Module) -> None:
+def _refuse_packed(path: str, module: nn.Module) -> None:
     if hasattr(module, "places"):
-        raise ArchitectureError(
-            f"{matrix.path} holds heads of unequal size: blocks are removed from heads of one size only"
-        )
-    try:
-        block_grid(matrix.shape, matrix.block)
-    except ConfigError as error:
-        raise ConfigError(f"blocks.shape: {matrix.path}: {error}") from error
+        raise ArchitectureError(f"{path} holds heads of unequal size: blocks are removed from heads of one size only")
+
+
+def block_magnitudes(structure: BlockStructure, read: Callable[[str], Tensor]) -> dict[str, Tensor]:
+    """Euclidean norm of each block's weights, by path: [block rows, block columns] fp64 on the CPU.
+
+    Args:
+        structure: from `analyze_blocks`.
+        read: whole value of a parameter by name.
+    """
+    norms = {}
+    for matrix in structure.matrices:
+        squares = read(f"{matrix.path}.weight").detach().double().cpu().square()
+        norms[matrix.path] = sum_blocks(squares, matrix.block, matrix.grid).sqrt()
+    return norms

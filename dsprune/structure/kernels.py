@@ -1,6 +1,6 @@
-"""The two places where a gate meets arithmetic: a linear with gated rows and columns, and a norm over live coordinates.
+"""Where a gate meets arithmetic: a linear with gated rows and columns, or blocks, and a norm over live coordinates.
 
-Both are autograd functions because the obvious expressions keep a gated copy of every weight, or
+They are autograd functions because the obvious expressions keep a gated copy of every weight, or
 several copies of every activation, alive until the backward pass. Under ZeRO-3 that copy would be a
 whole layer's weights on every rank. These keep the parameter itself (which ZeRO gathers again) and
 recompute.
@@ -8,13 +8,14 @@ recompute.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd import Function
 
-__all__ = ["gated_linear", "live_layer_norm"]
+__all__ = ["block_gated_linear", "gated_linear", "live_layer_norm", "sum_blocks"]
 
 
 def _scaled(weight: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
@@ -140,7 +141,7 @@ def _spread_blocks(gate: Tensor, block: tuple[int, int], shape: torch.Size) -> T
     return wide[: shape[0], : shape[1]]
 
 
-def _sum_blocks(values: Tensor, block: tuple[int, int], grid: torch.Size) -> Tensor:
+def sum_blocks(values: Tensor, block: tuple[int, int], grid: Sequence[int]) -> Tensor:
     """Sum over each block of a matrix: [block rows, block columns]."""
     rows, columns = grid[0] * block[0], grid[1] * block[1]
     padded = torch.nn.functional.pad(values, (0, columns - values.shape[1], 0, rows - values.shape[0]))
@@ -168,7 +169,7 @@ class _BlockGatedLinear(Function):
         if need_gate or (need_weight and not ctx.frozen):
             outer = flat.t() @ x.reshape(-1, x.shape[-1])
             if need_gate:
-                grad_gate = _sum_blocks(outer.to(gate.dtype) * weight.to(gate.dtype), ctx.block, gate.shape)
+                grad_gate = sum_blocks(outer.to(gate.dtype) * weight.to(gate.dtype), ctx.block, gate.shape)
             grad_weight = outer * wide if need_weight and not ctx.frozen else None
         grad_bias = flat.sum(0) if ctx.with_bias and need_bias and not ctx.frozen else None
         return grad_x, grad_weight, grad_bias, grad_gate, None, None
