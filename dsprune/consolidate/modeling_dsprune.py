@@ -270,7 +270,8 @@ class BlockLinear(nn.Module):
         """The stored rows of the output: [..., out]."""
         if self.values is None:
             empty = x.new_zeros(self.out_features) if self.bias is None else self.bias
-            return empty.expand(*x.shape[:-1], -1)
+            # A copy, as any linear makes: writing to a view would write to the bias.
+            return empty.expand(*x.shape[:-1], -1).clone(memory_format=torch.contiguous_format)
         if self._is_transient(x):
             self._prepared = None
             return nn.functional.linear(x, self.to_dense(), self.bias)

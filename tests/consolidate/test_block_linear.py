@@ -19,6 +19,7 @@ from torch.nn import functional
 from dsprune.consolidate import load_compact, modeling_dsprune
 from dsprune.consolidate.compact import without_weights
 from dsprune.consolidate.modeling_dsprune import BlockLinear, has_kernel, place, shape_class, use_calibration
+from dsprune.measure.bench import bench_models
 from dsprune.structure.blocks import block_grid, from_blocks, to_blocks
 from tests.helpers.blocks import block_model
 from tests.helpers.models import tiny_batch
@@ -116,7 +117,7 @@ def test_bsr_equals_the_masked_weight(case, bias, dtype):
         for leading in [(3,), (2, 5), (), (0,), (2, 0), (2, 200)]:
             x = torch.randn(*leading, weight.shape[1], dtype=dtype)
             torch.testing.assert_close(module(x), functional.linear(x, weight, module.bias), rtol=1e-5, atol=1e-5)
-            assert module(x).is_contiguous() or module.values is None
+            assert module(x).is_contiguous()
     assert _layout(module) == (torch.sparse_bsr if module.kept else None)
 
 
@@ -475,6 +476,18 @@ def test_a_model_equals_the_one_with_dense_weights():
     model = block_model()
     assert [type(module) for _, module in model.bert.encoder.layer[0].named_modules()].count(BlockLinear) == 6
     torch.testing.assert_close(_logits(model), _logits(_densified(model)), rtol=0, atol=1e-6)
+
+
+@WAYS
+def test_a_model_can_be_timed(threshold, tmp_path):
+    """With everything that bench does to it: counted under a dispatch mode, run in inference mode."""
+    model = block_model()
+    block_model(
+        [entry | {"thresholds": dict.fromkeys(entry["thresholds"], threshold)} for entry in _table(model)], tmp_path
+    )
+    report = bench_models(tmp_path, tmp_path, batch_sizes=[2], length=8, device="cpu", runs=1, warmup=0, threads=1)
+    assert report.dense.parameters == sum(param.numel() for param in model.parameters())
+    assert report.dense.macs > 0
 
 
 @needs_kernel
