@@ -1,7 +1,7 @@
 """What comes out: checkpoints to compact model folders, offline, in bounded memory. No DeepSpeed, no engine."""
 
 from dsprune.consolidate import modeling_dsprune
-from dsprune.consolidate.compact import EMBEDDING_RANK, apply_selection, kept_heads, load_compact
+from dsprune.consolidate.compact import EMBEDDING_RANK, apply_blocks, apply_selection, kept_heads, load_compact
 from dsprune.consolidate.export import ConsolidationReport, consolidate, open_checkpoint
 from dsprune.consolidate.manifest import find_checkpoint, read_manifest
 from dsprune.consolidate.modeling_dsprune import factor_embedding
@@ -12,6 +12,7 @@ modeling_dsprune.register()
 __all__ = [
     "EMBEDDING_RANK",
     "ConsolidationReport",
+    "apply_blocks",
     "apply_selection",
     "consolidate",
     "factor_embedding",

@@ -24,11 +24,14 @@ from dsprune.structure import (
     Selection,
     Structure,
     analyze,
+    analyze_blocks,
     cut,
     is_removed,
+    to_blocks,
 )
 
 __all__ = [
+    "apply_blocks",
     "apply_selection",
     "compact_config",
     "compact_name",
@@ -44,6 +47,8 @@ HEAD_MULTIPLE = 8
 """Head sizes that fused attention kernels take without padding of their own."""
 EMBEDDING_RANK = "dsprune_embedding_rank"
 """Key of a dense model's configuration whose word embedding was factored before pruning."""
+BLOCK_PARTS = ("values", "row_pointers", "columns")
+"""What the weight of a block-sparse linear is stored as; the last two are int32."""
 NOT_KEPT = ("transformers_version", "_name_or_path", EMBEDDING_RANK)
 
 
@@ -238,6 +243,35 @@ def apply_selection(model: PreTrainedModel, selection: Selection, *, head_multip
         name: cut(param, model.get_parameter(param.name).detach(), selection)
         for name, param in surviving(structure, selection)
     }
+    compact.load_state_dict(state, assign=True)
+    return compact
+
+
+def apply_blocks(model: PreTrainedModel, selection: BlockSelection) -> nn.Module:
+    """A compact model in memory without the blocks that are not kept.
+
+    Args:
+        model: a compact model with its weights.
+        selection: the blocks that are kept.
+
+    Returns:
+        A new model in eval mode, of the same dtype, with block-sparse linears.
+
+    Raises:
+        ArchitectureError: not a compact model, or one whose heads are packed.
+    """
+    structure = analyze_blocks(model, selection.block)
+    dense = {**model.config.to_dict(), "architectures": [type(model).__name__]}
+    compact = without_weights(block_config(dense, structure, selection))
+    state = {}
+    for name, param in model.named_parameters():
+        path = name.removesuffix(".weight")
+        mask = selection.masks.get(path) if name != path else None
+        if mask is None or mask.all():
+            state[name] = param.detach()
+            continue
+        parts = to_blocks(param.detach(), mask, selection.block)
+        state |= {f"{path}.{part}": value for part, value in zip(BLOCK_PARTS, parts, strict=True)}
     compact.load_state_dict(state, assign=True)
     return compact
 

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from dsprune.consolidate import verify
 from dsprune.consolidate.card import render_card
-from dsprune.consolidate.compact import MODELING, block_config, compact_config, surviving, without_weights
+from dsprune.consolidate.compact import BLOCK_PARTS, MODELING, block_config, compact_config, surviving, without_weights
 from dsprune.consolidate.manifest import check_files, find_checkpoint, read_manifest
 from dsprune.consolidate.memory import give_back
 from dsprune.consolidate.shards import ShardedTensors, open_shards
@@ -43,7 +43,7 @@ from dsprune.structure import (
 __all__ = ["ConsolidationReport", "consolidate", "open_checkpoint"]
 
 logger = logging.getLogger(__name__)
-INDICES = (".row_pointers", ".columns")
+INDICES = tuple(f".{part}" for part in BLOCK_PARTS[1:])
 """Tensors of block-sparse linears that say where blocks are; int32 whatever the weights are."""
 PREFIX = "model."
 """What the engine puts before the model's own parameter names; other parameters serve distillation only."""
@@ -183,7 +183,7 @@ def _block_names(name: str, sparse: Mapping[str, Tensor]) -> list[str]:
     if name not in sparse:
         return [name]
     path = name.removesuffix(".weight")
-    return [f"{path}.{part}" for part in ("values", "row_pointers", "columns")]
+    return [f"{path}.{part}" for part in BLOCK_PARTS]
 
 
 class _Export:
@@ -348,9 +348,9 @@ class _Export:
         missing = model.state_dict().keys() ^ reader.names()
         if missing:
             raise CheckpointError(f"written and expected parameters differ: {', '.join(sorted(missing)[:3])}")
-        for name, buffer in model.named_buffers():
-            if name in reader.names():
-                buffer.copy_(reader(name))
+        for name in [name for name, _ in model.named_buffers() if name in reader.names()]:
+            path, _, leaf = name.rpartition(".")
+            setattr(model.get_submodule(path), leaf, reader(name))
         verify.stream_weights(model, reader)
         return verify.logits(model, batch)
 

@@ -39,10 +39,19 @@ def _sizes(run: Run, folder: Path) -> dict[str, int]:
     return {"encoder": counted["encoder"], "total": counted["total"]}
 
 
-def _landing(run: Run, sizes: dict[str, int], dense: dict[str, int]) -> dict[str, Any]:
+def _landing(run: Run, dense: dict[str, int]) -> dict[str, Any]:
+    """What was asked of pruning, and what its compact model measures, before blocks went."""
     of = run.config.prune.target_of
-    measured = 1 - sizes[of] / dense[of]
+    measured = 1 - _sizes(run, run.recovered_source)[of] / dense[of]
     return {"of": of, "target": run.config.prune.target, "measured": measured}
+
+
+def _block_landing(run: Run, final: int, dense: int) -> dict[str, Any] | None:
+    """The same for blocks, whose target is a share of what pruning left; None where none were removed."""
+    if run.final_source == run.recovered_source:
+        return None
+    left = _sizes(run, run.recovered_source)["encoder"]
+    return {"target": run.config.blocks.target, "measured": 1 - final / left, "together": 1 - final / dense}
 
 
 def _rows(figures: dict[str, Any]) -> list[list[str]]:
@@ -116,7 +125,8 @@ def _figures(run: Run, scores: dict[str, Any], sizes: dict[str, Any], bench: Ben
         "task": run.task.name,
         "splits": list(run.data.evals),
         "notes": list(run.data.notes),
-        "landing": _landing(run, sizes["compact"], dense),
+        "landing": _landing(run, dense),
+        "blocks": _block_landing(run, sizes["compact"]["encoder"], dense["encoder"]),
         **models,
         "bench": bench.to_dict(),
     }
@@ -136,6 +146,11 @@ def _text(run: Run, figures: dict[str, Any], bench: BenchReport, final: Path) ->
         lines.append(
             f"the target was missed by {100 * abs(landing['measured'] - landing['target']):.1f} points: the units of "
             f"this model are coarser than that, or pruning was too short for the target (see {run.folder}/report.png)"
+        )
+    if (blocks := figures["blocks"]) is not None:
+        lines.append(
+            f"blocks: {blocks['target']:.1%} of the encoder that was left, exported: {blocks['measured']:.2%}; "
+            f"together {blocks['together']:.2%} of the dense encoder"
         )
     lines += [f"note: {note}" for note in run.data.notes]
     lines.append(f"model: {final}   report: {run.folder}/report.json, {run.folder}/report.png")

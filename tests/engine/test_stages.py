@@ -59,10 +59,16 @@ def test_one_launch_does_everything(finished_by):
     for stage in ("teacher", "prune", "consolidate", "recover", "evaluate"):
         assert (run / stage / "done.json").exists(), stage
     report = json.loads((run / "report.json").read_text())
-    compact = load_compact(run / "recovered")
+    blocks = report["blocks"] is not None
+    assert blocks is (finished_by.name.startswith("mlpruning"))
+    compact = load_compact(run / ("sparse" if blocks else "recovered"))
     assert report["compact"]["parameters"]["total"] == sum(p.numel() for p in compact.parameters())
     assert report["dense"]["metrics"].keys() == report["compact"]["metrics"].keys()
     assert report["landing"]["measured"] >= report["landing"]["target"] - 1e-9
+    if blocks:
+        assert report["blocks"]["measured"] >= report["blocks"]["target"]
+        left = (1 - report["landing"]["measured"]) * (1 - report["blocks"]["measured"])
+        assert report["blocks"]["together"] == pytest.approx(1 - left)
     assert (run / "report.png").read_bytes().startswith(b"\x89PNG")
     assert list((run / "tensorboard").iterdir())
 

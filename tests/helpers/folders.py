@@ -85,6 +85,12 @@ attentions = 0.9
 match = "fixed"
 projection = "none"
 teacher_layers = [0, 1, 2]
+[blocks]
+duration = "4 steps"
+target = 0.5
+shape = [8, 8]
+scores_lr = 0.5
+init = 3.0
 """,
 }
 """What stands under [prune] and after it, for each method."""
