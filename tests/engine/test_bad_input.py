@@ -111,6 +111,11 @@ CASES = {
             ),
         ),
     ),
+    "blocks larger than a matrix": (
+        64,
+        "larger than a matrix of",
+        lambda f: ("blocks.duration=2 steps", "blocks.shape=[64, 64]"),
+    ),
     "output under a file": (73, "is a file", lambda f: (_unwritable(f),)),
 }
 

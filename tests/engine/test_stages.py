@@ -1,6 +1,7 @@
 """Whole runs in forked worlds: every stage, finished once, resumed exactly, exported and reported."""
 
 import json
+import shutil
 from functools import cache
 from pathlib import Path
 
@@ -94,14 +95,14 @@ def test_a_finished_stage_with_other_settings_is_refused(finished):
     assert run_world(_execute, 2, finished / "tiny.toml", "prune.target=0.6") == [64, 64]
 
 
-def _stop_after(recipe, step, *overrides):
-    """Run, but lose power after some steps of the prune stage."""
+def _stop_after(recipe, stage, step, *overrides):
+    """Run, but lose power after some steps of a stage."""
     from dsprune.engine.trainer import Trainer
 
     real = Trainer.step
 
     def step_or_stop(self, number):
-        if self.stage == "prune" and number == step:
+        if self.stage == stage and number == step:
             raise KeyboardInterrupt
         return real(self, number)
 
@@ -120,7 +121,7 @@ def test_a_resumed_run_is_the_run_that_was_never_stopped(finished, tmp_path, met
     common = (teacher, f"deepspeed.student={student}", 'stages=["prune"]', "log.tensorboard=false")
     whole, stopped = tmp_path / "whole", tmp_path / "stopped"
     assert run_world(_execute, 2, recipe, *common, f"output={whole}") == [0, 0]
-    assert run_world(_stop_after, 2, recipe, 5, *common, f"output={stopped}") == [130, 130]
+    assert run_world(_stop_after, 2, recipe, "prune", 5, *common, f"output={stopped}") == [130, 130]
     assert not (stopped / "prune" / "done.json").exists()
     assert run_world(_execute, 2, recipe, *common, f"output={stopped}") == [0, 0]
     last = Path("prune") / "checkpoints" / "step-00000006"
@@ -135,11 +136,38 @@ def test_a_resumed_run_is_the_run_that_was_never_stopped(finished, tmp_path, met
         assert torch.equal(weights[0].read(name), weights[1].read(name)), name
 
 
+def test_pruning_blocks_resumes_bitwise(finish, tmp_path):
+    """From the compact model of a finished run, stopped between two checkpoints of the blocks stage."""
+    runs = {}
+    for name in ("whole", "stopped"):
+        source = finish("mlpruning") / "run"
+        runs[name] = shutil.copytree(
+            source, tmp_path / name, ignore=shutil.ignore_patterns("blocks", "sparse", "evaluate")
+        )
+    recipe = tiny_recipe(tmp_path, output=tmp_path / "unused", method="mlpruning")
+    common = (
+        'stages=["blocks"]',
+        "log.tensorboard=false",
+        "checkpoint.every=2 steps",
+        f"model.name={finish('mlpruning') / 'dense'}",
+    )
+    assert run_world(_execute, 2, recipe, *common, f"output={runs['whole']}") == [0, 0]
+    assert run_world(_stop_after, 2, recipe, "blocks", 3, *common, f"output={runs['stopped']}") == [130, 130]
+    assert run_world(_execute, 2, recipe, *common, f"output={runs['stopped']}") == [0, 0]
+    ours, theirs = (load_file(run / "sparse" / "model.safetensors") for run in runs.values())
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours.keys() | theirs.keys())
+
+
+def test_blocks_need_a_compact_model(tmp_path):
+    recipe = tiny_recipe(tmp_path, method="mlpruning")
+    assert run_world(_execute, 1, recipe, 'stages=["blocks"]') == [64]
+
+
 def test_a_checkpoint_of_another_world_size_is_refused(finished, tmp_path):
     recipe = tiny_recipe(tmp_path)
     teacher = f"teacher.path={finished / 'run' / 'teacher' / 'model'}"
     common = (teacher, 'stages=["prune"]', "log.tensorboard=false")
-    assert run_world(_stop_after, 2, recipe, 5, *common) == [130, 130]
+    assert run_world(_stop_after, 2, recipe, "prune", 5, *common) == [130, 130]
     assert run_world(_execute, 1, recipe, *common) == [74]
 
 

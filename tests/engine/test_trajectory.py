@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from dsprune.methods import METHODS
-from tests.helpers.settings import ROWS
+from tests.helpers.settings import BLOCKS, ROWS
 from tests.helpers.training import Setup, build_trainer, spoiled, trajectory
 from tests.helpers.world import run_world
 
@@ -66,6 +66,14 @@ def test_selection_and_distillation_combine_freely(selects, teaches):
     results = run_world(trajectory, 2, Setup(row, stage=3, accumulation=2))
     _assert_same(results[0], reference, rtol=2e-5)
     assert reference["losses"][-1]["layers"] > 0
+
+
+def test_blocks_follow_one_trajectory_too():
+    reference = run_world(trajectory, 1, Setup(BLOCKS))[0]
+    for changes in ({"stage": 2}, {"stage": 3, "accumulation": 2}):
+        results = run_world(trajectory, 2, Setup(BLOCKS).at(**changes))
+        assert len({result["fingerprint"] for result in results}) == 1
+        _assert_same(results[0], reference, rtol=2e-5)
 
 
 @pytest.mark.parametrize(("task", "family"), [("conll2003", "token"), ("squad", "span")])

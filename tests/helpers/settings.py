@@ -19,6 +19,9 @@ class MethodRow:
     teacher_layers: tuple[int, ...] = (1, 2)
 
 
+BLOCKS = MethodRow("blocks", {"scores_lr": 0.3, "init": 2.0, "penalty": 200.0}, distill={"match": "fixed"})
+"""Step 2 of MLPruning, which is a stage of its own and no method that a recipe names."""
+
 ROWS = [
     MethodRow(
         "cofi",

@@ -8,9 +8,20 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dsprune.config import BatchConfig, DistillConfig, OptimConfig
+from dsprune.config import BatchConfig, BlocksConfig, DistillConfig, OptimConfig
+from dsprune.consolidate import apply_selection
 from dsprune.methods import Plan, method_class
-from dsprune.structure import analyze, attach_gates, unit_magnitudes
+from dsprune.methods.mlpruning_blocks import BlockPruning
+from dsprune.structure import (
+    BlockGating,
+    Selection,
+    analyze,
+    analyze_blocks,
+    attach_gates,
+    block_magnitudes,
+    ones,
+    unit_magnitudes,
+)
 from dsprune.tasks import build_task
 from tests.helpers.models import tiny_model
 from tests.helpers.settings import MethodRow
@@ -79,6 +90,29 @@ def without_dropout(model: nn.Module) -> nn.Module:
     return model
 
 
+def _pruning(row: MethodRow, plan: Plan, model: Any) -> Any:
+    structure = analyze(model)
+    cls = method_class(row.name)
+    method = cls(structure, cls.Options(**row.options), plan)
+    if method.wants_magnitudes:
+        method.begin(unit_magnitudes(structure, model.get_parameter))
+    return method, attach_gates(model, structure, empty=method.empty), model
+
+
+def _block_pruning(row: MethodRow, plan: Plan, model: Any) -> Any:
+    """Blocks of a compact model without a head and some output rows."""
+    structure = analyze(model)
+    gates = ones(structure)
+    gates["head"][0, 1] = 0
+    gates["ffn_row"][:, 3:9] = 0
+    compact = apply_selection(model, Selection.from_gates(structure, gates, empty="bias"))
+    compact.train()
+    blocks = analyze_blocks(compact, (8, 8))
+    method = BlockPruning(blocks, BlocksConfig(shape=(8, 8), **row.options), plan)
+    method.begin(block_magnitudes(blocks, compact.get_parameter))
+    return method, BlockGating(compact, blocks), compact
+
+
 def build_trainer(setup: Setup, *, dropout: bool = False, steps: int | None = None) -> Any:
     """A trainer of the prune stage. Collective; call inside a rank of `run_world`."""
     import dsprune.engine.teacher as teacher_module
@@ -111,19 +145,16 @@ def build_trainer(setup: Setup, *, dropout: bool = False, steps: int | None = No
     model = model if dropout else without_dropout(model)
     if setup.activation_checkpointing:
         model.activation_checkpointing_enable()
-    structure = analyze(model)
     row = setup.row
     total = steps or row.steps
-    cls = method_class(row.name)
-    method = cls(structure, cls.Options(**row.options), Plan(row.target, "encoder", total, 4, 0))
-    if method.wants_magnitudes:
-        method.begin(unit_magnitudes(structure, lambda name: model.get_parameter(name)))
+    plan = Plan(row.target, "encoder", total, 4, 0)
+    method, gating, model = _block_pruning(row, plan, model) if row.name == "blocks" else _pruning(row, plan, model)
     student = Student(
         model,
         task,
         distill=DistillConfig(labels=0.3, **row.distill),
         teacher=(32, row.teacher_layers),
-        gating=attach_gates(model, structure, empty=method.empty),
+        gating=gating,
     )
     engine = build_student_engine(student, ds_config, lr=1e-3, weight_decay=0.01)
     return Trainer(
