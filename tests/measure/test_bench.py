@@ -16,10 +16,11 @@ from transformers import (
     RobertaForSequenceClassification,
 )
 
+from dsprune.consolidate import apply_blocks, apply_selection
 from dsprune.errors import ConfigError, OutputError
 from dsprune.measure.bench import bench_models, count_macs
 from dsprune.measure.bench_report import BenchReport, describe_speedup
-from dsprune.structure import CostModel, analyze
+from dsprune.structure import BlockSelection, CostModel, Selection, analyze, analyze_blocks, ones
 from tests.helpers.models import DISTIL_SIZES, SIZES, tiny_model
 
 LENGTH = 16
@@ -297,3 +298,15 @@ def test_on_a_gpu(folders: tuple[Path, Path], dtype: str) -> None:
     row = report.rows[0]
     assert row.dense.peak_bytes is not None
     assert row.dense.peak_bytes > report.dense.weight_bytes
+
+
+def test_multiply_adds_of_block_sparse_linears_are_those_of_their_blocks():
+    model = tiny_model("bert")
+    gates = ones(analyze(model))
+    gates["ffn_row"][0, 3:9] = 0
+    compact = apply_selection(model, Selection.from_gates(analyze(model), gates, empty="bias"))
+    structure = analyze_blocks(compact, (8, 8))
+    masks = {path: torch.eye(*grid) for path, grid in structure.gate_shapes.items()}
+    sparse = apply_blocks(compact, BlockSelection(masks, (8, 8)))
+    gone = sum(matrix.numel - 64 * int(masks[matrix.path].sum()) for matrix in structure.matrices)
+    assert count_macs(compact, 8) - count_macs(sparse, 8) == 8 * gone
