@@ -160,6 +160,7 @@ def _consolidate(options: argparse.Namespace) -> int:
         dtype=options.dtype,
         force=options.force,
         verify_hashes=not options.skip_hashes,
+        head_multiple=options.head_multiple,
         progress=sys.stderr.isatty(),
     )
     print(report.render())
@@ -253,6 +254,12 @@ def _parser() -> argparse.ArgumentParser:
     consolidate.add_argument("out", help="folder to write; must not exist or be empty")
     consolidate.add_argument("--stage", choices=["teacher", "prune", "recover"], help="which stage of a run (prune)")
     consolidate.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"])
+    consolidate.add_argument(
+        "--head-multiple",
+        type=int,
+        default=8,
+        help="heads of unequal size are padded, when they run, to a multiple of this (default: 8); stored they are not",
+    )
     consolidate.add_argument("--force", action="store_true", help="replace what is in OUT")
     consolidate.add_argument("--skip-hashes", action="store_true", help="check file sizes only, not their hashes")
     consolidate.set_defaults(run=_consolidate)

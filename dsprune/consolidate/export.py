@@ -20,7 +20,15 @@ from torch import Tensor
 
 from dsprune.consolidate import verify
 from dsprune.consolidate.card import render_card
-from dsprune.consolidate.compact import BLOCK_PARTS, MODELING, block_config, compact_config, surviving, without_weights
+from dsprune.consolidate.compact import (
+    BLOCK_PARTS,
+    HEAD_MULTIPLE,
+    MODELING,
+    block_config,
+    compact_config,
+    surviving,
+    without_weights,
+)
 from dsprune.consolidate.manifest import check_files, find_checkpoint, read_manifest
 from dsprune.consolidate.memory import give_back
 from dsprune.consolidate.shards import ShardedTensors, open_shards
@@ -99,6 +107,7 @@ def consolidate(
     dtype: str = "float32",
     force: bool = False,
     verify_hashes: bool = True,
+    head_multiple: int = HEAD_MULTIPLE,
     progress: bool = False,
 ) -> ConsolidationReport:
     """Turn a checkpoint into a model folder: fold, slice, stream, verify, rename.
@@ -110,22 +119,25 @@ def consolidate(
         dtype: of the written weights: float32, bfloat16 or float16.
         force: replace what is in `out`.
         verify_hashes: check the hash of every file that is read, not only its size.
+        head_multiple: heads of unequal size are padded, when they run, to a multiple of this.
         progress: show a progress bar.
 
     Raises:
         CheckpointError: the checkpoint is incomplete, damaged or of another model, or the result is
             not equal to what was trained.
         OutputError: `out` holds something, or cannot be written.
-        ConfigError: unknown dtype.
+        ConfigError: unknown dtype, or a multiple below 1.
     """
     began = time.perf_counter()
     if dtype not in DTYPES:
         raise ConfigError(f"dtype '{dtype}': there are {', '.join(DTYPES)}")
+    if head_multiple < 1:
+        raise ConfigError(f"heads cannot be padded to a multiple of {head_multiple}: give 1 or more")
     checkpoint = find_checkpoint(source, stage)
     manifest = read_manifest(checkpoint)
     check_files(checkpoint, manifest, hashes=verify_hashes)
     with _written_aside(Path(out), force=force) as scratch:
-        export = _Export(checkpoint, manifest, scratch, DTYPES[dtype], progress)
+        export = _Export(checkpoint, manifest, scratch, DTYPES[dtype], progress, head_multiple)
         difference = export.run()
     facts = export.facts["parameters"]
     return ConsolidationReport(
@@ -190,13 +202,20 @@ class _Export:
     """One consolidation; holds paths and shapes, never weights."""
 
     def __init__(
-        self, checkpoint: Path, manifest: dict[str, Any], scratch: Path, dtype: torch.dtype, progress: bool
+        self,
+        checkpoint: Path,
+        manifest: dict[str, Any],
+        scratch: Path,
+        dtype: torch.dtype,
+        progress: bool,
+        head_multiple: int,
     ) -> None:
         self.checkpoint = checkpoint
         self.manifest = manifest
         self.scratch = scratch
         self.dtype = dtype
         self.progress = progress
+        self.head_multiple = head_multiple
         self.weights = open_checkpoint(checkpoint)
         self.trained = _read_json(checkpoint / "model" / "config.json")
         try:
@@ -264,7 +283,13 @@ class _Export:
 
         structure = analyze(self.model)
         self._check_selection(structure, selection)
-        self.config = compact_config(self.trained, structure, selection, method=self.manifest.get("method"))
+        self.config = compact_config(
+            self.trained,
+            structure,
+            selection,
+            method=self.manifest.get("method"),
+            head_multiple=self.head_multiple,
+        )
         self.facts = self.config["dsprune"]
         params = dict(surviving(structure, selection))
         shapes = {name: compact_shape(param, selection) for name, param in params.items()}

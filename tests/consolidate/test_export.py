@@ -14,7 +14,7 @@ from dsprune.errors import CheckpointError, ConfigError, OutputError
 from dsprune.structure import Selection
 from tests.helpers.checkpoints import save_run
 from tests.helpers.models import tiny_batch
-from tests.helpers.settings import ROWS
+from tests.helpers.settings import BLOCKS, ROWS
 from tests.helpers.training import Setup
 
 pytestmark = pytest.mark.dist
@@ -54,6 +54,13 @@ def test_twice_gives_the_same_bytes(run, tmp_path):
         assert path.read_bytes() == (tmp_path / "b" / path.name).read_bytes(), path.name
 
 
+def test_heads_are_padded_to_the_multiple_that_was_asked_for(run, tmp_path):
+    consolidate(run, tmp_path / "out", head_multiple=16)
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["dsprune"]["head_multiple"] == 16
+    with pytest.raises(ConfigError, match="give 1 or more"):
+        consolidate(run, tmp_path / "other", head_multiple=0)
+
+
 LOAD_ELSEWHERE = """
 import sys
 assert "dsprune" not in sys.modules
@@ -75,8 +82,11 @@ with torch.no_grad():
 """
 
 
-def test_it_loads_and_saves_where_dsprune_is_not_installed(run, tmp_path):
-    consolidate(run, tmp_path / "out")
+@pytest.mark.parametrize("row", [*ROWS, BLOCKS], ids=lambda row: row.name)
+def test_it_loads_and_saves_where_dsprune_is_not_installed(row, tmp_path):
+    save_run(Setup(row, stage=2), 1, tmp_path / "run")
+    report = consolidate(tmp_path / "run", tmp_path / "out")
+    assert report.parameters == sum(p.numel() for p in load_compact(tmp_path / "out").parameters())
     batch = tiny_batch()
     save_file(batch, tmp_path / "batch.safetensors")
     paths = [tmp_path / name for name in ("out", "batch.safetensors", "logits.pt", "again")]
