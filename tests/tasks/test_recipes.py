@@ -88,3 +88,13 @@ def test_grain_prunes_all_tasks_alike(name: str) -> None:
     assert distill.teacher_layers == tuple(range(0, 13, 2))
     assert config.recover.duration == Duration(0, "steps")
     assert config.output == f"runs/grain_{name}"
+
+
+@pytest.mark.parametrize("name", ["mnli", "qqp", "squad", "sst2"])
+def test_mlpruning_has_both_steps_as_published(name: str) -> None:
+    config = recipe(name, "mlpruning")
+    assert build_task(config.task, config.data, seed=config.seed).name == name
+    assert (config.method.name, config.method.options.lr, config.method.options.init) == ("mlpruning", 0.01, 10.0)
+    assert (config.prune.target, config.prune.duration) == (0.5, Duration(20, "epochs"))
+    assert (config.blocks.target, config.blocks.duration) == (0.6, Duration(20, "epochs"))
+    assert (config.distill.attentions, config.distill.projection) == (0.9, "none")
