@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.helpers.folders import tiny_recipe
+from tests.helpers.folders import METHODS, tiny_recipe
 
 ROOT = Path(__file__).parents[2]
 pytestmark = pytest.mark.gpu
@@ -21,10 +21,11 @@ def _dsprune(*words):
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600, check=False)
 
 
+@pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
 @pytest.mark.parametrize("stage", [2, 3])
-def test_a_run_on_one_gpu(tmp_path, stage, precision):
-    recipe = tiny_recipe(tmp_path)
+def test_a_run_on_one_gpu(tmp_path, stage, precision, method):
+    recipe = tiny_recipe(tmp_path, method=method)
     done = _dsprune("train", recipe, f"deepspeed.student=zero{stage}_{precision}", "deepspeed.teacher=teacher")
     assert done.returncode == 0, done.stderr
     report = json.loads((tmp_path / "run" / "report.json").read_text())
