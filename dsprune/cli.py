@@ -35,7 +35,9 @@ examples:
 """
 TRAIN_EPILOG = """\
 Any key of a recipe can be overridden; values are TOML, bare words are strings. Recipes: {recipes}
-Exit codes: 0 done, 64 configuration, 65 data or architecture, 66 numerics, 73 cannot write, 74 checkpoint, 70 bug.
+Exit codes: 0 done, 64 configuration, 65 data or architecture, 66 numerics, 69 a rank was lost,
+73 cannot write, 74 checkpoint, 75 stopped on request (start again to go on), 70 bug.
+To stop: SIGTERM, SIGINT, SIGUSR1, SIGUSR2, or a file named STOP in the run folder.
 """
 
 

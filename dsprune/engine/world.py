@@ -59,14 +59,13 @@ class World:
             dist.all_reduce(tensor)
         return tensor
 
-    @contextmanager
-    def together(self, doing: str) -> Iterator[None]:
-        """A step that all ranks take, or none: any rank's error becomes every rank's. Collective."""
-        error: Exception | None = None
-        try:
-            yield
-        except Exception as caught:
-            error = caught
+    def agree(self, doing: str, error: Exception | None) -> None:
+        """Any rank's error becomes every rank's. Collective: all ranks must call.
+
+        Raises:
+            DspruneError: of the class of the first rank that failed, naming the ranks; a rank whose error
+                is none of ours raises that itself, for its traceback.
+        """
         told = self.gather(None if error is None else (type(error), str(error)))
         failed = {rank: report for rank, report in enumerate(told) if report is not None}
         if not failed:
@@ -78,6 +77,16 @@ class World:
             raise DspruneError(f"{doing}: rank {first} failed: {kind.__name__}: {message}")
         where = "" if len(failed) == self.size else f" (on rank {', '.join(map(str, failed))})"
         raise kind(f"{message}{where}") from error
+
+    @contextmanager
+    def together(self, doing: str) -> Iterator[None]:
+        """A step that all ranks take, or none: `agree` on how the block ended. Collective: all ranks must call."""
+        error: Exception | None = None
+        try:
+            yield
+        except Exception as caught:
+            error = caught
+        self.agree(doing, error)
 
 
 def _free_port() -> int:
