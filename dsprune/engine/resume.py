@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import json
-import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -22,7 +21,8 @@ from dsprune.errors import CheckpointError, ConfigError, OutputError
 
 __all__ = ["Restored", "check_drift", "find_newest", "restore"]
 
-logger = logging.getLogger(__name__)
+Say = Callable[[str], None]
+"""Tells people, once and not on every rank."""
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class Restored:
     tensors: dict[str, Tensor]
 
 
-def find_newest(store: CheckpointStore, policy: Literal["auto", "must", "never"]) -> Path | None:
+def find_newest(store: CheckpointStore, policy: Literal["auto", "must", "never"], say: Say) -> Path | None:
     """The newest checkpoint of which every file is what was written; None where a stage may begin. Collective.
 
     Newer ones that are damaged are set aside under another name, and said so.
@@ -47,14 +47,14 @@ def find_newest(store: CheckpointStore, policy: Literal["auto", "must", "never"]
         notes = store.tidy() if store.world.is_main else []
     names = store.world.broadcast([path.name for path in store.named()] if store.world.is_main else None)
     for note in notes:
-        logger.warning("%s: %s", store.folder, note)
+        say(f"{store.stage}: {note}")
     if names and policy == "never":
         raise OutputError(f"{store.folder} holds checkpoints, and checkpoint.resume = 'never': choose another output=")
     damaged: dict[str, str] = {}
     for name in reversed(names):
         reason = _damage(store, store.folder / name)
         if reason is None:
-            _set_aside(store, damaged)
+            _set_aside(store, damaged, say)
             return store.folder / name
         damaged[name] = reason
     if damaged:
@@ -77,11 +77,11 @@ def _damage(store: CheckpointStore, path: Path) -> str | None:
     return None
 
 
-def _set_aside(store: CheckpointStore, damaged: Mapping[str, str]) -> None:
+def _set_aside(store: CheckpointStore, damaged: Mapping[str, str], say: Say) -> None:
     """A damaged checkpoint must not stand where the run will save again."""
     with store.world.together("setting damaged checkpoints aside"):
         for name, reason in damaged.items():
-            logger.warning("damaged checkpoint, going back to the one before: %s", reason)
+            say(f"{store.stage}: damaged checkpoint, going back to the one before: {reason}")
             if store.world.is_main:
                 path, count = store.folder / f"damaged-{name}", 1
                 while path.exists():
@@ -89,7 +89,9 @@ def _set_aside(store: CheckpointStore, damaged: Mapping[str, str]) -> None:
                 (store.folder / name).rename(path)
 
 
-def restore(path: Path, store: CheckpointStore, engine: Any, replica: Replica | None, *, reshard: bool) -> Restored:
+def restore(
+    path: Path, store: CheckpointStore, engine: Any, replica: Replica | None, *, reshard: bool, say: Say
+) -> Restored:
     """Load a verified checkpoint into engine and replica. Collective: all ranks must call.
 
     Raises:
@@ -104,20 +106,20 @@ def restore(path: Path, store: CheckpointStore, engine: Any, replica: Replica | 
             with only_weights(engine):
                 engine.load_checkpoint(str(path), tag=TAG, load_lr_scheduler_states=False)
         elif reshard:
-            logger.warning(
-                "converting %s: saved by %d rank(s) at ZeRO stage %d in %s, going on with %d at stage %d in %s",
-                *(path, *theirs, *ours),
-            )
+            say(f"{store.stage}: converting {path}: saved by {_shape(*theirs)}, going on with {_shape(*ours)}")
             load_elastic(engine, path / TAG, state["engine"])
         else:
             raise CheckpointError(
-                f"{path} was saved by {theirs[0]} rank(s) at ZeRO stage {theirs[1]} in {theirs[2]}, this launch has "
-                f"{ours[0]} at stage {ours[1]} in {ours[2]}, and checkpoint.reshard is off"
+                f"{path} was saved by {_shape(*theirs)}, this launch has {_shape(*ours)}, and checkpoint.reshard is off"
             )
         if replica is not None:
             replica.load(str(path / "replica.safetensors"))
     tensors = path / "state.safetensors"
     return Restored(path, state, load_file(str(tensors)) if tensors.exists() else {})
+
+
+def _shape(world_size: int, zero_stage: int, precision: str) -> str:
+    return f"{world_size} rank(s) at ZeRO stage {zero_stage} in {precision}"
 
 
 def check_drift(theirs: Mapping[str, Any], ours: Mapping[str, Any], allowed: Sequence[str], path: Path) -> None:

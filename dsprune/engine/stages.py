@@ -361,12 +361,12 @@ class Run:
 
     def _resume(self, trainer: Trainer, store: CheckpointStore) -> Restored | None:
         config = self.config.checkpoint
-        newest = find_newest(store, config.resume)
+        newest = find_newest(store, config.resume, self.journal.say)
         if newest is None:
             return None
         state = json.loads((newest / "state.json").read_text(encoding="utf-8"))
         check_drift(state["settings"], self._trained_with(trainer), config.allow_drift, newest)
-        return restore(newest, store, trainer.engine, trainer.replica, reshard=config.reshard)
+        return restore(newest, store, trainer.engine, trainer.replica, reshard=config.reshard, say=self.journal.say)
 
     def _trained_with(self, trainer: Trainer) -> dict[str, Any]:
         """What must not change between a checkpoint and the run that goes on from it."""

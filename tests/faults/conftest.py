@@ -10,6 +10,12 @@ from tests.helpers.runs import execute, ground, words
 from tests.helpers.world import run_world
 
 
+@pytest.fixture(autouse=True)
+def little_patience(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Who was killed has no last words to wait for, and these tests kill a lot."""
+    monkeypatch.setattr("dsprune.engine.status.PATIENCE_SECONDS", 1.0)
+
+
 @pytest.fixture(scope="session")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return ground(tmp_path_factory.mktemp("ground"))
