@@ -105,7 +105,7 @@ def _place(name: str, value: Tensor, wrong: Tensor) -> str:
     index = [int(i) for i in wrong.nonzero()[0]]
     layered = len(index) > 1 or name in ("attn", "ffn")
     spot = [f"layer {index[0]}", *(f"unit {i}" for i in index[1:])] if layered else [f"unit {i}" for i in index]
-    return f"'{name}' at {', '.join(spot) or 'its only value'} is {float(value[tuple(index)]):g}"
+    return f"'{name}' at {', '.join(spot) or 'its only value'} is {float(value.detach()[tuple(index)]):g}"
 
 
 def check_before_commit(trainer: Trainer, step: int) -> None:

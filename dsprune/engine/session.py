@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 from pathlib import Path
 from types import TracebackType
 
@@ -14,9 +15,15 @@ from dsprune.engine.stages import Run
 from dsprune.engine.status import Failures, RunLock, Status, lost_a_peer
 from dsprune.engine.stop import Stop, seconds_left
 from dsprune.engine.world import World
-from dsprune.errors import DspruneError, OutputError, Preempted
+from dsprune.errors import OutputError, Preempted
 
 __all__ = ["Session"]
+
+DISK_TROUBLE = frozenset(
+    {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.ESTALE}
+    | {errno.ENOENT, errno.ENOTDIR}
+)
+"""What the system says where a folder cannot be written any more, which is no bug of ours."""
 
 
 class Session:
@@ -102,6 +109,9 @@ class Session:
         if lost_a_peer(error):
             assert isinstance(error, Exception)
             return self.failures.explain(error, where)
-        if not isinstance(error, DspruneError):
-            self.failures.report(error)
-        return error
+        told: BaseException = error
+        if isinstance(error, OSError) and error.errno in DISK_TROUBLE:
+            told = OutputError(f"{where}: {error.strerror}: {error.filename or self.folder}")
+        if not isinstance(error, Preempted):
+            self.failures.report(told)
+        return told

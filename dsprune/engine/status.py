@@ -10,9 +10,11 @@ import json
 import os
 import socket
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from dsprune import errors
 from dsprune.engine.journal import write_json
 from dsprune.errors import DspruneError, OutputError, PeerLostError
 
@@ -31,6 +33,7 @@ def _identity() -> dict[str, Any]:
         "pid": os.getpid(),
         "started": _start_time(os.getpid()),
         "job": os.environ.get("SLURM_JOB_ID"),
+        "restart": os.environ.get("SLURM_RESTART_COUNT"),
     }
 
 
@@ -68,9 +71,8 @@ class Status:
     def write(self, state: str, **facts: Any) -> None:
         if not self.active:
             return
-        restarts = os.environ.get("SLURM_RESTART_COUNT")
         place = {"stage": self.stage, "step": self.step}
-        entry = {"state": state, **place, **facts, **_identity(), "restarts": restarts, "written": time.time()}
+        entry = {"state": state, **place, **facts, **_identity(), "written": time.time()}
         write_json(self.folder / STATUS_FILE, entry)
 
     def ended(self, error: BaseException) -> None:
@@ -116,11 +118,13 @@ class RunLock:
             where = f"process {holder['pid']} on {holder['host']}"
         except (OSError, ValueError, KeyError, TypeError):
             return  # its writer died between making and filling it
-        # A requeued job keeps its number, and SLURM does not run one job twice.
-        same_job = holder.get("job") is not None and holder.get("job") == os.environ.get("SLURM_JOB_ID")
-        here = holder["host"] == socket.gethostname()
+        ours = _identity()
+        # A requeued job keeps its number, and SLURM starts it anew only when all of it has ended.
+        requeued = holder.get("job") is not None and holder["job"] == ours["job"]
+        requeued = requeued and holder.get("restart") != ours["restart"]
+        here = holder["host"] == ours["host"]
         gone = here and _start_time(int(holder["pid"])) != holder.get("started")
-        if gone or same_job:
+        if gone or requeued:
             return
         raise OutputError(
             f"{self.path.parent} is in use by {where}: wait for it, choose another output=, or remove {self.path} if "
@@ -128,9 +132,11 @@ class RunLock:
         )
 
     def release(self) -> None:
+        """Give the lock back; one that cannot be removed is taken over by the next launch, its holder being gone."""
         if self._held:
-            self.path.unlink(missing_ok=True)
             self._held = False
+            with suppress(OSError):
+                self.path.unlink(missing_ok=True)
 
 
 class Failures:
@@ -160,6 +166,9 @@ class Failures:
         while time.monotonic() < deadline:
             for path in sorted(self.folder.glob("rank*.json")):
                 words = json.loads(path.read_text(encoding="utf-8"))
+                kind = getattr(errors, words["kind"], None)
+                if kind is not None:
+                    return kind(f"{words['message']} (on rank {words['rank']})")  # type: ignore[no-any-return]
                 return DspruneError(f"{doing}: rank {words['rank']} failed: {words['kind']}: {words['message']}")
             time.sleep(0.1)
         reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
@@ -172,5 +181,5 @@ class Failures:
 def lost_a_peer(error: BaseException) -> bool:
     """Whether an error is that of a collective whose other end is gone."""
     text = str(error)
-    signs = ("Connection closed", "Connection reset", "Broken pipe", "Timed out", "timed out", "timeout", "NCCL")
+    signs = ("gloo", "NCCL", "Connection closed", "Connection reset", "Broken pipe", "Timed out", "timed out")
     return isinstance(error, RuntimeError) and any(sign in text for sign in signs)

@@ -127,7 +127,8 @@ LOCKS = {
     "its process is gone": ({"pid": 2**22 - 1, "started": "1"}, True),
     "its number was given to another process": ({"pid": os.getpid(), "started": "1"}, True),
     "half written": (None, True),
-    "the same job, requeued": ({"host": "elsewhere", "job": "17"}, True),
+    "the same job, requeued": ({"host": "elsewhere", "job": "17", "restart": None}, True),
+    "the same job, another step of it": ({"host": "elsewhere", "job": "17", "restart": "1"}, False),
     "another machine": ({"host": "elsewhere"}, False),
     "another job on another machine": ({"host": "elsewhere", "job": "18"}, False),
 }
@@ -137,6 +138,7 @@ LOCKS = {
 def test_f11_stale_locks(tmp_path, monkeypatch, case):
     holder, free = LOCKS[case]
     monkeypatch.setenv("SLURM_JOB_ID", "17")
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
     entry = {"host": socket.gethostname(), "pid": 1, "started": "1", "job": None}
     (tmp_path / "LOCK").write_text("{" if holder is None else json.dumps(entry | holder))
     lock = RunLock(tmp_path)
