@@ -1,4 +1,4 @@
-"""The command line: `dsprune train | consolidate | bench | inspect`, and `deepspeed dsprune/train.py`."""
+"""The command line: `dsprune train | consolidate | bench | status | compare | inspect`, and `deepspeed dsprune/train.py`."""
 
 from __future__ import annotations
 
@@ -188,6 +188,27 @@ def _bench(options: argparse.Namespace) -> int:
     return 0
 
 
+def _status(options: argparse.Namespace) -> int:
+    from dsprune.engine.status import read_status
+    from dsprune.engine.supervise import verdict
+
+    status = read_status(Path(options.run_folder))
+    if status.get("written", 0.0) < options.since:
+        print(f"{options.run_folder}: no launch has come to write a status{' since then' if options.since else ''}")
+        return DspruneError.exit_code
+    place = f"stage {status['stage']}, step {status['step']}" if status["stage"] else "before the first stage"
+    reason = f": {status['reason']}" if "reason" in status else ""
+    print(f"{options.run_folder}: {status['state']}, {place}{reason}")
+    return verdict(status, 0, options.since)
+
+
+def _compare(options: argparse.Namespace) -> int:
+    from dsprune.measure.comparison import compare_runs
+
+    print(compare_runs([Path(run) for run in options.runs], plot=options.plot))
+    return 0
+
+
 def _inspect(options: argparse.Namespace) -> int:
     from dsprune.measure.inspection import describe_compact, describe_spaces, inspect_config, inspect_dense
 
@@ -243,6 +264,27 @@ def _parser() -> argparse.ArgumentParser:
     bench.add_argument("--warmup", type=int, default=3, help="untimed runs first (3)")
     bench.add_argument("--json", type=Path, help="also write the figures here")
     bench.set_defaults(run=_bench)
+
+    status = commands.add_parser(
+        "status",
+        help="how a run stands or ended, as an exit code, too",
+        description="Reads status.json of a run folder. Exit codes as of training; 69 where a run neither ended nor "
+        "goes on.",
+    )
+    status.add_argument("run_folder", help="folder of a run")
+    status.add_argument(
+        "--since", type=float, default=0.0, help="only of a launch after this time (seconds since 1970)"
+    )
+    status.set_defaults(run=_status)
+
+    compare = commands.add_parser(
+        "compare",
+        help="finished runs in one table, with their Pareto front",
+        description="Reads report.json of each run folder; those that have none are listed as unfinished.",
+    )
+    compare.add_argument("runs", nargs="+", help="run folders")
+    compare.add_argument("--plot", type=Path, help="draw metric against size into this PNG")
+    compare.set_defaults(run=_compare)
 
     inspect = commands.add_parser(
         "inspect",

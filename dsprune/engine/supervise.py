@@ -14,12 +14,13 @@ import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import FrameType
+from typing import Any
 
 from dsprune.engine.status import read_status
 from dsprune.engine.stop import SIGNALS, STOP_FILE
 from dsprune.errors import DspruneError, OutputError, PeerLostError, Preempted
 
-__all__ = ["supervise"]
+__all__ = ["supervise", "verdict"]
 
 GRACE_SECONDS = 5.0
 """Between asking what is left of a launch to end, and ending it."""
@@ -62,7 +63,7 @@ def supervise(command: Sequence[str], environment: Mapping[str, str], folder: Pa
         _end_group(process.pid)
         for number, handler in before.items():
             signal.signal(number, handler)
-    return _verdict(folder, code, began)
+    return verdict(read_status(folder), code, began)
 
 
 def _end_group(group: int) -> None:
@@ -81,9 +82,14 @@ def _end_group(group: int) -> None:
         time.sleep(0.1)
 
 
-def _verdict(folder: Path, code: int, began: float) -> int:
-    """How the run ended, by its status; by the launcher's code where the run never came to write one."""
-    status = read_status(folder)
+def verdict(status: Mapping[str, Any], code: int, began: float) -> int:
+    """Exit code of a run.
+
+    Args:
+        status: as `read_status` gives it.
+        code: the launcher's, for a run that never came to write a status.
+        began: when it was launched, in seconds since 1970; an older status says nothing.
+    """
     if status.get("written", 0.0) < began:
         return code if code > 0 else DspruneError.exit_code
     if status["state"] == "done":

@@ -16,7 +16,7 @@ import torch._dynamo  # before any model is built under ZeRO-3, whose patched co
 import torch.distributed as dist
 
 from dsprune.engine.requirements import quiet_import
-from dsprune.errors import DspruneError
+from dsprune.errors import ConfigError, DspruneError
 
 deepspeed = quiet_import()
 
@@ -96,7 +96,14 @@ def _free_port() -> int:
 
 
 def start_world(timeout_minutes: float = 30.0) -> World:
-    """Join the process group that the launcher describes, or make one of a single process."""
+    """Join the process group that the launcher describes, or make one of a single process.
+
+    Args:
+        timeout_minutes: how long a rank waits for the others, here and in every collective.
+
+    Raises:
+        ConfigError: the ranks cannot meet: the port is taken, or some of them never came.
+    """
     if "RANK" not in os.environ:
         os.environ.update(
             RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(_free_port())
@@ -105,6 +112,14 @@ def start_world(timeout_minutes: float = 30.0) -> World:
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     if accelerator.device_name() != "cpu":
         accelerator.set_device(local_rank)
-    deepspeed.init_distributed(timeout=datetime.timedelta(minutes=timeout_minutes), verbose=False)
+    try:
+        deepspeed.init_distributed(timeout=datetime.timedelta(minutes=timeout_minutes), verbose=False)
+    except (dist.DistNetworkError, dist.DistStoreError) as error:
+        where = f"{os.environ.get('MASTER_ADDR')}, port {os.environ.get('MASTER_PORT')}"
+        reason = str(error).strip().splitlines()[0]
+        raise ConfigError(
+            f"the ranks cannot meet at {where}: {reason}: the port is taken or not all ranks came; give another one "
+            "(--master_port, MASTER_PORT)"
+        ) from error
     device = torch.device(accelerator.device_name(local_rank) if accelerator.device_name() != "cpu" else "cpu")
     return World(rank=dist.get_rank(), size=dist.get_world_size(), device=device)
