@@ -1,4 +1,4 @@
-"""The command line: `dsprune train | consolidate | bench | status | compare | inspect`, and `deepspeed dsprune/train.py`."""
+"""The command line: `dsprune train | consolidate | bench | compare | status | inspect`, and what a rank runs."""
 
 from __future__ import annotations
 

@@ -72,10 +72,10 @@ start_ranks() {
         body=be_launcher
         per_node=(--ntasks="$SLURM_JOB_NUM_NODES" --ntasks-per-node=1 --cpu-bind=none)
     fi
-    export MASTER_PORT=${MASTER_PORT:-$((20000 + (SLURM_JOB_ID * 7 + ${SLURM_RESTART_COUNT:-0}) % 20000))}
     # Ranks hear of a signal by the STOP file; srun itself would die of it.
     (
         trap '' USR1 USR2
+        export MASTER_PORT=${MASTER_PORT:-$((20000 + (SLURM_JOB_ID * 7 + ${SLURM_RESTART_COUNT:-0}) % 20000))}
         exec srun --kill-on-bad-exit=0 --wait=120 "${per_node[@]}" \
             bash -c "$meet; source '$DSPRUNE_HOME/slurm/lib.sh'; $body \"\$@\"" "$body" "$@"
     ) &
@@ -162,7 +162,7 @@ three_phases() {
         train)
             train "$folder" "$recipe" "${settings[@]}" 'stages=["teacher", "prune"]' || exit
             next_phase consolidate --nodes=1 --ntasks=1 --ntasks-per-node=1 --gpus-per-node=0 \
-                "$script" "$task" "$method" "$target" "$@"
+                --cpus-per-task="${SLURM_CPUS_PER_TASK:-1}" "$script" "$task" "$method" "$target" "$@"
             ;;
         consolidate)
             # One process without GPUs: what the engines would run on does not matter, half precision would be refused.
@@ -185,5 +185,8 @@ next_phase() {
     local phase=$1
     shift
     export DSPRUNE_PHASE=$phase LIKE_FIRST=${LIKE_FIRST:-$(like_this_job | tr '\n' ' ')}
-    say "next: $phase, job $(sbatch --parsable --chdir="$PWD" --dependency="afterok:$SLURM_JOB_ID" --export=ALL "$@")"
+    local after=$SLURM_JOB_ID clean=() name
+    # What SLURM told this job must not be taken for the next one's own.
+    for name in $(compgen -e SLURM_ | grep -v '^SLURM_CONF$'); do clean+=(-u "$name"); done
+    say "next: $phase, job $(cd "$SLURM_SUBMIT_DIR" && env "${clean[@]}" sbatch --parsable --dependency="afterok:$after" "$@")"
 }
