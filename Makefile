@@ -8,9 +8,11 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 RANKS ?= $(shell $(BIN)/python -c "import torch; print(torch.cuda.device_count() or 2)")
+# Random kills of `make test-faults`; SEED=... repeats a campaign.
+KILLS ?= 200
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: demo test test-slow test-gpu check format clean
+.PHONY: demo test test-slow test-faults test-slurm test-gpu check format clean
 
 $(READY): pyproject.toml
 	@$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 11))" || { echo "error: dsprune needs Python 3.11 or newer; set PYTHON=..."; exit 1; }
@@ -28,6 +30,12 @@ test: $(READY)
 
 test-slow: $(READY)
 	$(BIN)/python -m pytest -m slow
+
+test-faults: $(READY)
+	$(BIN)/python -m pytest tests/faults -m "faults or not faults" --kills $(KILLS) $(if $(SEED),--kill-seed $(SEED))
+
+test-slurm: $(READY)
+	$(BIN)/python -m pytest tests/slurm -m slurm -s
 
 test-gpu: $(READY)
 	$(BIN)/python -m pytest -m gpu

@@ -1,4 +1,4 @@
-"""The command line: `dsprune train | consolidate | bench | inspect`, and `deepspeed dsprune/train.py`."""
+"""The command line: `dsprune train | consolidate | bench | compare | status | inspect`, and what a rank runs."""
 
 from __future__ import annotations
 
@@ -35,7 +35,9 @@ examples:
 """
 TRAIN_EPILOG = """\
 Any key of a recipe can be overridden; values are TOML, bare words are strings. Recipes: {recipes}
-Exit codes: 0 done, 64 configuration, 65 data or architecture, 66 numerics, 73 cannot write, 74 checkpoint, 70 bug.
+Exit codes: 0 done, 64 configuration, 65 data or architecture, 66 numerics, 69 a rank was lost,
+73 cannot write, 74 checkpoint, 75 stopped on request (start again to go on), 70 bug.
+To stop: SIGTERM, SIGINT, SIGUSR1, SIGUSR2, or a file named STOP in the run folder.
 """
 
 
@@ -219,6 +221,27 @@ def _sides(text: str) -> tuple[int, int]:
     return int(rows), int(columns)
 
 
+def _status(options: argparse.Namespace) -> int:
+    from dsprune.engine.status import read_status
+    from dsprune.engine.supervise import verdict
+
+    status = read_status(Path(options.run_folder))
+    if status.get("written", 0.0) < options.since:
+        print(f"{options.run_folder}: no launch has come to write a status{' since then' if options.since else ''}")
+        return DspruneError.exit_code
+    place = f"stage {status['stage']}, step {status['step']}" if status["stage"] else "before the first stage"
+    reason = f": {status['reason']}" if "reason" in status else ""
+    print(f"{options.run_folder}: {status['state']}, {place}{reason}")
+    return verdict(status, 0, options.since)
+
+
+def _compare(options: argparse.Namespace) -> int:
+    from dsprune.measure.comparison import compare_runs
+
+    print(compare_runs([Path(run) for run in options.runs], plot=options.plot))
+    return 0
+
+
 def _inspect(options: argparse.Namespace) -> int:
     from dsprune.measure.inspection import describe_compact, describe_spaces, inspect_config, inspect_dense
 
@@ -232,18 +255,18 @@ def _inspect(options: argparse.Namespace) -> int:
     return 0
 
 
-def _parser() -> argparse.ArgumentParser:
-    import dsprune
+Commands = Any
+"""What `add_subparsers` gives; argparse keeps its type to itself."""
 
-    parser = argparse.ArgumentParser(prog="dsprune", description="Structured pruning of transformers under DeepSpeed.")
-    parser.add_argument("--version", action="version", version=f"dsprune {dsprune.__version__}")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
+def _add_train(commands: Commands) -> None:
     train = commands.add_parser("train", help="run a recipe", parents=[_train_parser("dsprune train")], add_help=False)
     train.description, train.formatter_class = TRAIN_HELP, argparse.RawDescriptionHelpFormatter
     train.add_argument("--ranks", type=int, help="processes to start (default: the number of GPUs, or 1)")
     train.set_defaults(run=_train)
 
+
+def _add_consolidate(commands: Commands) -> None:
     consolidate = commands.add_parser(
         "consolidate",
         help="turn a checkpoint into a Hugging Face folder",
@@ -252,7 +275,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     consolidate.add_argument("source", help="a run folder, or one checkpoint of it (step-...)")
     consolidate.add_argument("out", help="folder to write; must not exist or be empty")
-    consolidate.add_argument("--stage", choices=["teacher", "prune", "recover"], help="which stage of a run (prune)")
+    consolidate.add_argument(
+        "--stage", choices=["teacher", "prune", "recover", "blocks"], help="which stage of a run (prune)"
+    )
     consolidate.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"])
     consolidate.add_argument(
         "--head-multiple",
@@ -264,6 +289,8 @@ def _parser() -> argparse.ArgumentParser:
     consolidate.add_argument("--skip-hashes", action="store_true", help="check file sizes only, not their hashes")
     consolidate.set_defaults(run=_consolidate)
 
+
+def _add_bench(commands: Commands) -> None:
     bench = commands.add_parser(
         "bench",
         help="latency and throughput of two models side by side",
@@ -289,6 +316,33 @@ def _parser() -> argparse.ArgumentParser:
     bench.add_argument("--json", type=Path, help="also write the figures here")
     bench.set_defaults(run=_bench)
 
+
+def _add_status(commands: Commands) -> None:
+    status = commands.add_parser(
+        "status",
+        help="how a run stands or ended, as an exit code, too",
+        description="Reads status.json of a run folder. Exit codes as of training; 69 where a run neither ended nor "
+        "goes on.",
+    )
+    status.add_argument("run_folder", help="folder of a run")
+    status.add_argument(
+        "--since", type=float, default=0.0, help="only of a launch after this time (seconds since 1970)"
+    )
+    status.set_defaults(run=_status)
+
+
+def _add_compare(commands: Commands) -> None:
+    compare = commands.add_parser(
+        "compare",
+        help="finished runs in one table, with their Pareto front",
+        description="Reads report.json of each run folder; those that have none are listed as unfinished.",
+    )
+    compare.add_argument("runs", nargs="+", help="run folders")
+    compare.add_argument("--plot", type=Path, help="draw metric against size into this PNG")
+    compare.set_defaults(run=_compare)
+
+
+def _add_inspect(commands: Commands) -> None:
     inspect = commands.add_parser(
         "inspect",
         help="what can be pruned in a model, or what was kept",
@@ -296,6 +350,16 @@ def _parser() -> argparse.ArgumentParser:
     )
     inspect.add_argument("source", help="model folder, hub id, or run folder")
     inspect.set_defaults(run=_inspect)
+
+
+def _parser() -> argparse.ArgumentParser:
+    import dsprune
+
+    parser = argparse.ArgumentParser(prog="dsprune", description="Structured pruning of transformers under DeepSpeed.")
+    parser.add_argument("--version", action="version", version=f"dsprune {dsprune.__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for add in (_add_train, _add_consolidate, _add_bench, _add_status, _add_compare, _add_inspect):
+        add(commands)
     return parser
 
 

@@ -262,8 +262,26 @@ class CheckpointConfig(Section):
 
     every: DurationField = Duration(1, "epochs")
     """How often to save while pruning and recovering."""
-    keep: int = Field(2, ge=1)
-    """How many checkpoints of a stage to keep."""
+    keep: int = Field(2, ge=2)
+    """How many checkpoints of a stage to keep: the newest, and at least one more to fall back to."""
+    resume: Literal["auto", "must", "never"] = "auto"
+    """What to do with checkpoints of a stage: go on from the newest that is whole (auto), likewise and refuse to begin
+    at step 0 (must), or refuse a folder that holds any (never)."""
+    reshard: bool = True
+    """Go on from a checkpoint of another number of ranks or ZeRO stage, converting it while it is read."""
+    allow_drift: tuple[str, ...] = ()
+    """Keys of the recipe that may differ from those that the checkpoint was trained with, such as `prune.lr`."""
+
+
+class ClusterConfig(Section):
+    """Living on a shared machine: limits and time-outs."""
+
+    time_limit_minutes: float | None = Field(None, gt=0)
+    """Stop in time, with a checkpoint, this long after the launch; under SLURM, before the end of the job as well."""
+    margin_minutes: float = Field(5.0, ge=0)
+    """How long before the end of a SLURM job to stop: more than a step, an evaluation batch and a save together."""
+    timeout_minutes: float = Field(30.0, gt=0)
+    """How long a rank waits for the others before it takes them for lost."""
 
 
 class LogConfig(Section):
@@ -310,6 +328,7 @@ class RunConfig(Section):
     deepspeed: DeepSpeedConfig = DeepSpeedConfig()
     eval: EvalConfig = EvalConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
+    cluster: ClusterConfig = ClusterConfig()
     log: LogConfig = LogConfig()
 
     @model_validator(mode="after")

@@ -5,6 +5,9 @@ A message is one line: what was given, where, and how to mend it.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 __all__ = [
     "ArchitectureError",
     "CheckpointError",
@@ -13,6 +16,8 @@ __all__ = [
     "DspruneError",
     "NumericsError",
     "OutputError",
+    "PeerLostError",
+    "Preempted",
 ]
 
 
@@ -48,9 +53,22 @@ class ArchitectureError(DspruneError):
 
 
 class NumericsError(DspruneError):
-    """Losses or gates that are not finite, or replicas that drifted apart. Exit code 66."""
+    """Losses, gates or weights that are not finite, or replicas that drifted apart. Exit code 66.
+
+    `details` are what a person needs to find the cause: JSON values, written beside the run.
+    """
 
     exit_code = 66
+
+    def __init__(self, message: str, details: Mapping[str, Any] | None = None) -> None:
+        super().__init__(message)
+        self.details = dict(details or {})
+
+
+class PeerLostError(DspruneError):
+    """Another rank is gone (killed, hung, its node down): start again, and the run goes on. Exit code 69."""
+
+    exit_code = 69
 
 
 class OutputError(DspruneError):
@@ -63,3 +81,9 @@ class CheckpointError(DspruneError):
     """A checkpoint that is incomplete, damaged, or of another model. Exit code 74."""
 
     exit_code = 74
+
+
+class Preempted(DspruneError):
+    """The run was asked to stop and did, its state saved: start it again, and it goes on. Exit code 75."""
+
+    exit_code = 75

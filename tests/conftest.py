@@ -12,6 +12,12 @@ import pytest
 import torch
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    group = parser.getgroup("faults")
+    group.addoption("--kills", type=int, default=12, help="random kills of the campaign")
+    group.addoption("--kill-seed", type=int, default=None, help="replay the campaign of this seed")
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Tests marked `gpu` skip where there is none."""
     if torch.cuda.is_available():

@@ -3,22 +3,30 @@
 from dsprune.consolidate import modeling_dsprune
 from dsprune.consolidate.compact import EMBEDDING_RANK, apply_blocks, apply_selection, kept_heads, load_compact
 from dsprune.consolidate.export import ConsolidationReport, consolidate, open_checkpoint
-from dsprune.consolidate.manifest import find_checkpoint, read_manifest
+from dsprune.consolidate.manifest import FORMAT, check_files, find_checkpoint, read_manifest, render_manifest, sha256
 from dsprune.consolidate.modeling_dsprune import factor_embedding
+from dsprune.consolidate.shards import ShardedTensors, open_moments, open_shards
 
 # With dsprune imported, compact folders load through the Auto classes without `trust_remote_code`.
 modeling_dsprune.register()
 
 __all__ = [
     "EMBEDDING_RANK",
+    "FORMAT",
     "ConsolidationReport",
+    "ShardedTensors",
     "apply_blocks",
     "apply_selection",
+    "check_files",
     "consolidate",
     "factor_embedding",
     "find_checkpoint",
     "kept_heads",
     "load_compact",
     "open_checkpoint",
+    "open_moments",
+    "open_shards",
     "read_manifest",
+    "render_manifest",
+    "sha256",
 ]

@@ -152,6 +152,18 @@ def consolidate(
     )
 
 
+def _sweep(out: Path) -> None:
+    """Put right what an export that was killed left beside `out`: half a folder, or `out` between two renames."""
+    for path in out.parent.glob(f".{out.name}.*-*"):
+        kind, _, pid = path.name.removeprefix(f".{out.name}.").partition("-")
+        if kind not in ("tmp", "old") or not pid.isdigit() or Path(f"/proc/{pid}").exists():
+            continue
+        if kind == "old" and not out.exists():
+            path.rename(out)
+        else:
+            shutil.rmtree(path)
+
+
 @contextmanager
 def _written_aside(out: Path, *, force: bool) -> Iterator[Path]:
     """A sibling folder to write into, renamed to `out` at the end and removed on failure."""
@@ -162,6 +174,7 @@ def _written_aside(out: Path, *, force: bool) -> Iterator[Path]:
     scratch = out.with_name(f".{out.name}.tmp-{os.getpid()}")
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
+        _sweep(out)
         scratch.mkdir()
     except OSError as error:
         raise OutputError(f"cannot write to {out.parent}: {error.strerror}") from error

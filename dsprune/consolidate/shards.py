@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,9 +20,11 @@ from torch import Tensor
 
 from dsprune.errors import CheckpointError
 
-__all__ = ["ShardedTensors", "open_shards"]
+__all__ = ["MOMENTS", "ShardedTensors", "open_moments", "open_shards"]
 
 logger = logging.getLogger(__name__)
+MOMENTS = ("exp_avg", "exp_avg_sq")
+"""Adam's running averages, as optimizers name them."""
 
 
 class _Inert:
@@ -96,6 +98,19 @@ class ShardedTensors:
         flat = pieces[0] if len(pieces) == 1 else torch.cat(pieces)
         return flat[: math.prod(placed.shape)].view(placed.shape)
 
+    def read_flat(self, name: str, start: int, numel: int) -> Tensor:
+        """Values [start, start + numel) of a tensor, flattened: [numel] fp32, zeros past the tensor's end.
+
+        Raises:
+            CheckpointError: there is no such tensor.
+        """
+        if name not in self._placed:
+            raise CheckpointError(f"{self.source} holds no tensor '{name}'")
+        placed = self._placed[name]
+        held = max(0, min(numel, math.prod(placed.shape) - start))
+        pieces = [piece.float() for piece in _slices(placed.pieces, start, held)]
+        return torch.cat([*pieces, torch.zeros(numel - held)])
+
 
 def open_shards(folder: Path) -> ShardedTensors:
     """Open the folder that `engine.save_checkpoint` wrote for one tag.
@@ -113,6 +128,57 @@ def open_shards(folder: Path) -> ShardedTensors:
             f"{folder} does not hold what DeepSpeed saves ({type(error).__name__}: {error})"
         ) from error
     return ShardedTensors(placed, folder)
+
+
+def open_moments(folder: Path, groups: Sequence[Sequence[str]] = ()) -> tuple[dict[str, ShardedTensors], float]:
+    """Adam's moments of the same folder, laid out as the weights are, and the steps that Adam counted.
+
+    Args:
+        folder: what `engine.save_checkpoint` wrote for one tag.
+        groups: names of the optimizer's parameters, group by group; only stage 0 does not tell them itself.
+
+    Raises:
+        CheckpointError: as `open_shards`, or the optimizer is none of Adam's family.
+    """
+    models = sorted(folder.glob("*model_states.pt"), key=_rank)
+    partitions = sorted(folder.glob("*optim_states.pt"), key=_rank)
+    try:
+        model = _read(models[0])
+        shards = [_read(path)["optimizer_state_dict"] for path in partitions]
+        _check_ranks(folder, models, model, shards)
+        return _place_moments(folder, model, shards, groups)
+    except (KeyError, TypeError, AttributeError, ValueError, IndexError) as error:
+        raise CheckpointError(
+            f"{folder} does not hold the state of an Adam optimizer ({type(error).__name__}: {error})"
+        ) from error
+
+
+def _place_moments(
+    folder: Path, model: dict[str, Any], shards: list[dict[str, Any]], groups: Sequence[Sequence[str]]
+) -> tuple[dict[str, ShardedTensors], float]:
+    moments: dict[str, ShardedTensors] = {}
+    if not shards:
+        state = model["optimizer"]["state"]
+        names = [name for group in groups for name in group]
+        moments = {
+            moment: ShardedTensors({name: _whole(state[i][moment]) for i, name in enumerate(names)}, folder)
+            for moment in MOMENTS
+        }
+        return moments, float(state[0]["step"])
+    sharded = _is_stage3(shards)
+    states = [
+        _by_group(shard["optimizer_state_dict"]["state"] if sharded else shard["base_optimizer_state"]["state"])
+        for shard in shards
+    ]
+    for moment in MOMENTS:
+        parts = [[group[moment].flatten() for group in groups_of_rank] for groups_of_rank in states]
+        placed = _stage3_layout(model, parts) if sharded else _stage12_layout(model, shards, parts)
+        moments[moment] = ShardedTensors(placed, folder)
+    return moments, float(states[0][0]["step"])
+
+
+def _by_group(state: dict[int, dict[str, Any]]) -> list[dict[str, Any]]:
+    return [state[group] for group in sorted(state)]
 
 
 def _place(folder: Path, models: list[Path], partitions: list[Path]) -> dict[str, _Placed]:
@@ -172,10 +238,17 @@ def _whole(tensor: Tensor) -> _Placed:
 
 def _from_stage12(model: dict[str, Any], shards: list[dict[str, Any]]) -> dict[str, _Placed]:
     """Stages 1 and 2: each group is one flat vector, cut into equal parts over ranks."""
+    return _stage12_layout(model, shards, [shard["single_partition_of_fp32_groups"] for shard in shards])
+
+
+def _stage12_layout(
+    model: dict[str, Any], shards: list[dict[str, Any]], values: list[list[Tensor]]
+) -> dict[str, _Placed]:
+    """Where parameters lie in flat values, given by rank and group, that are cut as fp32 masters are."""
     placed: dict[str, _Placed] = {}
     paddings = shards[0].get("param_alignment_paddings")
     for group, shapes in enumerate(model["param_shapes"]):
-        parts = [shard["single_partition_of_fp32_groups"][group] for shard in shards]
+        parts = [of_rank[group] for of_rank in values]
         offset = 0
         for i, (name, shape) in enumerate(shapes.items()):
             numel = math.prod(shape)
@@ -188,16 +261,21 @@ def _from_stage12(model: dict[str, Any], shards: list[dict[str, Any]]) -> dict[s
 
 def _from_stage3(model: dict[str, Any], shards: list[dict[str, Any]]) -> dict[str, _Placed]:
     """Stage 3: every rank holds ceil(numel / ranks) of every parameter, one after the other."""
+    return _stage3_layout(model, [shard["fp32_flat_groups"] for shard in shards])
+
+
+def _stage3_layout(model: dict[str, Any], values: list[list[Tensor]]) -> dict[str, _Placed]:
+    """Where parameters lie in flat values, given by rank and group, that are cut as fp32 masters are."""
     placed: dict[str, _Placed] = {}
-    world_size, offset = len(shards), 0
+    world_size, offset = len(values), 0
     for shapes in model["param_shapes"]:
         for name, shape in shapes.items():
             numel = math.ceil(math.prod(shape) / world_size)
-            pieces = [piece for shard in shards for piece in _slices(shard["fp32_flat_groups"], offset, numel)]
+            pieces = [piece for of_rank in values for piece in _slices(of_rank, offset, numel)]
             placed[name] = _Placed(tuple(shape), pieces)
             offset += numel
-    for shard in shards:
-        _check_end(offset, sum(part.numel() for part in shard["fp32_flat_groups"]), slack=1)
+    for of_rank in values:
+        _check_end(offset, sum(part.numel() for part in of_rank), slack=1)
     return placed
 
 

@@ -68,16 +68,23 @@ class Batches:
         """Real tokens of one optimizer step, over all ranks."""
         return int(self.data.lengths[self.indices(step)].sum())
 
-    def micro_batch(self, step: int, micro_step: int) -> MicroBatch:
-        """This rank's micro-batch of a step."""
-        mine = micro_batch(
+    def examples(self, step: int) -> list[int]:
+        """This rank's examples of one optimizer step, by their place in the training split."""
+        parts = [self._mine(step, micro_step) for micro_step in range(self.plan.accumulation)]
+        return [int(index) for part in parts for index in part]
+
+    def _mine(self, step: int, micro_step: int) -> Tensor:
+        return micro_batch(
             self.indices(step),
             micro_step=micro_step,
             rank=self.world.rank,
             world_size=self.world.size,
             micro_batch_size=self.plan.micro,
         )
-        inputs, labels, token_index = to_device(self.data.collate(mine), self.world)
+
+    def micro_batch(self, step: int, micro_step: int) -> MicroBatch:
+        """This rank's micro-batch of a step."""
+        inputs, labels, token_index = to_device(self.data.collate(self._mine(step, micro_step)), self.world)
         shares = self.plan.world_size * self.plan.accumulation
         indices = self.indices(step)
         lengths = self.data.lengths[indices]

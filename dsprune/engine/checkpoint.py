@@ -1,37 +1,62 @@
 """Checkpoints: written aside by all ranks, hashed, and committed by one rename.
 
-A directory with a MANIFEST.json whose files are all there is a checkpoint; anything else is not, and
-is never read.
+A directory `step-N` with a MANIFEST.json whose files are all there is a checkpoint; anything else is
+not, and is never read. The order of things is what makes it safe: every rank's files are on disk before
+the manifest is written, the manifest before the directory gets its name, the name before anything older
+is removed.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
 import logging
 import os
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
 import dsprune
-from dsprune.consolidate import read_manifest
+from dsprune.consolidate import FORMAT, read_manifest, render_manifest, sha256
+from dsprune.engine.ds_config import engine_precision
+from dsprune.engine.ds_io import staying_in_step
 from dsprune.engine.journal import write_json
 from dsprune.engine.replica import Replica
 from dsprune.engine.world import World
 from dsprune.errors import CheckpointError, OutputError
 
-__all__ = ["CheckpointStore", "Snapshot", "sha256"]
+__all__ = ["POINTS", "TAG", "CheckpointStore", "Snapshot", "reached", "save_verification_batch"]
 
 logger = logging.getLogger(__name__)
-FORMAT = 1
 TAG = "student"
+"""Folder, within a checkpoint, that DeepSpeed writes."""
+POINTS = (
+    "begun",
+    "cleared",
+    "own shard written",
+    "all written",
+    "hashed",
+    "manifest written",
+    "committed",
+    "retiring",
+    "done",
+)
+"""What a save passes through, in this order, on every rank."""
+HEADROOM = 1.1
+"""A checkpoint may be so many times as large as the last one."""
+BYTES_PER_PARAMETER = 16
+"""Of a first checkpoint, at most: weights, fp32 masters and two moments."""
+DISK_FULL_SIGNS = ("iostream", "unexpected pos", "file write failed", "PytorchStreamWriter", "No space left")
+"""What torch says where the system said that the disk is full."""
+
+
+def reached(point: str) -> None:
+    """Does nothing. A save calls it at each of `POINTS`, where tests cut it off."""
 
 
 @dataclass
@@ -45,6 +70,7 @@ class Snapshot:
         score: the evaluation metric that picks the best checkpoint, if one was just measured.
         describe: writes the model's own files (configuration, tokenizer, selection, a batch to
             verify on, figures) into the directory; called on rank 0 only.
+        provenance: where model and data came from, for the manifest.
     """
 
     step: int
@@ -52,12 +78,7 @@ class Snapshot:
     tensors: Mapping[str, Tensor]
     score: float | None
     describe: Callable[[Path], None]
-
-
-def sha256(path: Path) -> str:
-    """Hex digest of a file."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    provenance: Mapping[str, Any]
 
 
 def _fsync(path: Path) -> None:
@@ -66,6 +87,13 @@ def _fsync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def _write_synced(path: Path, text: str) -> None:
+    with path.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
 
 
 class CheckpointStore:
@@ -78,42 +106,129 @@ class CheckpointStore:
         self.keep = keep
         self.method = method
 
+    # --- what is there ----------------------------------------------------------------------
+
+    def named(self) -> list[Path]:
+        """Directories that carry a checkpoint's name, oldest first: committed, and perhaps damaged since."""
+        return sorted(path for path in self.folder.glob("step-*") if path.is_dir() and not path.suffix)
+
     def committed(self) -> list[Path]:
-        """Committed checkpoints, oldest first."""
-        return sorted(path.parent for path in self.folder.glob("step-*/MANIFEST.json"))
+        """Checkpoints whose manifest can be read, oldest first."""
+        return [path for path in self.named() if _manifest(path) is not None]
+
+    def newest(self) -> Path | None:
+        """The newest checkpoint whose manifest can be read."""
+        return next(reversed(self.committed()), None)
+
+    def best(self) -> Path | None:
+        """The checkpoint with the highest score; the newest one where none has a score."""
+        manifests = [(path, _manifest(path) or {}) for path in self.named()]
+        scored = [(m["score"], path) for path, m in manifests if m.get("score") is not None]
+        if scored:
+            return max(scored, key=lambda pair: (pair[0], pair[1].name))[1]
+        return self.newest()
+
+    def tidy(self) -> list[str]:
+        """Put away what a save that was cut off left behind; returns what was found, in words. On one rank."""
+        notes = []
+        for path in sorted(self.folder.glob("step-*.old")):
+            final = path.with_suffix("")
+            if final.exists():
+                shutil.rmtree(path)
+            else:
+                path.rename(final)  # cut off between the two renames of a replacement
+        for path in sorted(self.folder.glob("step-*.tmp")):
+            notes.append(f"a save of {path.stem} was cut off and is discarded")
+            shutil.rmtree(path)
+        for path in self.folder.glob("step-*.trash"):
+            shutil.rmtree(path, ignore_errors=True)
+        return notes
+
+    # --- saving -----------------------------------------------------------------------------
 
     def save(self, engine: Any, snapshot: Snapshot, replica: Replica | None) -> Path:
-        """Write and commit one checkpoint. Collective: all ranks must call.
+        """Write and commit one checkpoint; one of the same step is replaced. Collective: all ranks must call.
 
         Raises:
-            OutputError: the disk is full or the folder cannot be written.
+            OutputError: the disk is full or the folder cannot be written; what was committed before stays.
         """
         final = self.folder / f"step-{snapshot.step:08d}"
-        scratch = final.with_name(f"{final.name}.tmp")
-        if final.exists():
-            return final
-        with self.world.together("preparing a checkpoint"), _told_as_output_error(self.folder):
+        scratch = final.with_suffix(".tmp")
+        reached("begun")
+        with self._writing("preparing a checkpoint"):
             if self.world.is_main:
-                shutil.rmtree(scratch, ignore_errors=True)
-                scratch.mkdir(parents=True)
-        with self.world.together("writing a checkpoint"), _told_as_output_error(self.folder):
-            engine.save_checkpoint(str(scratch), tag=TAG, save_latest=False)
+                self._make_room(engine, scratch)
+        reached("cleared")
+        with self._writing("writing a checkpoint"):
+            with staying_in_step(engine):
+                engine.save_checkpoint(str(scratch), tag=TAG, save_latest=False)
             if self.world.is_main:
-                self._write_own(scratch, snapshot, replica)
-        with self.world.together("hashing a checkpoint"):
-            digests = {k: v for part in self.world.gather(self._hash_share(scratch)) for k, v in part.items()}
-        with self.world.together("committing a checkpoint"), _told_as_output_error(self.folder):
+                self._write_own(engine, scratch, snapshot, replica)
+            reached("own shard written")
+        reached("all written")
+        with self._writing("hashing a checkpoint"):
+            share = self._hash_share(scratch)
+        digests = {name: entry for part in self.world.gather(share) for name, entry in part.items()}
+        reached("hashed")
+        with self._writing("describing a checkpoint"):
             if self.world.is_main:
-                self._commit(engine, scratch, final, snapshot, digests)
-                self._retire()
+                self._write_manifest(engine, scratch, snapshot, digests)
+        reached("manifest written")
+        with self._writing("committing a checkpoint"):
+            if self.world.is_main:
+                self._commit(scratch, final)
+        reached("committed")
+        retired = self._retire() if self.world.is_main else []
+        reached("retiring")
+        for path in retired:
+            shutil.rmtree(path, ignore_errors=True)  # what stays is put away by the next launch
+        reached("done")
         return final
 
-    def _write_own(self, scratch: Path, snapshot: Snapshot, replica: Replica | None) -> None:
-        write_json(scratch / "state.json", {"step": snapshot.step, **snapshot.state})
+    @contextmanager
+    def _writing(self, doing: str) -> Iterator[None]:
+        """A step of saving, taken by all ranks or by none; what the system refuses becomes an `OutputError`."""
+        with self.world.together(doing):
+            try:
+                yield
+            except OSError as error:
+                raise OutputError(self._refused(error.strerror or str(error))) from error
+            except RuntimeError as error:
+                if not any(sign in str(error) for sign in DISK_FULL_SIGNS):
+                    raise
+                raise OutputError(self._refused(str(error).splitlines()[0])) from error
+
+    def _refused(self, reason: str) -> str:
+        free = f"{_size(_free(self.folder))} free there"
+        return f"cannot write a checkpoint to {self.folder}: {reason} ({free}); the checkpoints before it are intact"
+
+    def _make_room(self, engine: Any, scratch: Path) -> None:
+        scratch.parent.mkdir(parents=True, exist_ok=True)
+        shutil.rmtree(scratch, ignore_errors=True)
+        need, free = self._bytes_needed(engine), _free(self.folder)
+        if free < need:
+            raise OutputError(
+                f"cannot write a checkpoint to {self.folder}: it needs {_size(need)} and {_size(free)} are free; make "
+                "room and start again, the checkpoints before it are intact"
+            )
+        scratch.mkdir()
+
+    def _bytes_needed(self, engine: Any) -> int:
+        newest = self.newest()
+        if newest is not None:
+            return int(HEADROOM * sum(entry["bytes"] for entry in read_manifest(newest)["files"].values()))
+        count = sum(getattr(param, "ds_numel", param.numel()) for param in engine.module.parameters())
+        return int(HEADROOM * BYTES_PER_PARAMETER * count)
+
+    def _write_own(self, engine: Any, scratch: Path, snapshot: Snapshot, replica: Replica | None) -> None:
+        state = {"step": snapshot.step, **snapshot.state, "engine": _engine_state(engine)}
+        write_json(scratch / "state.json", state)
         if snapshot.tensors:
             save_file({k: v.contiguous() for k, v in snapshot.tensors.items()}, str(scratch / "state.safetensors"))
         if replica is not None:
             replica.save(str(scratch / "replica.safetensors"))
+        # For people and for DeepSpeed's own tools; dsprune never reads it.
+        (scratch / "latest").write_text(TAG, encoding="utf-8")
         snapshot.describe(scratch)
 
     def _hash_share(self, scratch: Path) -> dict[str, dict[str, Any]]:
@@ -124,8 +239,8 @@ class CheckpointStore:
             _fsync(path)
         return {str(p.relative_to(scratch)): {"bytes": p.stat().st_size, "sha256": sha256(p)} for p in share}
 
-    def _commit(self, engine: Any, scratch: Path, final: Path, snapshot: Snapshot, digests: Mapping[str, Any]) -> None:
-        manifest = {
+    def _write_manifest(self, engine: Any, scratch: Path, snapshot: Snapshot, digests: Mapping[str, Any]) -> None:
+        facts = {
             "format": FORMAT,
             "dsprune": dsprune.__version__,
             "stage": self.stage,
@@ -134,76 +249,62 @@ class CheckpointStore:
             "score": snapshot.score,
             "world_size": self.world.size,
             "zero_stage": engine.zero_optimization_stage(),
+            "precision": engine_precision(engine),
+            "torch": torch.__version__,
+            "provenance": dict(snapshot.provenance),
             "files": dict(sorted(digests.items())),
         }
-        write_json(scratch / "MANIFEST.json", manifest)
-        _fsync(scratch)
+        _write_synced(scratch / "MANIFEST.json", render_manifest(facts))
+        for folder in (scratch, *(path for path in scratch.rglob("*") if path.is_dir())):
+            _fsync(folder)
+
+    def _commit(self, scratch: Path, final: Path) -> None:
+        replaced = final.with_suffix(".old")
+        if final.exists():
+            final.rename(replaced)  # `tidy` turns it back, if the next rename is not reached
         scratch.rename(final)
         _fsync(self.folder)
+        if replaced.exists():
+            shutil.rmtree(replaced)
 
-    def _retire(self) -> None:
-        """Remove old checkpoints; the newest `keep` and the best stay."""
-        committed = self.committed()
-        best = self.best()
-        for path in committed[: -self.keep]:
+    def _retire(self) -> list[Path]:
+        """Take the name off old checkpoints, in one rename each; the newest `keep` and the best stay."""
+        best, retired = self.best(), []
+        for path in self.committed()[: -self.keep]:
             if path != best:
-                shutil.rmtree(path)
-
-    def best(self) -> Path | None:
-        """The checkpoint with the highest score; the newest one where none has a score."""
-        scored = [(score, path) for path in self.committed() if (score := read_manifest(path).get("score")) is not None]
-        if scored:
-            return max(scored, key=lambda pair: (pair[0], pair[1].name))[1]
-        committed = self.committed()
-        return committed[-1] if committed else None
-
-    def load_newest(self, engine: Any, replica: Replica | None) -> tuple[dict[str, Any], dict[str, Tensor]] | None:
-        """Restore the newest checkpoint: its state and tensors; None where the stage has none. Collective.
-
-        Raises:
-            CheckpointError: it is damaged, or was written by another world size or ZeRO stage.
-        """
-        newest = self.world.broadcast(self.committed()[-1] if self.committed() else None)
-        if newest is None:
-            return None
-        with self.world.together(f"reading checkpoint {newest}"):
-            self._check(newest, engine)
-        with self.world.together(f"loading checkpoint {newest}"):
-            # The engine unpickles: only files whose hashes are those that dsprune wrote get here.
-            engine.load_checkpoint(str(newest), tag=TAG, load_lr_scheduler_states=False)
-            if replica is not None:
-                replica.load(str(newest / "replica.safetensors"))
-        state = json.loads((newest / "state.json").read_text(encoding="utf-8"))
-        tensors = newest / "state.safetensors"
-        return state, load_file(str(tensors)) if tensors.exists() else {}
-
-    def _check(self, path: Path, engine: Any) -> None:
-        manifest = read_manifest(path)
-        theirs = (manifest["world_size"], manifest["zero_stage"])
-        ours = (self.world.size, engine.zero_optimization_stage())
-        if theirs != ours:
-            raise CheckpointError(
-                f"{path} was written by {theirs[0]} ranks at ZeRO stage {theirs[1]}, and this launch has {ours[0]} at "
-                f"stage {ours[1]}: launch as before, or use a new output folder"
-            )
-        for name, entry in list(manifest["files"].items())[self.world.rank :: self.world.size]:
-            file = path / name
-            if not file.exists() or file.stat().st_size != entry["bytes"] or sha256(file) != entry["sha256"]:
-                raise CheckpointError(f"{file} is missing or damaged: remove {path} to go on from an older checkpoint")
+                retired.append(path.rename(path.with_suffix(".trash")))
+        return retired
 
 
-class _told_as_output_error:
-    """Turn an OSError while writing into one clear line."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-
-    def __enter__(self) -> None:
+def _manifest(path: Path) -> dict[str, Any] | None:
+    try:
+        return read_manifest(path)
+    except CheckpointError:
         return None
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _trace: object) -> None:
-        if isinstance(error, OSError):
-            raise OutputError(f"cannot write a checkpoint to {self.folder}: {error.strerror or error}") from error
+
+def _engine_state(engine: Any) -> dict[str, Any]:
+    """What a converted checkpoint cannot take from shards: counters, loss scale, order of the parameters."""
+    scaler = getattr(engine.optimizer, "loss_scaler", None)
+    names = {param: name for name, param in engine.module.named_parameters()}
+    groups = getattr(engine.optimizer, "param_groups", []) if engine.zero_optimization_stage() == 0 else []
+    return {
+        "global_steps": engine.global_steps,
+        "global_samples": engine.global_samples,
+        "skipped_steps": engine.skipped_steps,
+        "loss_scaler": {k: v for k, v in vars(scaler).items() if isinstance(v, (int, float))} if scaler else {},
+        "groups": [[names.get(param, "") for param in group["params"]] for group in groups],
+    }
+
+
+def _free(folder: Path) -> int:
+    while not folder.exists():
+        folder = folder.parent
+    return shutil.disk_usage(folder).free
+
+
+def _size(count: int) -> str:
+    return f"{count / 2**30:.2f} GiB" if count >= 2**27 else f"{count / 2**20:.1f} MiB"
 
 
 def save_verification_batch(path: Path, inputs: Mapping[str, Tensor]) -> None:

@@ -156,6 +156,13 @@ def precision(config: Mapping[str, Any]) -> Precision:
     return "fp32"
 
 
+def engine_precision(engine: Any) -> Precision:
+    """Arithmetic that a live engine uses."""
+    if engine.fp16_enabled():
+        return "fp16"
+    return "bf16" if engine.bfloat16_enabled() else "fp32"
+
+
 def _fill(config: Mapping[str, Any], key: str, value: Any, source: str) -> dict[str, Any]:
     given = config.get(key, "auto")
     if given not in ("auto", value):

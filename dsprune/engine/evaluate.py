@@ -17,16 +17,21 @@ __all__ = ["evaluate", "evaluate_all"]
 
 Forward = Callable[[Mapping[str, Tensor]], Tensor]
 """Inputs on the device to the task's outputs, [batch, classes] or [batch, length, classes]."""
+Pulse = Callable[[], None]
+"""Called on all ranks before every batch; may raise to give up."""
 
 
 @torch.no_grad()
-def evaluate(forward: Forward, task: Task, data: Encoded, world: World, *, batch_size: int) -> dict[str, float]:
+def evaluate(
+    forward: Forward, task: Task, data: Encoded, world: World, *, batch_size: int, pulse: Pulse
+) -> dict[str, float]:
     """The task's metrics on one split. Collective: all ranks must call, and under ZeRO-3 forward in step."""
     logits: list[Tensor] = []
     kept: list[Tensor] = []
     width = int(data.lengths.max())
     shard = eval_shard(len(data), rank=world.rank, world_size=world.size, batch_size=batch_size, lengths=data.lengths)
     for indices, num_real in shard:
+        pulse()
         inputs, _, _ = to_device(data.collate(indices), world)
         out = forward(inputs)[:num_real].float().cpu()
         logits.append(out if out.dim() == 2 else F.pad(out, (0, 0, 0, width - out.shape[1])))
@@ -38,13 +43,15 @@ def evaluate(forward: Forward, task: Task, data: Encoded, world: World, *, batch
 
 
 def evaluate_all(
-    forward: Forward, task: Task, evals: Mapping[str, Encoded], world: World, *, batch_size: int
+    forward: Forward, task: Task, evals: Mapping[str, Encoded], world: World, *, batch_size: int, pulse: Pulse
 ) -> dict[str, float]:
     """Metrics of all evaluation splits; named `metric`, or `split/metric` unless the split is the only official one.
 
     Collective: all ranks must call.
     """
-    scores = {split: evaluate(forward, task, data, world, batch_size=batch_size) for split, data in evals.items()}
+    scores = {
+        split: evaluate(forward, task, data, world, batch_size=batch_size, pulse=pulse) for split, data in evals.items()
+    }
     if list(scores) == ["validation"]:
         return scores["validation"]
     return {f"{split}/{name}": value for split, values in scores.items() for name, value in values.items()}

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import os
 import socket
-import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -42,30 +41,23 @@ def execute(recipe: str, overrides: Sequence[str]) -> None:
 
     Raises:
         DspruneError: on every rank, whichever rank it happened on.
+        Preempted: on every rank, the run having been asked to stop.
     """
     config = load(recipe, overrides)
     check_requirements()
+    from dsprune.engine.stop import Stop
+
+    stop = Stop().listen()
     import transformers
 
-    from dsprune.engine.journal import Journal, write_json
     from dsprune.engine.preflight import preflight
-    from dsprune.engine.stages import Run
+    from dsprune.engine.session import Session
     from dsprune.engine.world import start_world
 
     transformers.utils.logging.disable_progress_bar()
     ready = preflight(config, int(os.environ.get("WORLD_SIZE", "1")))
-    world = start_world()
-    with world.together("loading the data"):
-        data = ready.task.load(ready.tokenizer, vocab_size=ready.vocab_size, progress=world.is_main)
-    with world.together("opening the run folder"):
-        journal = Journal(config, active=world.is_main)
-        if world.is_main:
-            write_json(Path(config.output) / "config.json", config.model_dump(mode="json"))
-    run = Run(config, ready, data, world, journal)
-    journal.say(f"dsprune {dsprune.__version__}: {world.size} rank(s) on {world.device.type}, run folder {run.folder}")
-    for stage in config.stages:
-        run.run_stage(stage)
-    journal.close()
+    with Session(config, start_world(config.cluster.timeout_minutes), stop) as session:
+        session.run_stages(ready)
 
 
 def _free_port() -> int:
@@ -75,7 +67,7 @@ def _free_port() -> int:
 
 
 def launch(recipe: str, overrides: Sequence[str], *, ranks: int | None) -> int:
-    """Start train.py under DeepSpeed's launcher on this machine; returns its exit code.
+    """Start train.py under DeepSpeed's launcher on this machine; returns the run's exit code.
 
     Args:
         recipe: shipped name or path.
@@ -85,9 +77,11 @@ def launch(recipe: str, overrides: Sequence[str], *, ranks: int | None) -> int:
     Raises:
         ConfigError: any mistake that can be seen without starting ranks.
     """
-    load(recipe, overrides)
+    config = load(recipe, overrides)
     check_requirements()
     import torch
+
+    from dsprune.engine.supervise import supervise
 
     gpus = torch.cuda.device_count()
     if ranks is not None and gpus and ranks > gpus:
@@ -99,4 +93,4 @@ def launch(recipe: str, overrides: Sequence[str], *, ranks: int | None) -> int:
     script = str(Path(dsprune.__file__).parent / "train.py")
     launcher = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_gpus", str(count)]
     command = [*launcher, "--master_port", str(_free_port()), script, recipe, *overrides]
-    return subprocess.run(command, env=environment, check=False).returncode
+    return supervise(command, environment, Path(config.output))

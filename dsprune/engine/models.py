@@ -153,7 +153,10 @@ def _load_dense(source: str, task: Task, revision: str | None, options: dict[str
     if not trained:
         options |= label_config(task)
     try:
-        return AUTO_CLASSES[task.head].from_pretrained(source, revision=revision, **options)  # type: ignore[no-any-return]
+        # Weights that are pickled are refused: opening them could run whatever they hold.
+        return AUTO_CLASSES[task.head].from_pretrained(  # type: ignore[no-any-return]
+            source, revision=revision, use_safetensors=True, **options
+        )
     except (OSError, ValueError) as error:
         raise ConfigError(f"cannot load model '{source}': {_first_line(error)}") from error
 

@@ -27,7 +27,14 @@ TOLERANCE = 0.005
 def _score(run: Run, source: str) -> dict[str, float]:
     """Metrics of a finished model folder, over all ranks. Collective."""
     model = Teacher(source, run.task, run.ready.teacher_ds)
-    scores = evaluate_all(model.logits, run.task, run.data.evals, run.world, batch_size=run.config.batch.eval)
+    scores = evaluate_all(
+        model.logits,
+        run.task,
+        run.data.evals,
+        run.world,
+        batch_size=run.config.batch.eval,
+        pulse=lambda: run.stop.check(run.world, "closing evaluation"),
+    )
     release(model.engine)
     return scores
 

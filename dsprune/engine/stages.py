@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 import os
 import shutil
 import subprocess
@@ -22,18 +21,23 @@ from dsprune.consolidate import kept_heads, open_checkpoint
 from dsprune.distill import default_teacher_layers
 from dsprune.engine.batches import Batches
 from dsprune.engine.checkpoint import CheckpointStore, Snapshot, save_verification_batch
-from dsprune.engine.ds_config import student_config
+from dsprune.engine.course import Course, Pace
+from dsprune.engine.ds_config import engine_precision, student_config
 from dsprune.engine.evaluate import evaluate_all
 from dsprune.engine.factoring import factor_word_embedding
 from dsprune.engine.journal import Journal, write_json
 from dsprune.engine.models import encoder_layers, load_model, release, resolve_source, whole
 from dsprune.engine.preflight import Preflight, build_method
+from dsprune.engine.provenance import Provenance
 from dsprune.engine.replica import Replica
+from dsprune.engine.resume import Restored, check_drift, find_newest, restore
+from dsprune.engine.status import Status
+from dsprune.engine.stop import Stop, unheard
 from dsprune.engine.student import Student, build_student_engine
 from dsprune.engine.teacher import Teacher
-from dsprune.engine.trainer import LayerMatcher, Meter, Trainer, log_step
+from dsprune.engine.trainer import LayerMatcher, Trainer
 from dsprune.engine.world import World
-from dsprune.errors import CheckpointError, ConfigError
+from dsprune.errors import CheckpointError, ConfigError, Preempted
 from dsprune.methods import Method, Plan
 from dsprune.methods.mlpruning_blocks import BlockPruning
 from dsprune.methods.noise import stable_seed
@@ -49,7 +53,6 @@ from dsprune.tasks import TaskData
 
 __all__ = ["Run"]
 
-logger = logging.getLogger(__name__)
 VERIFY_EXAMPLES = 8
 """Evaluation examples that consolidation compares logits on."""
 
@@ -63,16 +66,30 @@ class Run:
         data: loaded and tokenised data.
         world: the ranks.
         journal: metrics of the run.
+        stop: tells whether this rank was asked to stop.
+        provenance: where model and data came from.
     """
 
-    def __init__(self, config: RunConfig, ready: Preflight, data: TaskData, world: World, journal: Journal) -> None:
+    def __init__(
+        self,
+        config: RunConfig,
+        ready: Preflight,
+        data: TaskData,
+        world: World,
+        journal: Journal,
+        stop: Stop,
+        provenance: Provenance,
+    ) -> None:
         self.config = config
         self.ready = ready
         self.task = ready.task
         self.data = data
         self.world = world
         self.journal = journal
+        self.stop = stop
+        self.provenance = provenance
         self.folder = Path(config.output)
+        self.status = Status(self.folder, active=world.is_main)
         self.batches = Batches(data.train, ready.batch, world, config.seed)
         if "prune" in config.stages:
             # Now that an epoch has a length, see that the method's phases fit, before the teacher trains.
@@ -92,6 +109,8 @@ class Run:
             "blocks": ["teacher", "method", "prune", "distill", "recover", "blocks"],
             "evaluate": ["teacher", "method", "prune", "distill", "recover", "blocks", "eval"],
         }
+        # How a batch is cut over ranks decides nothing.
+        whole["batch"] = {"size": self.config.batch.size}
         return {key: whole[key] for key in common + own[stage]}
 
     def is_done(self, stage: str) -> bool:
@@ -168,6 +187,9 @@ class Run:
         if self.is_done(stage):
             self.journal.say(f"{stage}: already finished in {self.folder}")
             return
+        self.status.stage, self.status.step = stage, 0
+        self.status.write("running")
+        self.stop.check(self.world, f"before stage '{stage}'")
         began = time.perf_counter()
         getattr(self, f"_{stage}")()
         self.journal.say(f"{stage}: finished in {time.perf_counter() - began:.0f} s")
@@ -370,6 +392,7 @@ class Run:
             teacher=teacher,
             matcher=matcher,
             replica=replica,
+            stop=self.stop,
         )
 
     def _train(self, trainer: Trainer, about: Mapping[str, Any]) -> tuple[Path, dict[str, float]]:
@@ -386,40 +409,43 @@ class Run:
             keep=self.config.checkpoint.keep,
             method=self.config.method.name if stage != "teacher" else None,
         )
-        begin, scores = self._resume(trainer, store)
-        eval_every = max(1, self.config.eval.every.steps(self.batches.steps_per_epoch))
-        save_every = max(1, self.config.checkpoint.every.steps(self.batches.steps_per_epoch))
-        total, meter = trainer.total_steps, Meter()
-        self.journal.start_bar(stage, total, begin)
-        for step in range(begin, total):
-            meter.add(trainer.step(step), self.batches.num_tokens(step))
-            done, note = step + 1, None
-            if done % self.config.log.every == 0 or done == total:
-                note = log_step(self.journal, trainer, meter, done)
-            self.journal.advance(note)
-            fresh = done % eval_every == 0 or done == total
-            if fresh:
-                scores = self._evaluate_student(trainer, done)
-            # The best checkpoint is picked by score, so wherever there is a new score there is a checkpoint.
-            if done % save_every == 0 or done == total or (fresh and not gated):
-                score = self._score(scores) if fresh and not gated else None
-                store.save(trainer.engine, self._snapshot(trainer, done, scores, score, about), trainer.replica)
-        self.journal.end_bar()
-        chosen = store.committed()[-1] if gated else store.best()
-        chosen = self.world.broadcast(chosen)
+        per_epoch = self.batches.steps_per_epoch
+        course = Course(
+            trainer,
+            store,
+            self.journal,
+            self.status,
+            Pace(
+                evaluate=max(1, self.config.eval.every.steps(per_epoch)),
+                save=max(1, self.config.checkpoint.every.steps(per_epoch)),
+                log=self.config.log.every,
+            ),
+            scored=not gated,
+            evaluate=lambda done: self._evaluate_student(trainer, done),
+            score=self._score,
+            snapshot=lambda done, scores, score, own: self._snapshot(trainer, done, scores, score, about, own),
+        )
+        course.run(self._resume(trainer, store))
+        chosen = self.world.broadcast(store.newest() if gated else store.best())
         assert chosen is not None
         return chosen, json.loads((chosen / "state.json").read_text(encoding="utf-8"))["metrics"]
 
-    def _resume(self, trainer: Trainer, store: CheckpointStore) -> tuple[int, dict[str, float]]:
-        restored = store.load_newest(trainer.engine, trainer.replica)
-        if restored is None:
-            return 0, {}
-        state, tensors = restored
-        if trainer.matcher is not None:
-            trainer.matcher.distances = tensors.get("distances")
-        self.journal.forget_after(trainer.stage, state["step"])
-        self.journal.say(f"{trainer.stage}: going on from step {state['step']}")
-        return int(state["step"]), dict(state["metrics"])
+    def _resume(self, trainer: Trainer, store: CheckpointStore) -> Restored | None:
+        config = self.config.checkpoint
+        newest = find_newest(store, config.resume, self.journal.say)
+        if newest is None:
+            return None
+        state = json.loads((newest / "state.json").read_text(encoding="utf-8"))
+        check_drift(state["settings"], self._trained_with(trainer), config.allow_drift, newest)
+        return restore(newest, store, trainer.engine, trainer.replica, reshard=config.reshard, say=self.journal.say)
+
+    def _trained_with(self, trainer: Trainer) -> dict[str, Any]:
+        """What must not change between a checkpoint and the run that goes on from it."""
+        return {
+            **self._settings(trainer.stage),
+            "precision": engine_precision(trainer.engine),
+            "examples": self.provenance.examples,
+        }
 
     def _score(self, scores: Mapping[str, float]) -> float:
         """The metric that picks the best checkpoint: the primary one, its mean where there are several splits.
@@ -445,6 +471,7 @@ class Run:
             self.data.evals,
             self.world,
             batch_size=self.config.batch.eval,
+            pulse=lambda: self.stop.check(self.world, f"{trainer.stage} step {done}, while evaluating, saved"),
         )
         self.journal.log(trainer.stage, done, {f"eval/{name}": value for name, value in scores.items()})
         self.journal.say(f"{trainer.stage}: step {done}: " + "  ".join(f"{k} {v:.4f}" for k, v in scores.items()))
@@ -457,14 +484,16 @@ class Run:
         scores: dict[str, float],
         score: float | None,
         about: Mapping[str, Any],
+        own: Mapping[str, Any],
     ) -> Snapshot:
         distances = trainer.matcher.distances if trainer.matcher else None
         return Snapshot(
             step=done,
-            state={"metrics": scores, "config": self.config.model_dump(mode="json")},
+            state={"metrics": scores, "settings": self._trained_with(trainer), **own},
             tensors={} if distances is None else {"distances": distances},
             score=score,
             describe=lambda folder: self._describe(folder, trainer, scores, about),
+            provenance=self.provenance.facts,
         )
 
     def _describe(self, folder: Path, trainer: Trainer, scores: Mapping[str, float], about: Mapping[str, Any]) -> None:
@@ -509,6 +538,11 @@ class Run:
             process = self._start_export(checkpoint, out) if self.world.is_main else None
             # Short collectives instead of one long wait: a large model takes longer than any time-out.
             while (code := self.world.broadcast(process.poll() if process else None)) is None:
+                if (reason := self.stop.agreed(self.world)) is not None:
+                    if process is not None:
+                        process.kill()  # what it wrote so far has no name yet
+                        process.wait()
+                    raise Preempted(f"stopped by {reason} while consolidating; start the same command again to go on")
                 time.sleep(0.5)
             if process is not None and code != 0:
                 output = process.stdout.read() if process.stdout else ""
@@ -519,10 +553,11 @@ class Run:
     def _start_export(checkpoint: Path, out: Path) -> subprocess.Popen[str]:
         root = str(Path(dsprune.__file__).parent.parent)
         path = os.pathsep.join([root, *filter(None, [os.environ.get("PYTHONPATH")])])
-        return subprocess.Popen(
-            [sys.executable, "-m", "dsprune", "consolidate", str(checkpoint), str(out), "--force"],
-            env={**os.environ, "PYTHONPATH": path},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
+        with unheard():
+            return subprocess.Popen(
+                [sys.executable, "-m", "dsprune", "consolidate", str(checkpoint), str(out), "--force"],
+                env={**os.environ, "PYTHONPATH": path},
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
+            )

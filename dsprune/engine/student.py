@@ -89,7 +89,9 @@ class Student(nn.Module):
         if distill is not None and distill.layers > 0 and teacher is not None:
             width, layers = teacher
             count = {"separate": len(layers), "shared": 1, "none": 0}[distill.projection]
-            self.projections.extend(nn.Linear(int(model.config.hidden_size), width) for _ in range(count))
+            self.projections.extend(
+                nn.Linear(int(model.config.hidden_size), width, dtype=model.dtype) for _ in range(count)
+            )
             self._start_projections(projections)
             self.tap = HiddenTap(model, hidden_states(model, embeddings=0 in layers))
         self.attention_tap: AttentionTap | None = None

@@ -16,20 +16,19 @@ from torch import Tensor
 
 from dsprune.config import OptimConfig
 from dsprune.distill import match_layers
+from dsprune.engine import guard
 from dsprune.engine.batches import Batches, MicroBatch
 from dsprune.engine.journal import Journal
 from dsprune.engine.replica import Reduced, Replica, reduce_flat
+from dsprune.engine.stop import Stop, describe
 from dsprune.engine.student import PARTS, Lesson
 from dsprune.engine.teacher import Teacher
 from dsprune.engine.world import World
-from dsprune.errors import NumericsError
 from dsprune.methods.noise import stable_seed
 from dsprune.structure import ffn_alive
 
 __all__ = ["LayerMatcher", "StepResult", "Trainer", "learning_rate"]
 
-MAX_SKIPPED_STEPS = 25
-"""Consecutive steps that fp16 loss scaling may skip before a run is given up."""
 FINGERPRINT_EVERY = 100
 """Optimizer steps between two checks that all replicas are bitwise equal."""
 
@@ -98,6 +97,8 @@ class StepResult:
     losses: dict[str, float]
     applied: bool
     match: list[int] = field(default_factory=list)
+    stop: str | None = None
+    """Why the run was asked to stop meanwhile; None to go on."""
 
 
 class Trainer:
@@ -111,6 +112,7 @@ class Trainer:
         teacher: who teaches; None in the teacher stage.
         matcher: layer matching; None without layerwise distillation.
         replica: a method's state; None outside the prune stage.
+        stop: tells whether this rank was asked to stop; None where nobody asks.
     """
 
     def __init__(
@@ -126,6 +128,7 @@ class Trainer:
         teacher: Teacher | None = None,
         matcher: LayerMatcher | None = None,
         replica: Replica | None = None,
+        stop: Stop | None = None,
     ) -> None:
         self.stage = stage
         self.engine = engine
@@ -137,6 +140,7 @@ class Trainer:
         self.teacher = teacher
         self.matcher = matcher
         self.replica = replica
+        self.stop = stop or Stop()
         self.decay_from = replica.method.start_step if replica else 0
         self.skipped = 0
 
@@ -147,7 +151,10 @@ class Trainer:
             NumericsError: losses or gate gradients that are not finite, or replicas that drifted apart.
         """
         self.engine.train()
+        where = f"{self.stage} step {step}"
         gates = self.replica.gates(step, self.world.device) if self.replica else None
+        if self.replica is not None:
+            guard.check_gates(where, self.replica.current or {}, self.replica.method.parameters())
         signal = self.replica.method.signal(step) if self.replica else "none"
         match = self.matcher.match(self.replica.current if self.replica else None) if self.matcher else []
         self._set_lr(step)
@@ -160,17 +167,17 @@ class Trainer:
                 sums[name] = sums[name] + value if name in sums else value
             if micro_step < accumulation - 1:
                 self.engine.step()
-        reduced = self._reduce(sums, gates if signal != "none" else None, scale)
+        sums |= self._gate_gradients(gates if signal != "none" else None, scale)
+        reduced = reduce_flat(self.world, sums | {"stop": torch.tensor(self.stop.flags())})
         if not reduced.finite and scale == 1.0:
-            raise NumericsError(
-                f"{self.stage} step {step}: a loss or gate gradient is not finite: lower the learning rate "
-                "or look at the data of this step"
-            )
+            raise guard.not_finite(self.world, where, sums, self.batches.examples(step))
         self.engine.step()
+        if scale == 1.0:
+            guard.check_norm(where, self.engine.get_global_grad_norm())
         applied = bool(self.engine.was_step_applied()) and reduced.finite
         self._after(step, reduced, applied)
         losses = dict(zip(PARTS, reduced.tensors["losses"].tolist(), strict=True))
-        return StepResult(losses, applied, match)
+        return StepResult(losses, applied, match, describe(reduced.tensors["stop"].tolist()))
 
     def _micro_step(
         self, step: int, micro_step: int, gates: dict[str, Tensor] | None, match: list[int], *, probe: bool
@@ -212,20 +219,17 @@ class Trainer:
         search = self.matcher is not None and self.matcher.searches
         return Lesson(logits, hidden, batch.token_index, batch.num_tokens, match, search, attentions, batch.num_pairs)
 
-    def _reduce(self, sums: dict[str, Tensor], gates: dict[str, Tensor] | None, scale: float) -> Reduced:
-        tensors = dict(sums)
-        for kind, gate in (gates or {}).items():
-            grad = gate.grad if gate.grad is not None else torch.zeros_like(gate)
-            tensors[f"gate.{kind}"] = grad / scale
-        return reduce_flat(self.world, tensors)
+    @staticmethod
+    def _gate_gradients(gates: dict[str, Tensor] | None, scale: float) -> dict[str, Tensor]:
+        """Gradients that this rank's passes left on the gates, unscaled."""
+        return {
+            f"gate.{kind}": (gate.grad if gate.grad is not None else torch.zeros_like(gate)) / scale
+            for kind, gate in (gates or {}).items()
+        }
 
     def _after(self, step: int, reduced: Reduced, applied: bool) -> None:
         self.skipped = 0 if applied else self.skipped + 1
-        if self.skipped > MAX_SKIPPED_STEPS:
-            raise NumericsError(
-                f"{self.stage} step {step}: fp16 loss scaling skipped {self.skipped} steps in a row: use bf16, or a "
-                "lower learning rate"
-            )
+        guard.check_skipped(f"{self.stage} step {step}", self.skipped, fp16=self.engine.fp16_enabled())
         if self.matcher is not None and self.matcher.searches and reduced.finite:
             self.matcher.distances = reduced.tensors["distances"]
         if self.replica is not None and applied:
@@ -254,10 +258,19 @@ class Meter:
     """Means of losses and throughput between two lines of the journal."""
 
     def __init__(self) -> None:
+        self._sums: dict[str, float] = {}
         self._reset()
 
+    def state(self) -> dict[str, Any]:
+        """What has been added since the last line, as JSON values."""
+        return {"sums": self._sums, "steps": self._steps, "tokens": self._tokens}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Go on from what `state` gave; the clock starts anew, and counts no tokens from before."""
+        self._sums, self._steps = dict(state["sums"]), int(state["steps"])
+
     def _reset(self) -> None:
-        self._sums: dict[str, float] = {}
+        self._sums = {}
         self._steps = self._tokens = 0
         self._began = time.perf_counter()
 

@@ -16,7 +16,7 @@ import torch._dynamo  # before any model is built under ZeRO-3, whose patched co
 import torch.distributed as dist
 
 from dsprune.engine.requirements import quiet_import
-from dsprune.errors import DspruneError
+from dsprune.errors import ConfigError, DspruneError
 
 deepspeed = quiet_import()
 
@@ -59,14 +59,13 @@ class World:
             dist.all_reduce(tensor)
         return tensor
 
-    @contextmanager
-    def together(self, doing: str) -> Iterator[None]:
-        """A step that all ranks take, or none: any rank's error becomes every rank's. Collective."""
-        error: Exception | None = None
-        try:
-            yield
-        except Exception as caught:
-            error = caught
+    def agree(self, doing: str, error: Exception | None) -> None:
+        """Any rank's error becomes every rank's. Collective: all ranks must call.
+
+        Raises:
+            DspruneError: of the class of the first rank that failed, naming the ranks; a rank whose error
+                is none of ours raises that itself, for its traceback.
+        """
         told = self.gather(None if error is None else (type(error), str(error)))
         failed = {rank: report for rank, report in enumerate(told) if report is not None}
         if not failed:
@@ -79,6 +78,16 @@ class World:
         where = "" if len(failed) == self.size else f" (on rank {', '.join(map(str, failed))})"
         raise kind(f"{message}{where}") from error
 
+    @contextmanager
+    def together(self, doing: str) -> Iterator[None]:
+        """A step that all ranks take, or none: `agree` on how the block ended. Collective: all ranks must call."""
+        error: Exception | None = None
+        try:
+            yield
+        except Exception as caught:
+            error = caught
+        self.agree(doing, error)
+
 
 def _free_port() -> int:
     with socket.socket() as probe:
@@ -87,7 +96,14 @@ def _free_port() -> int:
 
 
 def start_world(timeout_minutes: float = 30.0) -> World:
-    """Join the process group that the launcher describes, or make one of a single process."""
+    """Join the process group that the launcher describes, or make one of a single process.
+
+    Args:
+        timeout_minutes: how long a rank waits for the others, here and in every collective.
+
+    Raises:
+        ConfigError: the ranks cannot meet: the port is taken, or some of them never came.
+    """
     if "RANK" not in os.environ:
         os.environ.update(
             RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(_free_port())
@@ -96,6 +112,14 @@ def start_world(timeout_minutes: float = 30.0) -> World:
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     if accelerator.device_name() != "cpu":
         accelerator.set_device(local_rank)
-    deepspeed.init_distributed(timeout=datetime.timedelta(minutes=timeout_minutes), verbose=False)
+    try:
+        deepspeed.init_distributed(timeout=datetime.timedelta(minutes=timeout_minutes), verbose=False)
+    except (dist.DistNetworkError, dist.DistStoreError) as error:
+        where = f"{os.environ.get('MASTER_ADDR')}, port {os.environ.get('MASTER_PORT')}"
+        reason = str(error).strip().splitlines()[0]
+        raise ConfigError(
+            f"the ranks cannot meet at {where}: {reason}: the port is taken or not all ranks came; give another one "
+            "(--master_port, MASTER_PORT)"
+        ) from error
     device = torch.device(accelerator.device_name(local_rank) if accelerator.device_name() != "cpu" else "cpu")
     return World(rank=dist.get_rank(), size=dist.get_world_size(), device=device)

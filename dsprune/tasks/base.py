@@ -33,11 +33,13 @@ class TaskData:
         evals: evaluation examples by name; for MNLI `matched` and `mismatched`. A file that is not an
             official split goes by its own name.
         notes: sentences that have to stand beside every figure: partial files, first so many examples.
+        origins: file or hub address of each split, with the commit where the hub tells it.
     """
 
     train: Encoded
     evals: dict[str, Encoded]
     notes: tuple[str, ...] = ()
+    origins: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,7 +104,7 @@ class Task(ABC):
         )
         for note in notes:
             logger.warning("task %s: %s", self.name, note)
-        return TaskData(train, evals, notes)
+        return TaskData(train, evals, notes, tuple(split.origin for split in splits))
 
     def outputs(self, model_output: Any) -> Tensor:
         """The one tensor of predictions in what the model returns.

@@ -82,6 +82,10 @@ class Encoded:
     def __len__(self) -> int:
         return len(self.lengths)
 
+    def tensors(self) -> list[Tensor]:
+        """All that a split holds, for a digest of it."""
+        return [self.lengths, self.labels, self.targets, *(flat for flat, _ in self._streams.values())]
+
     def collate(self, indices: Sequence[int] | Tensor, pad_multiple: int = 1) -> dict[str, Tensor]:
         """The model's arguments for some features, and their labels.
 

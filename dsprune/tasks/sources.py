@@ -261,7 +261,14 @@ def read_hub(
         table = datasets.load_dataset(dataset, subset, split=split, revision=revision)
     except (datasets.exceptions.DatasetsError, OSError, ValueError, RuntimeError) as error:
         raise DataError(f"cannot get {origin}: {_reason(error)}; a local folder can be given as data.path") from error
-    return Split(split, origin, {name: list(table[name]) for name in table.column_names})
+    return Split(split, origin + _commit(table), {name: list(table[name]) for name in table.column_names})
+
+
+def _commit(table: Any) -> str:
+    """The hub commit that a table was read at, from the addresses of its files (`hf://datasets/NAME@COMMIT/FILE`)."""
+    addresses = table.info.download_checksums or {}
+    commits = sorted({address.partition("@")[2].partition("/")[0] for address in addresses if "@" in address})
+    return f", commit {', '.join(commits)}" if commits else ""
 
 
 def _reason(error: Exception) -> str:

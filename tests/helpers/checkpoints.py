@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import save_file
 from transformers import PreTrainedModel
 
+from dsprune.consolidate import FORMAT, render_manifest
 from dsprune.structure import Selection
 from tests.helpers.models import tiny_batch
 from tests.helpers.training import Setup, build_trainer
@@ -33,7 +34,7 @@ def _save(setup: Setup, folder: Path) -> dict[str, Any]:
         trainer.replica.method.select().save(path / "selection.safetensors")
 
     store = CheckpointStore(folder / "prune" / "checkpoints", "prune", trainer.world, keep=2, method=setup.row.name)
-    store.save(trainer.engine, Snapshot(3, {"metrics": {}}, {}, None, describe), trainer.replica)
+    store.save(trainer.engine, Snapshot(3, {"metrics": {}}, {}, None, describe, {}), trainer.replica)
     return _live_weights(trainer.engine)
 
 
@@ -84,5 +85,5 @@ def write_manifest(checkpoint: Path, stage: str = "prune") -> None:
         for path in checkpoint.rglob("*")
         if path.is_file() and path.name != "MANIFEST.json"
     }
-    manifest = {"format": 1, "stage": stage, "step": 1, "method": "cofi", "files": files}
-    (checkpoint / "MANIFEST.json").write_text(json.dumps(manifest))
+    manifest = {"format": FORMAT, "stage": stage, "step": 1, "method": "cofi", "files": files}
+    (checkpoint / "MANIFEST.json").write_text(render_manifest(manifest))

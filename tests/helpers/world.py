@@ -11,9 +11,11 @@ import shutil
 import signal
 import sys
 import tempfile
+import threading
 import time
 import traceback
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -80,6 +82,18 @@ def run_world(fn: Callable[..., Any], world_size: int, *args: Any, timeout: floa
     Raises:
         AssertionError: a rank failed or hung; the message holds its output.
     """
+    folder, children = _start(fn, world_size, args)
+    failed = _wait(children, time.monotonic() + timeout)
+    if failed is not None:
+        logs = "\n".join(f"--- {p.name}\n{p.read_text()[-6000:]}" for p in sorted(folder.glob("rank*.log")))
+        raise AssertionError(f"{failed}\n{logs}")
+    results = [pickle.loads((folder / f"rank{rank}.pickle").read_bytes()) for rank in range(world_size)]
+    shutil.rmtree(folder)
+    return results
+
+
+def _start(fn: Callable[..., Any], world_size: int, args: tuple[Any, ...]) -> tuple[Path, dict[int, int]]:
+    """Fork the ranks; returns where they write, and each one's rank by process id."""
     preload()
     folder = Path(tempfile.mkdtemp(prefix="world-"))
     children: dict[int, int] = {}
@@ -88,13 +102,69 @@ def run_world(fn: Callable[..., Any], world_size: int, *args: Any, timeout: floa
         if pid == 0:
             _be_rank(fn, rank, world_size, folder, args)
         children[pid] = rank
-    failed = _wait(children, time.monotonic() + timeout)
-    if failed is not None:
-        logs = "\n".join(f"--- {p.name}\n{p.read_text()[-6000:]}" for p in sorted(folder.glob("rank*.log")))
-        raise AssertionError(f"{failed}\n{logs}")
-    results = [pickle.loads((folder / f"rank{rank}.pickle").read_bytes()) for rank in range(world_size)]
+    return folder, children
+
+
+@dataclass(frozen=True)
+class Ending:
+    """How the ranks of a world ended.
+
+    Attributes:
+        codes: by rank, what it returned, or minus the signal that killed it.
+        log: what all of them printed.
+        seconds: from the first end of a rank to the last.
+    """
+
+    codes: list[int]
+    log: str
+    seconds: float
+
+
+def run_to_the_end(
+    fn: Callable[..., int],
+    world_size: int,
+    *args: Any,
+    timeout: float = 120.0,
+    meddle: Callable[[dict[int, int]], None] = lambda pids: None,
+) -> Ending:
+    """Run `fn(*args)` on every rank of a new gloo world, and let each rank end as it will.
+
+    Args:
+        fn: returns an exit code.
+        world_size: number of ranks.
+        args: of `fn`.
+        timeout: seconds after which those that still run are killed and the test fails.
+        meddle: called in the parent with the process ids by rank, while they run.
+
+    Raises:
+        AssertionError: some rank did not end in time.
+    """
+    folder, children = _start(fn, world_size, args)
+    deadline, ends = time.monotonic() + timeout, dict[int, tuple[float, int]]()
+    meddler = threading.Thread(target=meddle, args=({rank: pid for pid, rank in children.items()},))
+    meddler.start()
+    alive = dict(children)
+    while alive and time.monotonic() < deadline:
+        pid, status = _poll(alive)
+        if pid:
+            ends[alive.pop(pid)] = (time.monotonic(), os.waitstatus_to_exitcode(status))
+        else:
+            time.sleep(0.01)
+    for pid in alive:
+        os.kill(pid, signal.SIGKILL)
+        os.waitpid(pid, 0)
+    meddler.join()
+    log = "\n".join(f"--- {p.name}\n{p.read_text()[-6000:]}" for p in sorted(folder.glob("rank*.log")))
+    assert not alive, f"ranks {sorted(alive.values())} did not end in time\n{log}"
+    codes = [_returned(folder, rank, ends[rank][1]) for rank in range(world_size)]
     shutil.rmtree(folder)
-    return results
+    times = [moment for moment, _ in ends.values()]
+    return Ending(codes, log, max(times) - min(times))
+
+
+def _returned(folder: Path, rank: int, code: int) -> int:
+    path = folder / f"rank{rank}.pickle"
+    return int(pickle.loads(path.read_bytes())) if code == 0 and path.exists() else code
 
 
 def _wait(children: dict[int, int], deadline: float) -> str | None:
