@@ -118,10 +118,11 @@ def count_macs(model: nn.Module, length: int) -> int:
     fused kernel of the CPU. Of block-sparse linears only the stored blocks count. The count does not
     depend on the batch size.
     """
-    inputs = _inputs(model, 1, length, 0, next(model.parameters()).device)
     # With gradients, block-sparse linears run dense, which the counter knows.
-    with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-        model(**inputs)
+    with torch.inference_mode(False), torch.enable_grad():
+        inputs = _inputs(model, 1, length, 0, next(model.parameters()).device)
+        with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+            model(**inputs)
     return int(counter.get_total_flops()) // 2 - length * sum(map(_absent, model.modules()))
 
 
