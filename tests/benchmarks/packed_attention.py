@@ -77,9 +77,9 @@ def paper_like(heads: int, seed: int = 0) -> tuple[nn.Module, nn.Module]:
     torch.manual_seed(seed)
     dense = BertForSequenceClassification(BertConfig()).eval()
     structure = analyze(dense)
-    gates = {kind: torch.zeros_like(gate) for kind, gate in ones(structure).items()}
-    for kind in ("head", "attn", "ffn", "hidden"):
-        gates[kind].fill_(1)
+    gates = ones(structure)
+    for kind in ("qk_dim", "vo_dim", "ffn_dim"):
+        gates[kind].fill_(0)
     for layer in range(12):
         for head in range(heads):
             begin = head * 64
