@@ -115,7 +115,7 @@ requeue() {
     if [ "$1" = cancelled ]; then
         say "asked to leave: not requeued"
     elif [ "${SLURM_RESTART_COUNT:-0}" -ge "$DSPRUNE_MAX_RESTARTS" ]; then
-        say "restarted $SLURM_RESTART_COUNT times already (DSPRUNE_MAX_RESTARTS): not requeued"
+        say "restarted ${SLURM_RESTART_COUNT:-0} times already (DSPRUNE_MAX_RESTARTS): not requeued"
     else
         say "requeueing"
         scontrol requeue "$SLURM_JOB_ID"

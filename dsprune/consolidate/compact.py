@@ -293,4 +293,4 @@ def load_compact(folder: str | Path, **options: Any) -> nn.Module:
         raise CheckpointError(f"{folder} is not a model folder: {path} cannot be read") from error
     if "dsprune" not in config:
         raise CheckpointError(f"{folder} was not made by dsprune: load it with transformers")
-    return model_class(config).from_pretrained(str(folder), **options)  # type: ignore[attr-defined, no-any-return]
+    return model_class(config).from_pretrained(str(folder), use_safetensors=True, **options)  # type: ignore[attr-defined, no-any-return]

@@ -30,7 +30,16 @@ from dsprune.engine.replica import Replica
 from dsprune.engine.world import World
 from dsprune.errors import CheckpointError, OutputError
 
-__all__ = ["POINTS", "TAG", "CheckpointStore", "Snapshot", "reached", "save_verification_batch"]
+__all__ = [
+    "BYTES_PER_PARAMETER",
+    "POINTS",
+    "TAG",
+    "CheckpointStore",
+    "Snapshot",
+    "free_bytes",
+    "reached",
+    "save_verification_batch",
+]
 
 logger = logging.getLogger(__name__)
 TAG = "student"
@@ -199,13 +208,13 @@ class CheckpointStore:
                 raise OutputError(self._refused(str(error).splitlines()[0])) from error
 
     def _refused(self, reason: str) -> str:
-        free = f"{_size(_free(self.folder))} free there"
+        free = f"{_size(free_bytes(self.folder))} free there"
         return f"cannot write a checkpoint to {self.folder}: {reason} ({free}); the checkpoints before it are intact"
 
     def _make_room(self, engine: Any, scratch: Path) -> None:
         scratch.parent.mkdir(parents=True, exist_ok=True)
         shutil.rmtree(scratch, ignore_errors=True)
-        need, free = self._bytes_needed(engine), _free(self.folder)
+        need, free = self._bytes_needed(engine), free_bytes(self.folder)
         if free < need:
             raise OutputError(
                 f"cannot write a checkpoint to {self.folder}: it needs {_size(need)} and {_size(free)} are free; make "
@@ -297,7 +306,8 @@ def _engine_state(engine: Any) -> dict[str, Any]:
     }
 
 
-def _free(folder: Path) -> int:
+def free_bytes(folder: Path) -> int:
+    """Room on the disk where a folder is, or is to be."""
     while not folder.exists():
         folder = folder.parent
     return shutil.disk_usage(folder).free

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Any
 
 from dsprune.config import RunConfig
+from dsprune.engine.checkpoint import BYTES_PER_PARAMETER, free_bytes
 from dsprune.engine.ds_config import precision, zero_stage
 from dsprune.engine.preflight import Preflight
 from dsprune.measure.inspection import describe_spaces
@@ -59,12 +61,25 @@ def _memory_table(ready: Preflight, world_size: int) -> str:
     return render_table(["engine", "stage", "dtype", "parameters", "gradients", "optimizer", "GiB per rank"], rows)
 
 
+def _disk_lines(config: RunConfig, ready: Preflight) -> list[str]:
+    """What the checkpoints of a stage take: those kept, the best one, and the one being written."""
+    size = BYTES_PER_PARAMETER * CostModel(ready.structure).dense("total") / GIB
+    held = config.checkpoint.keep + 2
+    free = free_bytes(Path(config.output)) / GIB
+    return [
+        f"a checkpoint every {config.checkpoint.every}: at most {size:.2f} GiB each, {held * size:.2f} GiB for the "
+        f"{held} that can be there at once, {free:.2f} GiB free",
+        "stopped by SIGTERM, SIGINT, SIGUSR1, SIGUSR2 or a STOP file within a step or an evaluation batch, and a save",
+    ]
+
+
 def describe_plan(config: RunConfig, ready: Preflight, world_size: int) -> str:
     """The whole plan as text."""
     sections = {
         "configuration": json.dumps(config.model_dump(mode="json"), indent=2),
         "prunable spaces": describe_spaces(ready.structure),
         "batch": "\n".join(_batch_lines(config, ready)),
+        "checkpoints": "\n".join(_disk_lines(config, ready)),
         f"memory on {world_size} rank(s), activations apart": _memory_table(ready, world_size),
     }
     return "\n\n".join(f"{title}\n{'-' * len(title)}\n{body}" for title, body in sections.items())

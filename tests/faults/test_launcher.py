@@ -126,12 +126,14 @@ exit $?
 """
 
 
-def _script(tmp_path, *, code, ranks="command sleep 0.2", restarts=None, number=None):
+def _script(tmp_path, *, code, ranks="command sleep 0.2", restarts=None, number=None, limit=50):
     """`train` of slurm/lib.sh with stand-ins for SLURM and the ranks; returns its exit code, output and calls."""
     calls, run = tmp_path / "calls", tmp_path / "run"
     calls.touch()
     text = SCRIPT.format(root=ROOT, calls=calls, run=run, ranks=ranks, code=code)
-    environment = {**os.environ, "SLURM_RESTART_COUNT": str(restarts)} if restarts is not None else dict(os.environ)
+    environment = {**os.environ, "DSPRUNE_MAX_RESTARTS": str(limit)}
+    if restarts is not None:
+        environment["SLURM_RESTART_COUNT"] = str(restarts)
     process = subprocess.Popen(
         ["bash", "-c", text], env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     )
@@ -167,6 +169,7 @@ def test_f20_who_is_cancelled_is_not_requeued(tmp_path):
 
 
 def test_f22_requeue_storm(tmp_path):
+    assert _script(tmp_path, code=69, limit=0)[2] == [], "a job that was never restarted has no count"
     for restarts, calls in ((49, ["scontrol requeue 17"]), (50, []), (51, [])):
         folder = tmp_path / str(restarts)
         folder.mkdir()

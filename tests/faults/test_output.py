@@ -68,7 +68,7 @@ def test_f10_disk_full_while_writing(place, undisturbed, tmp_path, how, rank, st
 def _little_room(*words):
     from dsprune.engine import checkpoint
 
-    checkpoint._free = lambda folder: 1000
+    checkpoint.free_bytes = lambda folder: 1000
     return execute(*words)
 
 

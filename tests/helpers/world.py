@@ -19,6 +19,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from tqdm import tqdm
+
 COLLECTIVE_TIMEOUT = 60.0
 
 
@@ -48,6 +50,9 @@ def _be_rank(fn: Callable[..., Any], rank: int, world_size: int, folder: Path, a
         os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size), OMP_NUM_THREADS="1")
         # Only read by libraries that insist on them; ranks meet through the file.
         os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT="29999")
+        # tqdm's lock is shared by all processes forked from here: a rank that is killed while it holds it would take
+        # every later world with it.
+        tqdm.set_lock(threading.RLock())
         _join(rank, world_size, folder)
         result = fn(*args)
         (folder / f"rank{rank}.pickle").write_bytes(pickle.dumps(result))

@@ -39,7 +39,10 @@ def cluster(tmp_path_factory):
         pytest.skip(f"SLURM did not come up: {started.stderr[-2000:]}")
     os.environ["SLURM_CONF"] = str(folder / "slurm.conf")
     yield folder
-    _command("scancel", "--full", "--user=root")
+    _command("scancel", "--user=root")
+    deadline = time.monotonic() + 30
+    while _command("squeue", "--noheader") and time.monotonic() < deadline:
+        time.sleep(0.5)
     subprocess.run([CLUSTER, "stop", folder], check=False)
     del os.environ["SLURM_CONF"]
 
