@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from dsprune.consolidate import consolidate, find_checkpoint, load_compact, verify
+from dsprune.consolidate.manifest import render_manifest, sha256
 from dsprune.errors import CheckpointError, ConfigError, OutputError
 from dsprune.structure import Selection
 from tests.helpers.checkpoints import save_run
@@ -139,14 +140,13 @@ def _remove(run):
 
 def _reset_hashes(run):
     """Make the manifest agree with changed files, as if they had been written so."""
-    from dsprune.engine.checkpoint import sha256
-
     path = _checkpoint(run) / "MANIFEST.json"
     manifest = json.loads(path.read_text())
     for name in manifest["files"]:
         file = _checkpoint(run) / name
         manifest["files"][name] = {"bytes": file.stat().st_size, "sha256": sha256(file)}
-    path.write_text(json.dumps(manifest))
+    del manifest["digest"]
+    path.write_text(render_manifest(manifest))
 
 
 def _other_model(run):

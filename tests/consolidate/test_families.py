@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import subprocess
 import sys
@@ -13,6 +12,7 @@ from safetensors.torch import save_file
 from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
 
 from dsprune.consolidate import apply_selection, consolidate, load_compact
+from dsprune.consolidate.manifest import FORMAT, render_manifest
 from dsprune.errors import CheckpointError
 from dsprune.structure import Selection, analyze, ones
 from tests.helpers.checkpoints import write_manifest, write_run
@@ -226,6 +226,6 @@ def test_a_batch_of_another_model_is_refused(tmp_path):
 def test_a_manifest_without_files_is_refused(tmp_path):
     model = tiny_model("bert")
     run = write_run(tmp_path / "run", model, selection=_selection(model))
-    (_checkpoint(run) / "MANIFEST.json").write_text(json.dumps({"format": 1, "files": {"a": 1}}))
+    (_checkpoint(run) / "MANIFEST.json").write_text(render_manifest({"format": FORMAT, "files": {"a": 1}}))
     with pytest.raises(CheckpointError, match="does not list the checkpoint's files"):
         consolidate(run, tmp_path / "out")

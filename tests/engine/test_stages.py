@@ -163,14 +163,6 @@ def test_blocks_need_a_compact_model(tmp_path):
     assert run_world(_execute, 1, recipe, 'stages=["blocks"]') == [64]
 
 
-def test_a_checkpoint_of_another_world_size_is_refused(finished, tmp_path):
-    recipe = tiny_recipe(tmp_path)
-    teacher = f"teacher.path={finished / 'run' / 'teacher' / 'model'}"
-    common = (teacher, 'stages=["prune"]', "log.tensorboard=false")
-    assert run_world(_stop_after, 2, recipe, "prune", 5, *common) == [130, 130]
-    assert run_world(_execute, 1, recipe, *common) == [74]
-
-
 def test_the_selection_survives_recovery(finished_by):
     """Gates are fixed after pruning: recovery changes weights, not shapes."""
     run = finished_by / "run"

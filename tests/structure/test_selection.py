@@ -25,7 +25,10 @@ def test_units_of_a_removed_sublayer_are_gone():
     heads = [len(selection.kept(sublayer.units)) for sublayer in structure.sublayers_of("attn")]
     assert heads == [24, 0]
     assert not selection.alive("attn", 1)
-    assert selection.layer_sizes(structure) == [{"heads": 3, "ffn_dim": 64}, {"heads": 0, "ffn_dim": 64}]
+    assert selection.layer_sizes(structure) == [
+        {"heads": 3, "kept_heads": [0, 1, 3], "ffn_dim": 64},
+        {"heads": 0, "kept_heads": [], "ffn_dim": 64},
+    ]
 
 
 def test_dimensions_go_with_their_head_and_are_told_head_by_head():
