@@ -99,7 +99,8 @@ class TaskConfig(Section):
     """What the model is to do."""
 
     name: str
-    """Task: one of the nine of GLUE, `squad`, `squad_v2`, `conll2003`, or `order`, the generated one."""
+    """Task: one of the nine of GLUE, `squad`, `squad_v2`, `conll2003`, `lm` (causal language modelling), `seq2seq`, or
+    `order`, the generated one."""
     max_length: int = Field(128, ge=8)
     """Longest sequence in tokens; longer ones are cut."""
     metric: str | None = None
@@ -112,6 +113,18 @@ class TaskConfig(Section):
     """SQuAD: how many of the most likely starts and of the most likely ends are combined."""
     null_threshold: float = 0.0
     """SQuAD v2: how much the score of no answer must exceed the best answer's to be given."""
+    text_column: str = "text"
+    """lm: column of the texts, a document a row; blank rows are passed over."""
+    source_column: str = "source"
+    """seq2seq: column of the texts that are read."""
+    target_column: str = "target"
+    """seq2seq: column of the texts that are to be written."""
+    prefix: str = ""
+    """seq2seq: put before every source, such as `"summarize: "` for T5."""
+    max_target_length: int = Field(64, ge=2)
+    """seq2seq: longest target in tokens; longer ones are cut in training, and never written in evaluation."""
+    logits_chunk: int = Field(512, ge=1)
+    """lm, seq2seq: tokens of a rank whose logits over the vocabulary exist at a time."""
 
 
 class DataConfig(Section):
@@ -121,6 +134,12 @@ class DataConfig(Section):
     """Folder with train/validation files (parquet, csv, tsv, jsonl); by default the data come from the hub."""
     revision: str | None = None
     """Hub revision of the data set to pin."""
+    dataset: str | None = None
+    """lm, seq2seq: data set of the hub; for lm by default WikiText-2."""
+    subset: str | None = None
+    """lm, seq2seq: subset of that data set, where it has several."""
+    evals: tuple[str, ...] = ("validation",)
+    """lm, seq2seq: evaluation splits; figures of `test` are reported, and never picked by."""
     max_train_examples: int | None = Field(None, ge=1)
     """Use only the first so many training examples."""
     max_eval_examples: int | None = Field(None, ge=1)
@@ -221,6 +240,9 @@ class DistillConfig(Section):
     """Temperature of the logit loss."""
     logit_scale: Literal["temperature", "none"] = "temperature"
     """Multiply the logit loss by the squared temperature (CoFi), or not (GRAIN)."""
+    top_k: int | None = Field(None, ge=1)
+    """lm, seq2seq: keep the teacher's so many largest logits of a token, and all others as one bucket; by default the
+    loss is over the whole vocabulary."""
     layers: float = Field(0.9, ge=0)
     """Weight of the layerwise hidden-state loss."""
     attentions: float = Field(0.0, ge=0)

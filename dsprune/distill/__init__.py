@@ -1,6 +1,7 @@
 """Losses between teacher and student, and the matching of their layers."""
 
 from dsprune.distill.attention import AttentionTap, attention_loss
+from dsprune.distill.head import Question, VocabularyHead
 from dsprune.distill.hidden import HiddenTap
 from dsprune.distill.losses import layer_distances, layer_loss, logit_loss
 from dsprune.distill.matching import (
@@ -12,13 +13,20 @@ from dsprune.distill.matching import (
     match_layers,
     match_monotone,
 )
+from dsprune.distill.vocabulary import TeacherLogits, TeacherStates, TopLogits, chunked_losses, surprisals, top_logits
 
 __all__ = [
     "UNMATCHED",
     "AttentionTap",
     "HiddenTap",
+    "Question",
+    "TeacherLogits",
+    "TeacherStates",
+    "TopLogits",
+    "VocabularyHead",
     "attention_loss",
     "check_teacher_layers",
+    "chunked_losses",
     "default_teacher_layers",
     "layer_distances",
     "layer_loss",
@@ -27,4 +35,6 @@ __all__ = [
     "match_free",
     "match_layers",
     "match_monotone",
+    "surprisals",
+    "top_logits",
 ]

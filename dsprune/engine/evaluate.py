@@ -15,8 +15,8 @@ from dsprune.tasks.sampling import eval_shard
 
 __all__ = ["evaluate", "evaluate_all"]
 
-Forward = Callable[[Mapping[str, Tensor]], Tensor]
-"""Inputs on the device to the task's outputs, [batch, classes] or [batch, length, classes]."""
+Forward = Callable[[Mapping[str, Tensor], Tensor], Tensor]
+"""Inputs and labels on the device to what metrics are made of: [batch, n], or [batch, length, classes]."""
 Pulse = Callable[[], None]
 """Called on all ranks before every batch; may raise to give up."""
 
@@ -26,17 +26,17 @@ def evaluate(
     forward: Forward, task: Task, data: Encoded, world: World, *, batch_size: int, pulse: Pulse
 ) -> dict[str, float]:
     """The task's metrics on one split. Collective: all ranks must call, and under ZeRO-3 forward in step."""
-    logits: list[Tensor] = []
+    found: list[Tensor] = []
     kept: list[Tensor] = []
     width = int(data.lengths.max())
     shard = eval_shard(len(data), rank=world.rank, world_size=world.size, batch_size=batch_size, lengths=data.lengths)
     for indices, num_real in shard:
         pulse()
-        inputs, _, _ = to_device(data.collate(indices), world)
-        out = forward(inputs)[:num_real].float().cpu()
-        logits.append(out if out.dim() == 2 else F.pad(out, (0, 0, 0, width - out.shape[1])))
+        inputs, labels, _ = to_device(data.collate(indices), world)
+        out = forward(inputs, labels)[:num_real].float().cpu()
+        found.append(out if out.dim() == 2 else F.pad(out, (0, 0, 0, width - out.shape[1])))
         kept.append(torch.as_tensor(indices[:num_real], dtype=torch.int64))
-    shards = world.gather((torch.cat(kept).numpy(), torch.cat(logits).numpy()))
+    shards = world.gather((torch.cat(kept).numpy(), torch.cat(found).numpy()))
     order = torch.cat([torch.from_numpy(indices) for indices, _ in shards])
     predictions = torch.cat([torch.from_numpy(values) for _, values in shards])
     return task.score(predictions[order.argsort()], data)

@@ -205,12 +205,12 @@ def attention_modules(model: PreTrainedModel) -> list[str]:
 
 
 @contextmanager
-def gathered(weight: Tensor) -> Iterator[None]:
-    """A parameter as a whole, wherever ZeRO-3 keeps its parts. Collective under ZeRO-3."""
-    if not hasattr(weight, "ds_id"):
+def gathered(*weights: Tensor) -> Iterator[None]:
+    """Parameters as a whole, wherever ZeRO-3 keeps their parts. Collective under ZeRO-3."""
+    if not any(hasattr(weight, "ds_id") for weight in weights):
         yield
         return
-    with quiet_import().zero.GatheredParameters([weight]):
+    with quiet_import().zero.GatheredParameters(list(weights)):
         yield
 
 

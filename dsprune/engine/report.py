@@ -28,7 +28,7 @@ def _score(run: Run, source: str) -> dict[str, float]:
     """Metrics of a finished model folder, over all ranks. Collective."""
     model = Teacher(source, run.task, run.ready.teacher_ds)
     scores = evaluate_all(
-        model.logits,
+        model.predict,
         run.task,
         run.data.evals,
         run.world,

@@ -422,7 +422,7 @@ class Run:
             ),
             scored=not gated,
             evaluate=lambda done: self._evaluate_student(trainer, done),
-            score=self._score,
+            score=self.task.merit,
             snapshot=lambda done, scores, score, own: self._snapshot(trainer, done, scores, score, about, own),
         )
         course.run(self._resume(trainer, store))
@@ -447,18 +447,6 @@ class Run:
             "examples": self.provenance.examples,
         }
 
-    def _score(self, scores: Mapping[str, float]) -> float:
-        """The metric that picks the best checkpoint: the primary one, its mean where there are several splits.
-
-        A test split is reported, never picked by.
-        """
-        values = [
-            value
-            for name, value in scores.items()
-            if name.split("/")[-1] == self.task.primary and not name.startswith("test/")
-        ]
-        return sum(values) / len(values)
-
     def _evaluate_student(self, trainer: Trainer, done: int) -> dict[str, float]:
         engine = trainer.engine
         engine.eval()
@@ -466,7 +454,7 @@ class Run:
         if gates is not None:
             gates = {kind: gate.to(self.world.device) for kind, gate in gates.items()}
         scores = evaluate_all(
-            lambda inputs: engine(inputs, None, None, gates)[0],
+            lambda inputs, labels: engine(inputs, labels, None, gates)[0],
             self.task,
             self.data.evals,
             self.world,

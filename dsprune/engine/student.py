@@ -15,6 +15,7 @@ from dsprune.distill import UNMATCHED, AttentionTap, HiddenTap, attention_loss, 
 from dsprune.engine.ds_config import zero_stage
 from dsprune.engine.models import attention_modules, encoder_layers, hidden_states
 from dsprune.engine.requirements import quiet_import
+from dsprune.engine.scoring import Taught, make_scorer
 from dsprune.structure import BlockGating, Gates, Gating
 from dsprune.tasks import Task
 
@@ -31,7 +32,7 @@ class Lesson:
     """What the teacher says about one micro-batch.
 
     Attributes:
-        logits: the teacher's outputs, of the shape of the student's.
+        taught: what the teacher says of the outputs.
         hidden: [teacher layers, tokens, width], or None where no layers teach.
         token_index: [tokens] positions of real tokens in the flattened [batch * length].
         num_tokens: [] real tokens of a mean micro-batch of this step.
@@ -42,13 +43,13 @@ class Lesson:
         num_pairs: [] pairs of real tokens of a mean micro-batch of this step.
     """
 
-    logits: Tensor
+    taught: Taught
     hidden: Tensor | None
     token_index: Tensor
     num_tokens: Tensor
     match: Sequence[int]
     search: bool
-    attentions: Sequence[Tensor] | None
+    attentions: Sequence[Tensor | None] | None
     num_pairs: Tensor
 
 
@@ -79,7 +80,7 @@ class Student(nn.Module):
     ) -> None:
         super().__init__()
         self.model = model
-        self.task = task
+        self.scorer = make_scorer(task, model)
         self.distill = distill
         self.gating = gating
         self.tap: HiddenTap | None = None
@@ -113,14 +114,14 @@ class Student(nn.Module):
     def forward(
         self,
         inputs: Mapping[str, Tensor],
-        labels: Tensor | None = None,
+        labels: Tensor,
         num_targets: Tensor | None = None,
         gates: Gates | None = None,
         lesson: Lesson | None = None,
         *,
         probe: bool = False,
     ) -> tuple[Tensor, ...]:
-        """Losses of one micro-batch; without labels, the task's outputs.
+        """Losses of one micro-batch; without a number of targets, what metrics are made of.
 
         Args:
             inputs: the model's arguments.
@@ -131,50 +132,36 @@ class Student(nn.Module):
             probe: leave out the layerwise loss, and give gated weights no gradients.
 
         Returns:
-            `(outputs,)`, or `(loss, parts [len(PARTS)], distances)` with distances [teacher layers,
+            `(predictions,)`, or `(loss, parts [len(PARTS)], distances)` with distances [teacher layers,
             student layers], empty where none are wanted. Only `loss` carries a gradient.
         """
         if self.gating is not None:
             self.gating.set(gates)
             self.gating.frozen = probe
-        outputs = self.task.outputs(self.model(**inputs))
-        if labels is None or probe:
+        if num_targets is None:
+            predictions = self.scorer.predict(self.model, inputs, labels)
             self._let_go()
-        if labels is None or num_targets is None:
-            return (outputs,)
-        if lesson is None or self.distill is None:
-            loss = self.task.loss(outputs.float(), labels, count=num_targets)
-            return self._result(loss, labels=loss)
-        weights = self.distill
-        by_logits = self._by_logits(outputs, lesson.logits, labels, num_targets)
-        total = weights.logits * by_logits
-        by_layers, distances = (None, None) if probe else self._layerwise(lesson)
+            return (predictions,)
+        taught = lesson.taught if lesson is not None else None
+        scored = self.scorer.score(self.model, inputs, labels, num_targets, taught, self.distill, frozen=probe)
+        if probe or lesson is None or self.distill is None:
+            self._let_go()
+            return self._result(scored.total, logits=scored.logits, labels=scored.labels)
+        weights, total = self.distill, scored.total
+        by_layers, distances = self._layerwise(lesson)
         if by_layers is not None:
             total = total + weights.layers * by_layers
-        by_maps = None if probe else self._by_attentions(lesson, inputs["attention_mask"], gates)
+        by_maps = self._by_attentions(lesson, inputs["attention_mask"], gates)
         if by_maps is not None:
             total = total + weights.attentions * by_maps
-        by_labels = self.task.loss(outputs.float(), labels, count=num_targets) if weights.labels > 0 else None
-        if by_labels is not None:
-            total = total + weights.labels * by_labels
-        return self._result(
-            total, logits=by_logits, layers=by_layers, attentions=by_maps, labels=by_labels, distances=distances
-        )
+        parts = {"logits": scored.logits, "layers": by_layers, "attentions": by_maps, "labels": scored.labels}
+        return self._result(total, **parts, distances=distances)
 
     def _let_go(self) -> None:
         if self.tap is not None:
             self.tap.clear()
         if self.attention_tap is not None:
             self.attention_tap.clear()
-
-    def _by_logits(self, ours: Tensor, theirs: Tensor, labels: Tensor, num_targets: Tensor) -> Tensor:
-        assert self.distill is not None
-        temperature = self.distill.temperature
-        loss = self.task.logit_loss(ours.float(), theirs.float(), labels, temperature=temperature, count=num_targets)
-        # A regression has no temperature.
-        return (
-            loss / temperature**2 if self.distill.logit_scale == "none" and self.task.problem != "regression" else loss
-        )
 
     def _result(self, total: Tensor, *, distances: Tensor | None = None, **parts: Tensor | None) -> tuple[Tensor, ...]:
         zero = total.new_zeros(())
@@ -226,7 +213,7 @@ class Student(nn.Module):
         match = [j for j in lesson.match if j != self.num_layers]  # the embeddings have no map
         for theirs, j in zip(lesson.attentions, match, strict=True):
             ours = maps[j] if j != UNMATCHED else None
-            if ours is None:
+            if ours is None or theirs is None:
                 continue
             heads = gates["head"][j] if gates is not None and "head" in gates else None
             theirs = theirs if self.head_sources is None else theirs[:, self.head_sources[j]]

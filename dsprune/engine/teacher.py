@@ -8,10 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dsprune.config import DistillConfig
 from dsprune.distill import AttentionTap, HiddenTap
 from dsprune.engine.ds_config import precision
 from dsprune.engine.models import attention_modules, hidden_states, load_model
 from dsprune.engine.requirements import quiet_import
+from dsprune.engine.scoring import Taught, make_scorer
 from dsprune.tasks import Task
 from dsprune.tasks.labels import label_permutation
 
@@ -45,10 +47,10 @@ class Teacher:
         *,
         attentions: bool = False,
     ) -> None:
-        self.task = task
         model = load_model(source, task, ds_config)
         self.width = int(model.config.hidden_size)
-        self._order = label_permutation(model.config.id2label, task.labels) if task.labels else None
+        order = label_permutation(model.config.id2label, task.labels) if task.labels else None
+        self.scorer = make_scorer(task, model, order)
         model.to(_DTYPES[precision(ds_config)])
         *paths, embeddings = hidden_states(model, embeddings=True)
         self.tap = HiddenTap(model, [paths[i - 1] if i > 0 else embeddings for i in layers])
@@ -62,22 +64,23 @@ class Teacher:
         self.engine.eval()
 
     @torch.no_grad()
-    def logits(self, inputs: Mapping[str, Tensor]) -> Tensor:
-        """The task's outputs, in its label order: [batch, ..., classes]. Collective under ZeRO-3."""
-        outputs = self.task.outputs(self.engine(**inputs))
-        return outputs if self._order is None else self.task.reorder(outputs, self._order)
+    def predict(self, inputs: Mapping[str, Tensor], labels: Tensor) -> Tensor:
+        """What the task's metrics are made of: [batch, ...]. Collective under ZeRO-3."""
+        return self.scorer.predict(self.engine, inputs, labels)
 
     @torch.no_grad()
-    def teach(self, inputs: Mapping[str, Tensor], token_index: Tensor) -> tuple[Any, ...]:
+    def teach(
+        self, inputs: Mapping[str, Tensor], labels: Tensor, token_index: Tensor, distill: DistillConfig
+    ) -> tuple[Taught, Tensor | None, list[Tensor | None] | None]:
         """What is wanted of the teacher. Collective under ZeRO-3.
 
         Returns:
-            The outputs; the hidden states of the chosen layers, [layers, tokens, width], or None; their
-            attention maps (embeddings have none), a list of [batch, heads, length, length], or None.
+            What it says of the outputs; the hidden states of the chosen layers, [layers, tokens, width], or
+            None; their attention maps (embeddings have none), [batch, heads, length, length] each, or None.
         """
-        logits = self.logits(inputs)
+        taught = self.scorer.teach(self.engine, inputs, labels, distill)
         hidden = torch.stack(self.tap.take(token_index)) if self.has_taps else None
-        return logits, hidden, self.attention_tap.take() if self.attention_tap else None
+        return taught, hidden, self.attention_tap.take() if self.attention_tap else None
 
     def let_go(self) -> None:
         """Drop hidden states and maps of a forward pass that nobody took."""

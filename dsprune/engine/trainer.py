@@ -215,9 +215,10 @@ class Trainer:
     def _lesson(self, batch: MicroBatch, match: list[int]) -> Lesson | None:
         if self.teacher is None:
             return None
-        logits, hidden, attentions = self.teacher.teach(batch.inputs, batch.token_index)
+        distill = self.engine.module.distill
+        taught, hidden, attentions = self.teacher.teach(batch.inputs, batch.labels, batch.token_index, distill)
         search = self.matcher is not None and self.matcher.searches
-        return Lesson(logits, hidden, batch.token_index, batch.num_tokens, match, search, attentions, batch.num_pairs)
+        return Lesson(taught, hidden, batch.token_index, batch.num_tokens, match, search, attentions, batch.num_pairs)
 
     @staticmethod
     def _gate_gradients(gates: dict[str, Tensor] | None, scale: float) -> dict[str, Tensor]:

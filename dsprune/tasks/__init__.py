@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from dsprune.tasks.base import Task, TaskData
+from dsprune.tasks.base import LabelTask, Task, TaskData
 from dsprune.tasks.batching import Encoded
 from dsprune.tasks.registry import build_task, task_names
+from dsprune.tasks.text import TextTask
 
-__all__ = ["Encoded", "Task", "TaskData", "build_task", "task_names"]
+__all__ = ["Encoded", "LabelTask", "Task", "TaskData", "TextTask", "build_task", "task_names"]

@@ -5,23 +5,29 @@ from __future__ import annotations
 import difflib
 import logging
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from dsprune.errors import ConfigError
+from dsprune.errors import ArchitectureError, ConfigError
 from dsprune.tasks.batching import Encoded, Tokeniser
 from dsprune.tasks.sources import Split, Splits
 
-__all__ = ["Head", "Problem", "Task", "TaskData", "choose_metric"]
+__all__ = ["Head", "LabelTask", "Problem", "Task", "TaskData", "choose_metric"]
 
 logger = logging.getLogger(__name__)
 
-Problem = Literal["classification", "regression", "spans", "tokens"]
-Head = Literal["ForSequenceClassification", "ForQuestionAnswering", "ForTokenClassification"]
+Problem = Literal["classification", "regression", "spans", "tokens", "text"]
+Head = Literal[
+    "ForSequenceClassification",
+    "ForQuestionAnswering",
+    "ForTokenClassification",
+    "ForCausalLM",
+    "ForConditionalGeneration",
+]
 
 
 @dataclass
@@ -46,9 +52,9 @@ class TaskData:
 class Task(ABC):
     """One task, ready to read its data.
 
-    Losses are sums over targets, divided by a count that the caller gives: the targets of a mean
-    micro-batch of the step, over all ranks and accumulation steps. So unequal micro-batches average
-    over the whole batch. A target is an example, a feature of a span task, or a labelled token.
+    Losses are sums over targets, divided by the targets of a mean micro-batch of the step, over all ranks
+    and accumulation steps. So unequal micro-batches average over the whole batch. A target is an example,
+    a feature of a span task, a labelled token, or a token of text.
 
     Attributes:
         name: as in `task.name`.
@@ -68,6 +74,8 @@ class Task(ABC):
     read: Callable[[bool], Splits] = field(repr=False)
 
     head: ClassVar[Head]
+    lower_is_better: ClassVar[bool] = False
+    """Whether a small value of the primary metric is a good one."""
 
     @property
     @abstractmethod
@@ -93,7 +101,7 @@ class Task(ABC):
             DataError: missing files or columns, empty splits, labels or texts that cannot be.
             ArchitectureError: a tokenizer that does not fit.
         """
-        tokeniser = Tokeniser(tokenizer, self.max_length, vocab_size, progress)
+        tokeniser = Tokeniser(tokenizer, self.max_length, self._padding(tokenizer), vocab_size, progress)
         splits = self._check(self.read(progress))
         evals = {name: self._encode(split, tokeniser) for name, split in splits.evals.items()}
         train = self._encode(splits.train, tokeniser)
@@ -105,6 +113,55 @@ class Task(ABC):
         for note in notes:
             logger.warning("task %s: %s", self.name, note)
         return TaskData(train, evals, notes, tuple(split.origin for split in splits))
+
+    @abstractmethod
+    def score(self, predictions: Tensor, data: Encoded) -> dict[str, float]:
+        """The official metrics by name, of all predictions of a split; shares are fractions of 1.
+
+        Args:
+            predictions: [features, ...] in the order of the split: outputs of the model ([features, classes],
+                or [features, width, classes] with anything past each feature's length), or what a text task
+                makes of them.
+            data: the split.
+
+        Raises:
+            NumericsError: outputs that are not finite.
+        """
+
+    def merit(self, scores: Mapping[str, float]) -> float:
+        """How good metrics are, more being better: the primary one, its mean where there are several splits.
+
+        A test split is reported, never picked by.
+        """
+        values = [
+            value
+            for name, value in scores.items()
+            if name.split("/")[-1] == self.primary and not name.startswith("test/")
+        ]
+        mean = sum(values) / len(values)
+        return -mean if self.lower_is_better else mean
+
+    def _padding(self, tokenizer: PreTrainedTokenizerBase) -> int:
+        """What batches are padded with.
+
+        Raises:
+            ArchitectureError: a tokenizer without a padding token.
+        """
+        if tokenizer.pad_token_id is None:
+            raise ArchitectureError(f"the tokenizer of '{tokenizer.name_or_path}' has no padding token")
+        return int(tokenizer.pad_token_id)
+
+    @abstractmethod
+    def _check(self, splits: Splits) -> Splits:
+        """Splits that are known to be good; what had to be left out is in their notes."""
+
+    @abstractmethod
+    def _encode(self, split: Split, tokeniser: Tokeniser) -> Encoded:
+        """A checked split as token ids."""
+
+
+class LabelTask(Task):
+    """A task whose outputs are few, so that its losses and metrics are made from all of them."""
 
     def outputs(self, model_output: Any) -> Tensor:
         """The one tensor of predictions in what the model returns.
@@ -148,27 +205,6 @@ class Task(ABC):
             temperature: T.
             count: [] targets of a mean micro-batch of the step.
         """
-
-    @abstractmethod
-    def score(self, predictions: Tensor, data: Encoded) -> dict[str, float]:
-        """The official metrics by name, fractions of 1, of all outputs of a split.
-
-        Args:
-            predictions: [features, classes] in the order of the split, or [features, width, classes] with
-                anything past each feature's length.
-            data: the split.
-
-        Raises:
-            NumericsError: outputs that are not finite.
-        """
-
-    @abstractmethod
-    def _check(self, splits: Splits) -> Splits:
-        """Splits that are known to be good; what had to be left out is in their notes."""
-
-    @abstractmethod
-    def _encode(self, split: Split, tokeniser: Tokeniser) -> Encoded:
-        """A checked split as token ids."""
 
 
 def choose_metric(task: str, official: tuple[str, ...], asked: str | None) -> str:

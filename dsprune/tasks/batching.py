@@ -106,8 +106,12 @@ class Encoded:
         source = torch.where(real, self._offsets[chosen, None] + column, 0)
         batch = {name: torch.where(real, flat[source].long(), pad) for name, (flat, pad) in self._streams.items()}
         if not self._per_token:
-            batch["labels"] = self.labels[chosen]
+            batch["labels"] = self._labels_of(chosen)
         return batch | {"attention_mask": real.long()}
+
+    def _labels_of(self, chosen: Tensor) -> Tensor:
+        """Labels of some features, where they do not stand by the tokens."""
+        return self.labels[chosen]
 
 
 @dataclass(frozen=True)
@@ -117,21 +121,16 @@ class Tokeniser:
     Attributes:
         tokenizer: of the model.
         max_length: tokens at which features are cut.
+        pad_token_id: what batches are padded with.
         vocab_size: embeddings that the model has; by default what the tokenizer says.
         progress: show a bar where it takes long.
-
-    Raises:
-        ArchitectureError: a tokenizer without a padding token.
     """
 
     tokenizer: PreTrainedTokenizerBase
     max_length: int
+    pad_token_id: int
     vocab_size: int | None = None
     progress: bool = False
-
-    def __post_init__(self) -> None:
-        if self.tokenizer.pad_token_id is None:
-            raise ArchitectureError(f"the tokenizer of '{self.tokenizer.name_or_path}' has no padding token")
 
     def need_offsets(self, task: str) -> None:
         """Refuse a tokenizer that cannot say where in the text its tokens stand.
@@ -167,7 +166,7 @@ class Tokeniser:
         tokens = Tokens(
             joined.pop("input_ids"),
             joined.pop("lengths"),
-            int(self.tokenizer.pad_token_id),
+            self.pad_token_id,
             joined.pop("token_type_ids", None),
             int(self.tokenizer.pad_token_type_id),
         )

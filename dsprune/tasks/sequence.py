@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from dsprune.tasks import losses, metrics
-from dsprune.tasks.base import Head, Problem, Task
+from dsprune.tasks.base import Head, LabelTask, Problem
 from dsprune.tasks.batching import Encoded, Tokeniser, encode
 from dsprune.tasks.checks import check_columns, check_text, refuse_first
 from dsprune.tasks.sources import Split, Splits
@@ -19,7 +19,7 @@ __all__ = ["SequenceTask"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class SequenceTask(Task):
+class SequenceTask(LabelTask):
     """Classification, or regression where there are no labels.
 
     Attributes:

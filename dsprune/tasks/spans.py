@@ -17,7 +17,7 @@ from torch import Tensor
 
 from dsprune.errors import DataError
 from dsprune.tasks import answers, losses
-from dsprune.tasks.base import Head, Problem, Task
+from dsprune.tasks.base import Head, LabelTask, Problem
 from dsprune.tasks.batching import Encoded, Flat, Tokeniser, Tokens, flatten
 from dsprune.tasks.checks import check_columns, check_text, refuse_first
 from dsprune.tasks.metrics import check_finite
@@ -90,7 +90,7 @@ class Windows(Encoded):
 
 
 @dataclass(frozen=True, kw_only=True)
-class SpanTask(Task):
+class SpanTask(LabelTask):
     """Extraction of answers.
 
     Attributes:

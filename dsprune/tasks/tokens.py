@@ -19,7 +19,7 @@ from torch import Tensor
 
 from dsprune.errors import DataError
 from dsprune.tasks import losses
-from dsprune.tasks.base import Head, Problem, Task
+from dsprune.tasks.base import Head, LabelTask, Problem
 from dsprune.tasks.batching import Encoded, Flat, Tokeniser, Tokens, flatten
 from dsprune.tasks.checks import check_columns, refuse_first
 from dsprune.tasks.metrics import check_finite
@@ -70,7 +70,7 @@ class TaggedWords(Encoded):
 
 
 @dataclass(frozen=True, kw_only=True)
-class TokenTask(Task):
+class TokenTask(LabelTask):
     """Tagging of words; `labels` are IOB2 tags, `O` among them."""
 
     head: ClassVar[Head] = "ForTokenClassification"

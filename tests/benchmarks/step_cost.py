@@ -112,7 +112,7 @@ def measure(options: argparse.Namespace, world: World, stage: int) -> list[list[
         batch = plain.batches.micro_batch(step, 0)
         calls: dict[str, Any] = {
             "plain": lambda step=step: plain.step(step),
-            "teacher": lambda batch=batch: teacher.logits(batch.inputs),
+            "teacher": lambda batch=batch: teacher.predict(batch.inputs, batch.labels),
             **{name: lambda step=step, trainer=trainer: trainer.step(step) for name, trainer in pruning.items()},
         }
         for name, call in calls.items():

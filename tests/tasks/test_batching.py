@@ -4,8 +4,9 @@ import pytest
 import torch
 from transformers import PreTrainedTokenizerFast
 
+from dsprune.config import DataConfig, TaskConfig
 from dsprune.errors import ArchitectureError
-from dsprune.tasks import batching
+from dsprune.tasks import batching, build_task
 from dsprune.tasks.batching import Encoded, Tokeniser, Tokens, encode
 
 FIRST = ["the cat sat", "a dog", "the cat sat on a mat and the dog ran"]
@@ -14,7 +15,7 @@ LABELS = torch.tensor([0, 1, 1])
 
 
 def build(tokenizer: PreTrainedTokenizerFast, *texts: list[str], max_length: int = 128) -> Encoded:
-    return encode("train", texts, LABELS, Tokeniser(tokenizer, max_length))
+    return encode("train", texts, LABELS, Tokeniser(tokenizer, max_length, tokenizer.pad_token_id))
 
 
 def test_collating_equals_what_the_tokenizer_pads(tokenizer: PreTrainedTokenizerFast) -> None:
@@ -83,11 +84,11 @@ def test_labels_of_tokens_are_padded_with_what_no_loss_counts() -> None:
 
 def test_token_ids_that_the_model_has_not_are_refused(tokenizer: PreTrainedTokenizerFast) -> None:
     with pytest.raises(ArchitectureError, match=r"token id 12 and the model has 12 embeddings"):
-        encode("train", [FIRST], LABELS, Tokeniser(tokenizer, 128, vocab_size=12))
-    assert len(encode("train", [FIRST], LABELS, Tokeniser(tokenizer, 128, vocab_size=13))) == 3
+        encode("train", [FIRST], LABELS, Tokeniser(tokenizer, 128, tokenizer.pad_token_id, vocab_size=12))
+    assert len(encode("train", [FIRST], LABELS, Tokeniser(tokenizer, 128, tokenizer.pad_token_id, vocab_size=13))) == 3
 
 
 def test_a_tokenizer_without_padding_token_is_refused(tokenizer: PreTrainedTokenizerFast) -> None:
     bare = PreTrainedTokenizerFast(tokenizer_object=tokenizer.backend_tokenizer, unk_token="[UNK]")
     with pytest.raises(ArchitectureError, match="no padding token"):
-        build(bare, FIRST)
+        build_task(TaskConfig(name="order"), DataConfig(), seed=0).load(bare)
