@@ -93,6 +93,16 @@ class ModelConfig(Section):
     """Pretrained model to start from: a hub id, a folder, or `package:NAME/SUBFOLDER` inside an installed package."""
     revision: str | None = None
     """Hub revision (branch, tag or commit) to pin."""
+    from_scratch: bool = False
+    """Begin with random weights: of the model only its configuration is read."""
+
+
+class StudentConfig(Section):
+    """How the student is run while it trains."""
+
+    activation_checkpointing: bool = False
+    """Keep only what enters each layer for the backward pass, and compute the rest again: a third more time, far less
+    memory."""
 
 
 class TaskConfig(Section):
@@ -338,6 +348,7 @@ class RunConfig(Section):
     stages: tuple[StageName, ...] = STAGES
     """Stages of this launch, in order; a finished one is not redone."""
     model: ModelConfig
+    student: StudentConfig = StudentConfig()
     task: TaskConfig
     data: DataConfig = DataConfig()
     batch: BatchConfig = BatchConfig()

@@ -14,14 +14,18 @@ import torch
 from torch import Tensor
 from transformers import (
     AutoConfig,
+    AutoModelForCausalLM,
     AutoModelForQuestionAnswering,
+    AutoModelForSeq2SeqLM,
     AutoModelForSequenceClassification,
     AutoModelForTokenClassification,
     AutoTokenizer,
+    PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
 from transformers.integrations import HfDeepSpeedConfig, unset_hf_deepspeed_config
+from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
 from dsprune.arch import family_for
 from dsprune.consolidate import load_compact
@@ -33,6 +37,8 @@ from dsprune.tasks import Task
 __all__ = [
     "AUTO_CLASSES",
     "attention_modules",
+    "check_reads_forward",
+    "checkpoint_activations",
     "encoder_layers",
     "gathered",
     "hidden_states",
@@ -50,6 +56,8 @@ AUTO_CLASSES: Mapping[str, Any] = {
     "ForSequenceClassification": AutoModelForSequenceClassification,
     "ForQuestionAnswering": AutoModelForQuestionAnswering,
     "ForTokenClassification": AutoModelForTokenClassification,
+    "ForCausalLM": AutoModelForCausalLM,
+    "ForConditionalGeneration": AutoModelForSeq2SeqLM,
 }
 """By the head that a task needs."""
 
@@ -117,36 +125,51 @@ _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def load_model(
-    source: str, task: Task, ds_config: Mapping[str, Any], *, revision: str | None = None
+    source: str,
+    task: Task,
+    ds_config: Mapping[str, Any],
+    *,
+    revision: str | None = None,
+    from_scratch: bool = False,
 ) -> PreTrainedModel:
     """A model with the task's head, dense or compact, ready to become an engine.
 
     Weights missing from the source (a fresh task head) are initialised from torch's seed, which the
     caller sets. Under ZeRO-3 the weights never stand whole on one rank.
 
+    Args:
+        source: folder or hub id.
+        task: decides the head.
+        ds_config: filled configuration of the engine that the model is for.
+        revision: of the hub.
+        from_scratch: take the configuration alone, and begin with random weights.
+
     Raises:
         ConfigError: the source cannot be read.
-        ArchitectureError: a family that dsprune does not know.
+        ArchitectureError: a family that dsprune does not know, or that does not fit the task.
     """
     quiet_import()
     source = resolve_source(source)
     options: dict[str, Any] = {"dtype": _DTYPES[precision(ds_config)] if zero_stage(ds_config) == 3 else torch.float32}
     with _partitioned_loading(ds_config):
         if is_compact(source):
-            model = load_compact(source, **options)
-        else:
-            model = _load_dense(source, task, revision, options)
-    return model
+            return load_compact(source, **options)
+        try:
+            config = AutoConfig.from_pretrained(source, revision=revision)
+        except (OSError, ValueError) as error:
+            raise ConfigError(f"cannot load model '{source}': {_first_line(error)}") from error
+        family_for(config.model_type)
+        if from_scratch:
+            config = AutoConfig.from_pretrained(source, revision=revision, **label_config(task))
+            return AUTO_CLASSES[task.head].from_config(config, **options)  # type: ignore[no-any-return]
+        return _load_dense(source, task, config, revision, options)
 
 
-def _load_dense(source: str, task: Task, revision: str | None, options: dict[str, Any]) -> PreTrainedModel:
-    try:
-        config = AutoConfig.from_pretrained(source, revision=revision)
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"cannot load model '{source}': {_first_line(error)}") from error
-    family_for(config.model_type)
+def _load_dense(
+    source: str, task: Task, config: PretrainedConfig, revision: str | None, options: dict[str, Any]
+) -> PreTrainedModel:
     trained = any(name.endswith(task.head) for name in config.architectures or [])
-    if trained and config.num_labels != task.num_labels:
+    if trained and task.problem != "text" and config.num_labels != task.num_labels:
         raise ArchitectureError(
             f"model '{source}' has {config.num_labels} labels and task '{task.name}' has {task.num_labels}"
         )
@@ -154,15 +177,54 @@ def _load_dense(source: str, task: Task, revision: str | None, options: dict[str
         options |= label_config(task)
     try:
         # Weights that are pickled are refused: opening them could run whatever they hold.
-        return AUTO_CLASSES[task.head].from_pretrained(  # type: ignore[no-any-return]
-            source, revision=revision, use_safetensors=True, **options
+        model, found = AUTO_CLASSES[task.head].from_pretrained(
+            source, revision=revision, use_safetensors=True, output_loading_info=True, **options
         )
     except (OSError, ValueError) as error:
-        raise ConfigError(f"cannot load model '{source}': {_first_line(error)}") from error
+        raise ConfigError(f"cannot load model '{source}': {_first_line(error)}{_scratch_hint(error)}") from error
+    missing = sorted(found["missing_keys"])
+    if task.problem == "text" and missing:
+        raise ArchitectureError(
+            f"model '{source}' was not trained for task '{task.name}': {len(missing)} weights are not there, the first "
+            f"is {missing[0]}"
+        )
+    return model  # type: ignore[no-any-return]
+
+
+def _scratch_hint(error: Exception) -> str:
+    return "; to begin with random weights, say model.from_scratch=true" if "no file named" in str(error) else ""
+
+
+def check_reads_forward(source: str, config: PretrainedConfig) -> None:
+    """Refuse, for causal language modelling, a model that sees the token which it is to predict.
+
+    Raises:
+        ArchitectureError: an encoder that is not set up as a decoder.
+    """
+    if config.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES and not getattr(config, "is_decoder", False):
+        raise ArchitectureError(
+            f"model '{source}': '{config.model_type}' reads text both ways, and task 'lm' needs a decoder, such "
+            "as gpt2 or llama"
+        )
+
+
+def checkpoint_activations(model: PreTrainedModel) -> None:
+    """Keep only what enters each layer for the backward pass, and compute the rest of it again.
+
+    Raises:
+        ArchitectureError: a model that cannot.
+    """
+    try:
+        # Non-reentrant: gates enter the layers from outside, and the reentrant kind would give them no gradients.
+        model.activation_checkpointing_enable({"use_reentrant": False})
+    except ValueError as error:
+        raise ArchitectureError(f"student.activation_checkpointing: {_first_line(error)}") from error
 
 
 def label_config(task: Task) -> dict[str, Any]:
     """What a fresh head's configuration says about its labels."""
+    if task.problem == "text":
+        return {}
     if task.problem == "spans":
         return {"num_labels": task.num_labels}
     names = task.labels or ("score",)

@@ -16,7 +16,7 @@ from dsprune.consolidate import factor_embedding
 from dsprune.distill import check_teacher_layers, default_teacher_layers
 from dsprune.engine.ds_config import BatchPlan, load_ds_config, plan_batch, student_config, teacher_config
 from dsprune.engine.factoring import check_rank
-from dsprune.engine.models import AUTO_CLASSES, label_config, load_tokenizer, resolve_source
+from dsprune.engine.models import AUTO_CLASSES, check_reads_forward, label_config, load_tokenizer, resolve_source
 from dsprune.errors import ArchitectureError, ConfigError, OutputError
 from dsprune.methods import Method, Plan, method_class
 from dsprune.structure import Structure, analyze, block_grid
@@ -50,6 +50,8 @@ def skeleton(source: str, task: Task, revision: str | None = None) -> PreTrained
         config = AutoConfig.from_pretrained(resolve_source(source), revision=revision, **label_config(task))
     except (OSError, ValueError) as error:
         raise ConfigError(f"cannot load model '{source}': {str(error).splitlines()[0]}") from error
+    if task.head == "ForCausalLM":
+        check_reads_forward(source, config)
     try:
         with torch.device("meta"):
             return AUTO_CLASSES[task.head].from_config(config)  # type: ignore[no-any-return]
@@ -74,8 +76,8 @@ def check_output(folder: Path) -> None:
         )
 
 
-def _check_teacher(config: RunConfig, task: Task) -> None:
-    """A given teacher must know the task's labels, in some order."""
+def _check_teacher(config: RunConfig, task: Task, vocab_size: int) -> None:
+    """A given teacher must know the task's labels, in some order, or the student's tokens."""
     if config.teacher.path is None:
         return
     source = resolve_source(config.teacher.path)
@@ -83,6 +85,13 @@ def _check_teacher(config: RunConfig, task: Task) -> None:
         teacher = AutoConfig.from_pretrained(source)
     except (OSError, ValueError) as error:
         raise ConfigError(f"cannot load teacher '{source}': {str(error).splitlines()[0]}") from error
+    if task.problem == "text":
+        if teacher.vocab_size != vocab_size:
+            raise ArchitectureError(
+                f"teacher '{source}' has {teacher.vocab_size} tokens and model '{config.model.name}' has {vocab_size}: "
+                "distillation compares their probabilities token by token"
+            )
+        return
     if teacher.num_labels != task.num_labels:
         raise ArchitectureError(
             f"teacher '{source}' has {teacher.num_labels} labels and task '{task.name}' has {task.num_labels}"
@@ -91,6 +100,20 @@ def _check_teacher(config: RunConfig, task: Task) -> None:
         raise ConfigError(
             f"prune.start = 'teacher' and teacher '{source}' has the task's labels in another order "
             f"({', '.join(teacher.id2label.values())}): start from 'pretrained', or reorder its head"
+        )
+
+
+def _check_text(config: RunConfig, task: Task, vocab_size: int) -> None:
+    """Settings that only text tasks read, or that they need."""
+    top_k = config.distill.top_k
+    if top_k is not None and task.problem != "text":
+        raise ConfigError(f"distill.top_k: for logits over a vocabulary, which task '{task.name}' has not")
+    if top_k is not None and top_k >= vocab_size:
+        raise ConfigError(f"distill.top_k = {top_k}: the model has {vocab_size} tokens; give fewer, or leave it out")
+    if config.model.from_scratch and config.prune.start == "pretrained" and "prune" in config.stages:
+        raise ConfigError(
+            "model.from_scratch = true: there are no pretrained weights for the student to start from; set "
+            "prune.start = 'teacher'"
         )
 
 
@@ -162,9 +185,11 @@ def preflight(config: RunConfig, world_size: int) -> Preflight:
         factor_embedding(model, family_for(model.config.model_type).as_dict(), config.prune.embedding_rank)
     structure = analyze(model)
     _check_lengths(config, model)
-    _check_teacher(config, task)
+    vocab_size = int(model.config.vocab_size)
+    _check_teacher(config, task, vocab_size)
+    _check_text(config, task, vocab_size)
     layers = config.distill.teacher_layers or default_teacher_layers(structure.sizes.num_layers)
     layers = check_teacher_layers(layers, structure.sizes.num_layers)
     build_method(config, structure, total_steps=0, steps_per_epoch=0)
     _check_blocks(config, structure)
-    return Preflight(task, tokenizer, batch, structure, student_ds, teacher_ds, layers, int(model.config.vocab_size))
+    return Preflight(task, tokenizer, batch, structure, student_ds, teacher_ds, layers, vocab_size)

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 
 import dsprune
 from dsprune.config import OptimConfig, RunConfig
@@ -26,7 +27,7 @@ from dsprune.engine.ds_config import engine_precision, student_config
 from dsprune.engine.evaluate import evaluate_all
 from dsprune.engine.factoring import factor_word_embedding
 from dsprune.engine.journal import Journal, write_json
-from dsprune.engine.models import encoder_layers, load_model, release, resolve_source, whole
+from dsprune.engine.models import checkpoint_activations, encoder_layers, load_model, release, resolve_source, whole
 from dsprune.engine.preflight import Preflight, build_method
 from dsprune.engine.provenance import Provenance
 from dsprune.engine.replica import Replica
@@ -209,7 +210,7 @@ class Run:
         config = self.config.teacher
         ds_config = self._student_ds(config)
         self._seed("head")
-        model = load_model(self.config.model.name, self.task, ds_config, revision=self.config.model.revision)
+        model = self._load_student(self.config.model.name, ds_config)
         student = Student(model, self.task)
         engine = build_student_engine(student, ds_config, lr=config.lr, weight_decay=config.weight_decay)
         trainer = self._trainer("teacher", engine, config, config.duration.steps(self.batches.steps_per_epoch))
@@ -226,7 +227,7 @@ class Run:
         ds_config = self._student_ds(config)
         source = self.teacher_source if config.start == "teacher" else self.config.model.name
         self._seed("head")
-        model = load_model(source, self.task, ds_config, revision=self.config.model.revision)
+        model = self._load_student(source, ds_config)
         if config.embedding_rank is not None:
             factor_word_embedding(model, config.embedding_rank)
         student = Student(
@@ -262,7 +263,7 @@ class Run:
             return
         teacher = self._load_teacher()
         ds_config = self._student_ds(config)
-        model = load_model(str(source), self.task, ds_config)
+        model = self._load_student(str(source), ds_config)
         student = Student(
             model,
             self.task,
@@ -288,7 +289,7 @@ class Run:
             self.journal.say("blocks: 0 steps, skipped")
             return
         ds_config = self._student_ds(config)
-        model = load_model(str(source), self.task, ds_config)
+        model = self._load_student(str(source), ds_config)
         structure = analyze_blocks(model, config.shape)
         method = BlockPruning(structure, config, self._block_plan(total))
         if method.wants_magnitudes:
@@ -331,6 +332,21 @@ class Run:
         per_epoch = self.batches.steps_per_epoch
         total = self.config.prune.duration.steps(per_epoch)
         return build_method(self.config, self.ready.structure, total_steps=total, steps_per_epoch=per_epoch)
+
+    def _load_student(self, source: str, ds_config: Mapping[str, Any]) -> PreTrainedModel:
+        """A model that is to be trained: the configured one, or one that an earlier stage left."""
+        config = self.config.model
+        pretrained = source == config.name
+        model = load_model(
+            source,
+            self.task,
+            ds_config,
+            revision=config.revision if pretrained else None,
+            from_scratch=config.from_scratch and pretrained,
+        )
+        if self.config.student.activation_checkpointing:
+            checkpoint_activations(model)
+        return model
 
     def _load_teacher(self, source: str | None = None, layers: tuple[int, ...] | None = None) -> Teacher:
         """The teacher's engine: by default the dense model and the configured layers."""

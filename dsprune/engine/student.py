@@ -84,7 +84,7 @@ class Student(nn.Module):
         self.distill = distill
         self.gating = gating
         self.tap: HiddenTap | None = None
-        self.num_layers = len(encoder_layers(model))
+        self.num_layers = len(encoder_layers(model)) if distill is not None else 0
         self.head_sources = head_sources
         self.projections = nn.ModuleList()
         if distill is not None and distill.layers > 0 and teacher is not None:
