@@ -294,7 +294,8 @@ class Run:
         method = BlockPruning(structure, config, self._block_plan(total))
         if method.wants_magnitudes:
             method.begin(self.world.broadcast(block_magnitudes(structure, lambda name: whole(model, name))))
-        layers = self._block_teacher_layers(len(encoder_layers(model)))
+        num_layers = len(encoder_layers(model))
+        layers = self._block_teacher_layers(num_layers)
         teacher = self._load_teacher(str(source), layers)
         student = Student(
             model,
@@ -304,7 +305,7 @@ class Run:
             gating=BlockGating(model, structure),
         )
         engine = build_student_engine(student, ds_config, lr=config.lr, weight_decay=config.weight_decay)
-        sources = tuple(range(student.num_layers))
+        sources = tuple(range(num_layers))
         trainer = self._trainer("blocks", engine, config, total, teacher, sources, Replica(method), layers=layers)
         last, scores = self._train(trainer, {"method": method, "source": source})
         release(engine, teacher.engine)

@@ -84,9 +84,10 @@ class Student(nn.Module):
         self.distill = distill
         self.gating = gating
         self.tap: HiddenTap | None = None
-        self.num_layers = len(encoder_layers(model)) if distill is not None else 0
         self.head_sources = head_sources
         self.projections = nn.ModuleList()
+        by_layers = distill is not None and (distill.layers > 0 or distill.attentions > 0)
+        self.num_layers = len(encoder_layers(model)) if by_layers else 0
         if distill is not None and distill.layers > 0 and teacher is not None:
             width, layers = teacher
             count = {"separate": len(layers), "shared": 1, "none": 0}[distill.projection]

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from dsprune.config import DistillConfig
 from dsprune.distill import AttentionTap, HiddenTap
@@ -22,6 +23,14 @@ deepspeed = quiet_import()
 __all__ = ["Teacher"]
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def _tapped(model: PreTrainedModel, layers: Sequence[int]) -> list[str]:
+    """Modules whose outputs are held: those of the layers that teach, and no others."""
+    if not layers:
+        return []
+    *paths, embeddings = hidden_states(model, embeddings=True)
+    return [paths[i - 1] if i > 0 else embeddings for i in layers]
 
 
 class Teacher:
@@ -52,9 +61,8 @@ class Teacher:
         order = label_permutation(model.config.id2label, task.labels) if task.labels else None
         self.scorer = make_scorer(task, model, order)
         model.to(_DTYPES[precision(ds_config)])
-        *paths, embeddings = hidden_states(model, embeddings=True)
-        self.tap = HiddenTap(model, [paths[i - 1] if i > 0 else embeddings for i in layers])
         self.has_taps = bool(layers)
+        self.tap = HiddenTap(model, _tapped(model, layers))
         self.attention_tap: AttentionTap | None = None
         if attentions:
             model.set_attn_implementation("eager")

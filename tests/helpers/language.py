@@ -1,0 +1,172 @@
+"""Training of tiny language models on random text, built from the engine's own parts."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    T5Config,
+    T5ForConditionalGeneration,
+)
+
+from dsprune.config import BatchConfig, DistillConfig, OptimConfig, TaskConfig
+from dsprune.tasks.batching import Encoded, Tokens
+from dsprune.tasks.causal import PackedText
+from dsprune.tasks.losses import IGNORED
+from tests.helpers.training import without_dropout
+
+VOCABULARY = 50
+BATCH = 8
+
+
+def tiny_llama(*, tied: bool = False) -> LlamaForCausalLM:
+    config = LlamaConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=64,
+        tie_word_embeddings=tied,
+    )
+    return LlamaForCausalLM(config)
+
+
+def tiny_gpt2() -> GPT2LMHeadModel:
+    return GPT2LMHeadModel(GPT2Config(vocab_size=VOCABULARY, n_embd=32, n_layer=2, n_head=4, n_positions=64))
+
+
+def tiny_t5() -> T5ForConditionalGeneration:
+    config = T5Config(
+        vocab_size=VOCABULARY,
+        d_model=32,
+        d_kv=8,
+        d_ff=64,
+        num_layers=2,
+        num_heads=4,
+        decoder_start_token_id=0,
+        dropout_rate=0.0,
+    )
+    return T5ForConditionalGeneration(config)
+
+
+DECODERS = {"llama": tiny_llama, "llama-tied": lambda: tiny_llama(tied=True), "gpt2": tiny_gpt2}
+
+
+def drawn(model: nn.Module, seed: int) -> Any:
+    """The model with weights drawn anew, large enough that differences show."""
+    generator = torch.Generator().manual_seed(seed)
+    for param in model.parameters():
+        param.data = torch.randn(param.shape, generator=generator) * 0.2
+    return without_dropout(model)
+
+
+@dataclass(frozen=True)
+class Language:
+    """A way of running the same training."""
+
+    model: str = "llama"
+    stage: int = 0
+    teacher: str = "teacher"
+    accumulation: int = 1
+    precision: str = ""
+    distill: tuple[tuple[str, Any], ...] = (("logits", 0.6), ("labels", 0.4))
+    taught: bool = True
+    activation_checkpointing: bool = False
+
+    def at(self, **changes: Any) -> Language:
+        return replace(self, **changes)
+
+
+class RandomPairs(Encoded):
+    """Random sources, and targets of other lengths."""
+
+    def __init__(self, sources: Tokens, targets: Tokens) -> None:
+        super().__init__("train", sources, targets.input_ids, targets=targets.lengths)
+        self._answers = Encoded("train", targets, targets.lengths)
+
+    def _labels_of(self, chosen: torch.Tensor) -> torch.Tensor:
+        return self._answers.collate(chosen)["input_ids"]
+
+
+def _tokens(count: int, shortest: int, longest: int, pad: int, seed: int) -> Tokens:
+    generator = torch.Generator().manual_seed(seed)
+    lengths = torch.randint(shortest, longest, (count,), generator=generator)
+    ids = torch.randint(3, VOCABULARY, (int(lengths.sum()),), generator=generator, dtype=torch.int32)
+    return Tokens(ids, lengths, pad)
+
+
+def random_text(task: str, count: int = 64) -> Encoded:
+    """Sequences of several lengths, so that ranks have unequally many targets."""
+    tokens = _tokens(count, 4, 12, 0, seed=5)
+    if task == "seq2seq":
+        return RandomPairs(tokens, _tokens(count, 2, 7, IGNORED, seed=6))
+    labels = tokens.input_ids.roll(-1)
+    labels[::5] = IGNORED  # as at the end of a stream, only more often
+    text = PackedText("train", tokens, labels, num_words=100)
+    text.targets = torch.stack([(part != IGNORED).sum() for part in labels.split(tokens.lengths.tolist())])
+    return text
+
+
+def build_language_trainer(setup: Language, *, steps: int = 4) -> Any:
+    """A trainer that distils a decoder, or a T5. Collective; call inside a rank of `run_world`."""
+    import dsprune.engine.teacher as teacher_module
+    from dsprune.engine.batches import Batches
+    from dsprune.engine.ds_config import load_ds_config, plan_batch, student_config, teacher_config
+    from dsprune.engine.models import checkpoint_activations
+    from dsprune.engine.student import Student, build_student_engine
+    from dsprune.engine.trainer import Trainer
+    from dsprune.engine.world import start_world
+    from dsprune.tasks import build_task
+
+    world = start_world()
+    name = "seq2seq" if setup.model == "t5" else "lm"
+    task = build_task(TaskConfig(name=name, logits_chunk=5, max_target_length=5), _data(name), seed=0)
+    batch = plan_batch(BatchConfig(size=BATCH, micro=BATCH // world.size // setup.accumulation), world.size)
+    suffix = f"_{setup.precision}" if setup.precision else ""
+    ds_config = student_config(load_ds_config(f"zero{setup.stage}{suffix}"), batch, clip=1.0)
+    build = {**DECODERS, "t5": tiny_t5}[setup.model]
+    distill = DistillConfig(layers=0.0, **dict(setup.distill)) if setup.taught else None
+    teacher = None
+    if setup.taught:
+        original = teacher_module.load_model
+        teacher_module.load_model = lambda *_, **__: drawn(build(), 7)
+        try:
+            teacher = teacher_module.Teacher("tiny", task, teacher_config(load_ds_config(setup.teacher), world.size))
+        finally:
+            teacher_module.load_model = original
+    model = drawn(build(), 3)
+    if setup.activation_checkpointing:
+        checkpoint_activations(model)
+    student = Student(model, task, distill=distill)
+    engine = build_student_engine(student, ds_config, lr=1e-3, weight_decay=0.01)
+    return Trainer(
+        stage="prune",
+        engine=engine,
+        world=world,
+        batches=Batches(random_text(name), batch, world, seed=0),
+        optim=OptimConfig(lr=1e-3),
+        total_steps=steps,
+        seed=0,
+        teacher=teacher,
+    )
+
+
+def _data(task: str) -> Any:
+    from dsprune.config import DataConfig
+
+    return DataConfig(dataset="none") if task == "seq2seq" else DataConfig()
+
+
+def language_losses(setup: Language) -> list[dict[str, float]]:
+    """Losses of every step. Runs on every rank."""
+    trainer = build_language_trainer(setup)
+    return [trainer.step(step).losses for step in range(trainer.total_steps)]
