@@ -1,4 +1,4 @@
-"""The command line: `dsprune train | consolidate | bench | compare | status | inspect`, and what a rank runs."""
+"""The command line: `dsprune train | plan | consolidate | bench | compare | status | inspect`, and what a rank runs."""
 
 from __future__ import annotations
 
@@ -255,6 +255,23 @@ def _inspect(options: argparse.Namespace) -> int:
     return 0
 
 
+def _plan(options: argparse.Namespace) -> int:
+    from dsprune.engine.forecast import plan_model
+
+    text = plan_model(
+        options.model,
+        teacher=options.teacher,
+        student_ds=options.student_ds,
+        teacher_ds=options.teacher_ds,
+        ranks=options.ranks,
+        batch=options.batch,
+        length=options.length,
+        chunk=options.chunk,
+    )
+    print(text)
+    return 0
+
+
 Commands = Any
 """What `add_subparsers` gives; argparse keeps its type to itself."""
 
@@ -264,6 +281,24 @@ def _add_train(commands: Commands) -> None:
     train.description, train.formatter_class = TRAIN_HELP, argparse.RawDescriptionHelpFormatter
     train.add_argument("--ranks", type=int, help="processes to start (default: the number of GPUs, or 1)")
     train.set_defaults(run=_train)
+
+
+def _add_plan(commands: Commands) -> None:
+    plan = commands.add_parser(
+        "plan",
+        help="memory per rank that pruning a model takes",
+        description="Student, teacher, activations and distillation, from a configuration alone: no weights are read, "
+        "and a model of any size can be planned on any machine. `dsprune train RECIPE --dry-run` plans a recipe.",
+    )
+    plan.add_argument("model", help="config.json, model folder or hub id")
+    plan.add_argument("--teacher", help="likewise (default: the same model)")
+    plan.add_argument("--ranks", type=int, default=1, help="number of ranks (1)")
+    plan.add_argument("--student-ds", default="zero3_bf16", help="DeepSpeed configuration, name or path (zero3_bf16)")
+    plan.add_argument("--teacher-ds", default="teacher_zero3_bf16", help="of the teacher (teacher_zero3_bf16)")
+    plan.add_argument("--batch", type=int, default=1, help="sequences of a micro-batch of one rank (1)")
+    plan.add_argument("--length", type=int, default=512, help="tokens a sequence (512)")
+    plan.add_argument("--chunk", type=int, default=512, help="tokens whose logits exist at a time (512)")
+    plan.set_defaults(run=_plan)
 
 
 def _add_consolidate(commands: Commands) -> None:
@@ -358,7 +393,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="dsprune", description="Structured pruning of transformers under DeepSpeed.")
     parser.add_argument("--version", action="version", version=f"dsprune {dsprune.__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for add in (_add_train, _add_consolidate, _add_bench, _add_status, _add_compare, _add_inspect):
+    for add in (_add_train, _add_plan, _add_consolidate, _add_bench, _add_status, _add_compare, _add_inspect):
         add(commands)
     return parser
 

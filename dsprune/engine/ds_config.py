@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import os
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -191,14 +192,46 @@ def teacher_config(config: Mapping[str, Any], world_size: int) -> dict[str, Any]
         ConfigError: ZeRO stage 1 or 2, which shard what a teacher does not have.
     """
     _check_device(config)
+    check_teacher_stage(config)
+    return {"steps_per_print": 10**9, **config, "train_micro_batch_size_per_gpu": 1, "train_batch_size": world_size}
+
+
+def check_teacher_stage(config: Mapping[str, Any]) -> None:
+    """Refuse a configuration that shards what a teacher does not have.
+
+    Raises:
+        ConfigError: ZeRO stage 1 or 2.
+    """
     if zero_stage(config) not in (0, 3):
         raise ConfigError(
             f"deepspeed.teacher: ZeRO stage {zero_stage(config)} shards optimizer state and gradients, and a teacher "
             "has neither: use stage 0 (whole on every rank) or 3 (sharded)"
         )
-    return {"steps_per_print": 10**9, **config, "train_micro_batch_size_per_gpu": 1, "train_batch_size": world_size}
+
+
+def _check_nvme(config: Mapping[str, Any]) -> None:
+    """Offloading to NVMe needs a folder there, and DeepSpeed's asynchronous I/O."""
+    zero = config.get("zero_optimization", {})
+    parts = [zero[key] for key in ("offload_optimizer", "offload_param") if key in zero]
+    paths = [part.get("nvme_path") for part in parts if part.get("device") == "nvme"]
+    if not paths:
+        return
+    for path in paths:
+        if path is None or not os.access(path, os.W_OK | os.X_OK):
+            raise ConfigError(
+                f"offload to NVMe: nvme_path '{path}' is not a folder that can be written: name one on a local drive"
+            )
+    quiet_import()
+    from deepspeed.ops.op_builder import AsyncIOBuilder
+
+    if not AsyncIOBuilder().is_compatible(verbose=False):
+        raise ConfigError(
+            "offload to NVMe: DeepSpeed cannot build its async_io op here, for which libaio is missing (Debian and "
+            "Ubuntu: libaio-dev): install it, or offload to the CPU (zero3_offload)"
+        )
 
 
 def _check_device(config: Mapping[str, Any]) -> None:
+    _check_nvme(config)
     if precision(config) == "fp16" and not torch.cuda.is_available():
         raise ConfigError("fp16 is enabled and this machine has no GPU: use bf16 or fp32 on CPU")

@@ -3,37 +3,20 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
-from typing import Any
 
 from dsprune.config import RunConfig
 from dsprune.engine.checkpoint import BYTES_PER_PARAMETER, free_bytes
 from dsprune.engine.ds_config import precision, zero_stage
+from dsprune.engine.forecast import GIB, STATE_HEADERS, state_cells
+from dsprune.engine.memory import engine_states
 from dsprune.engine.preflight import Preflight
 from dsprune.measure.inspection import describe_spaces
 from dsprune.measure.tables import render_table
 from dsprune.structure import CostModel
 
-__all__ = ["describe_plan", "estimate_memory"]
-
-GIB = 2**30
-
-
-def estimate_memory(parameters: int, ds_config: dict[str, Any], world_size: int, *, trained: bool) -> dict[str, float]:
-    """Bytes per rank of parameters, gradients and optimizer state under a ZeRO stage; activations not counted.
-
-    Mixed precision keeps fp32 masters beside 2-byte weights and gradients; AdamW keeps two fp32 moments.
-    ZeRO 1 shards optimizer state, 2 gradients as well, 3 parameters as well (Rajbhandari et al. 2020, table 1).
-    """
-    stage = zero_stage(ds_config)
-    width = 4 if precision(ds_config) == "fp32" else 2
-    master = 0 if width == 4 else 4
-    share = {level: (1 / world_size if stage >= level else 1.0) for level in (1, 2, 3)}
-    sizes = {"parameters": parameters * width * share[3]}
-    if trained:
-        sizes["gradients"] = parameters * width * share[2]
-        sizes["optimizer"] = parameters * (8 + master) * share[1]
-    return sizes
+__all__ = ["describe_plan"]
 
 
 def _batch_lines(config: RunConfig, ready: Preflight) -> list[str]:
@@ -47,18 +30,12 @@ def _batch_lines(config: RunConfig, ready: Preflight) -> list[str]:
 
 
 def _memory_table(ready: Preflight, world_size: int) -> str:
-    parameters = CostModel(ready.structure).dense("total")
-    student = estimate_memory(parameters, ready.student_ds, world_size, trained=True)
-    teacher = estimate_memory(parameters, ready.teacher_ds, world_size, trained=False)
+    sizes = [math.prod(param.shape) for param in ready.structure.params.values()]
     rows = []
-    for name, ds_config, sizes in (
-        ("student", ready.student_ds, student),
-        ("teacher", ready.teacher_ds, teacher),
-    ):
-        parts = [f"{sizes.get(part, 0) / GIB:.3f}" for part in ("parameters", "gradients", "optimizer")]
-        total = f"{sum(sizes.values()) / GIB:.3f}"
-        rows.append([name, f"ZeRO {zero_stage(ds_config)}", precision(ds_config), *parts, total])
-    return render_table(["engine", "stage", "dtype", "parameters", "gradients", "optimizer", "GiB per rank"], rows)
+    for name, ds_config, trained in (("student", ready.student_ds, True), ("teacher", ready.teacher_ds, False)):
+        states = engine_states(sizes, ds_config, world_size, trained=trained)
+        rows.append([name, f"ZeRO {zero_stage(ds_config)}", precision(ds_config), *state_cells(states)])
+    return render_table(["engine", "stage", "dtype", *STATE_HEADERS], rows)
 
 
 def _disk_lines(config: RunConfig, ready: Preflight) -> list[str]:

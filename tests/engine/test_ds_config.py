@@ -24,7 +24,8 @@ def test_shipped_configurations_are_what_their_names_say(name):
             assert zero_stage(config) == stage
     for kind in ("bf16", "fp16"):
         assert (precision(config) == kind) == (kind in name)
-    assert ("offload" in name) == ("offload_optimizer" in config["zero_optimization"])
+    device = config["zero_optimization"].get("offload_optimizer", {}).get("device")
+    assert device == {"zero3_offload": "cpu", "zero3_nvme": "nvme"}.get(name)
 
 
 def test_batches_multiply_out():
@@ -84,3 +85,20 @@ def test_versions_with_wrong_gradients_are_refused(version):
 def test_versions_that_were_tried_are_accepted():
     for version in ("0.19.6", "0.19.8"):
         check_deepspeed_version(version)
+
+
+def _nvme(path):
+    return {"zero_optimization": {"stage": 3, "offload_param": {"device": "nvme", "nvme_path": str(path)}}}
+
+
+def test_offload_to_nvme_says_what_is_missing(tmp_path, monkeypatch):
+    from deepspeed.ops.op_builder import AsyncIOBuilder
+
+    plan = plan_batch(BatchConfig(size=8), 1)
+    with pytest.raises(ConfigError, match="nvme_path '/nowhere' is not a folder that can be written"):
+        student_config(_nvme("/nowhere"), plan, clip=1.0)
+    monkeypatch.setattr(AsyncIOBuilder, "is_compatible", lambda self, verbose: False)
+    with pytest.raises(ConfigError, match="libaio is missing"):
+        teacher_config(_nvme(tmp_path), 1)
+    monkeypatch.setattr(AsyncIOBuilder, "is_compatible", lambda self, verbose: True)
+    assert student_config(_nvme(tmp_path), plan, clip=1.0)["train_batch_size"] == 8
