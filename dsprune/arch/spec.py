@@ -11,13 +11,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cache
 from importlib import resources
-from typing import Any
+from typing import Any, Literal
 
 from dsprune.errors import ArchitectureError
 
 __all__ = ["FamilySpec", "SublayerSpec", "family_for", "list_families", "load_family"]
 
 Axes = tuple[str, ...]
+StockHeads = Literal["equal", "divides", "free"]
 
 
 @dataclass(frozen=True)
@@ -27,7 +28,7 @@ class SublayerSpec:
     output: str
     """Linear whose rows write the residual stream and whose columns read the sublayer's units."""
     norm: str
-    """Norm that follows the residual add."""
+    """Norm that follows the residual add; in a pre-norm family, the norm of what the sublayer reads."""
     skip: Mapping[str, str]
     """How a removed sublayer is bypassed: module -> which of its arguments it returns instead of computing."""
     cached: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
@@ -36,7 +37,9 @@ class SublayerSpec:
     """How a sublayer without units that keeps its output bias is run: as `skip`, or the name of the child that
     answers instead."""
     query: str = ""
-    """Linear of the queries; attention only."""
+    """Linear of the queries; attention only. Where queries share a weight with keys and values, they come first."""
+    members: tuple[str, ...] = ()
+    """Other modules of the sublayer that hold parameters of no unit, and go when its last unit goes."""
 
 
 @dataclass(frozen=True)
@@ -44,7 +47,8 @@ class FamilySpec:
     """One model family: where its layers are and which space each weight axis lives in.
 
     The mappings give the axes of each module's weight, output axis first; `"-"` is an axis that
-    pruning leaves alone. A module's bias follows its first axis.
+    pruning leaves alone, `"a + b"` one that holds the entries of two spaces, one after the other. A
+    module's bias follows its first axis.
     """
 
     name: str
@@ -60,10 +64,49 @@ class FamilySpec:
     pooler: Mapping[str, Axes]
     heads: Mapping[str, Mapping[str, Axes]]
     embedding_projection: str | None = None
+    embedding_output: str | None = None
+    """Module that gives out the summed embeddings, where the owner of the word embedding does not."""
+    pre_norm: bool = False
+    """Whether sublayers read the normed residual stream and add to the bare one, instead of norming the sum."""
+    final_norm: str | None = None
+    """Norm of the residual stream after the last layer."""
+    rotary: bool = False
+    """Whether queries and keys are rotated, dimension i of a head together with i + head_dim / 2."""
+    transposed: frozenset[str] = frozenset()
+    """Modules of a layer that store their weight input axis first."""
+    every_token: bool = False
+    """Whether the head for sequences computes all tokens, of which one is read."""
+    defaults: Mapping[str, str] = field(default_factory=dict)
+    """Sizes that a configuration may leave out: formula over the other sizes."""
+    requires: Mapping[str, Any] = field(default_factory=dict)
+    """What a configuration must say, if it says anything."""
+    refused: Mapping[str, str] = field(default_factory=dict)
+    """Kinds of gates that cannot be exported exactly, each with the reason."""
+    stock_heads: StockHeads = "equal"
+    """What the stock class demands of heads times head size: the hidden size ("equal"), a hidden size that the
+    number of heads divides ("divides"), or nothing ("free")."""
 
     def as_dict(self) -> dict[str, Any]:
         """The spec as plain data, as it stands in the TOML file."""
         return _read_family(self.name)
+
+
+_OPTIONAL = (
+    "embedding_projection",
+    "embedding_output",
+    "pre_norm",
+    "final_norm",
+    "rotary",
+    "every_token",
+    "defaults",
+    "requires",
+    "refused",
+    "stock_heads",
+)
+
+
+def _sublayer(table: Mapping[str, Any]) -> SublayerSpec:
+    return SublayerSpec(**{**table, "members": tuple(table.get("members", ()))})
 
 
 def _axes(table: Mapping[str, list[str]]) -> dict[str, Axes]:
@@ -94,11 +137,12 @@ def load_family(name: str) -> FamilySpec:
         word_embeddings=data["word_embeddings"],
         embeddings=_axes(data["embeddings"]),
         layer=_axes(data["layer"]),
-        attention=SublayerSpec(**data["attention"]),
-        ffn=SublayerSpec(**data["ffn"]),
+        attention=_sublayer(data["attention"]),
+        ffn=_sublayer(data["ffn"]),
         pooler=_axes(data.get("pooler", {})),
         heads={kind: _axes(table) for kind, table in data["heads"].items()},
-        embedding_projection=data.get("embedding_projection"),
+        transposed=frozenset(data.get("transposed", ())),
+        **{key: data[key] for key in _OPTIONAL if key in data},
     )
 
 

@@ -28,9 +28,10 @@ def _metrics(figures: Mapping[str, Any]) -> list[str]:
 
 def _layers(facts: Mapping[str, Any]) -> list[str]:
     dense = facts["dense"]
+    heads = dense.get("num_groups", dense["num_heads"])
     lines = ["", "| layer | heads | FFN size |", "| --- | --- | --- |"]
     lines += [
-        f"| {layer['source']} | {layer['heads']} / {dense['num_heads']} | {layer['ffn_dim']} / {dense['ffn_dim']} |"
+        f"| {layer['source']} | {layer['heads']} / {heads} | {layer['ffn_dim']} / {dense['ffn_dim']} |"
         for layer in facts["layers"]
     ]
     lines += ["", f"Hidden size {facts['hidden']} of {dense['hidden']}. Layers that are not listed are gone."]

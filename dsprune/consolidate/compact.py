@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import torch
 import transformers
 from torch import nn
 from transformers import PreTrainedModel
@@ -25,8 +26,10 @@ from dsprune.structure import (
     Structure,
     analyze,
     analyze_blocks,
+    compact_shape,
     cut,
     is_removed,
+    stock_heads_fit,
     to_blocks,
 )
 
@@ -61,8 +64,9 @@ def surviving(structure: Structure, selection: Selection) -> Iterator[tuple[str,
 
 
 def kept_layers(structure: Structure, selection: Selection) -> list[int]:
-    """Dense layers of which a sublayer is left."""
-    return [i for i in range(structure.sizes.num_layers) if any(selection.alive(kind, i) for kind in ("attn", "ffn"))]
+    """Dense layers of which a parameter is left."""
+    left = {p.sublayer.layer for p in structure.params.values() if p.sublayer and not is_removed(p, selection)}
+    return sorted(left)
 
 
 def compact_name(structure: Structure, param: ParamSpec, place: dict[int, int]) -> str:
@@ -88,6 +92,8 @@ def _facts(structure: Structure, selection: Selection, method: str | None, head_
         "dense": {
             "num_layers": sizes.num_layers,
             "num_heads": sizes.num_heads,
+            "num_groups": sizes.num_groups,
+            "head_dim": sizes.head_dim,
             "hidden": sizes.hidden,
             "ffn_dim": sizes.ffn_dim,
         },
@@ -129,15 +135,20 @@ def compact_config(
     """
     facts = _facts(structure, selection, method, head_multiple)
     layers = facts["layers"]
-    size_names = structure.family.sizes
     config = {key: value for key, value in dense.items() if key not in NOT_KEPT}
-    config |= {
-        size_names["num_layers"]: len(layers),
-        size_names["num_heads"]: max((layer["heads"] for layer in layers), default=0),
-        size_names["ffn_dim"]: max((layer["ffn_dim"] for layer in layers), default=0),
-        size_names["hidden"]: facts["hidden"],
-        "dsprune": facts,
+    groups = max((layer["heads"] for layer in layers), default=0)
+    sizes = {
+        "num_layers": len(layers),
+        "num_heads": groups * structure.sizes.heads_per_group,
+        "num_groups": groups,
+        "head_dim": structure.sizes.head_dim,
+        "ffn_dim": max((layer["ffn_dim"] for layer in layers), default=0),
+        "hidden": facts["hidden"],
     }
+    config |= {theirs: sizes[ours] for ours, theirs in structure.family.sizes.items()}
+    config["dsprune"] = facts
+    if config.get("layer_types"):
+        config["layer_types"] = [config["layer_types"][layer["source"]] for layer in layers]
     if _fits_stock(config, structure, selection):
         return config
     return config | _compact_identity(dense)
@@ -167,11 +178,11 @@ def block_config(compact: dict[str, Any], structure: BlockStructure, selection: 
 
 def _compact_identity(dense: dict[str, Any]) -> dict[str, Any]:
     model_type = dense["model_type"]
-    stem = modeling_dsprune.FAMILIES[model_type]
+    stem, heads = modeling_dsprune.FAMILIES[model_type]
     stock = (dense.get("architectures") or [f"{stem}Model"])[0]
     head = stock.removeprefix(stem)
     if (model_type, head) not in modeling_dsprune.MODELS:
-        raise ArchitectureError(f"{stock} cannot be exported: supported heads are {', '.join(modeling_dsprune.HEADS)}")
+        raise ArchitectureError(f"{stock} cannot be exported: supported heads are {', '.join(heads)}")
     module = MODELING.stem
     auto_map = {"AutoConfig": f"{module}.Compact{stem}Config", "AutoModel": f"{module}.Compact{stem}Model"}
     auto_map[modeling_dsprune.HEADS[head]] = f"{module}.Compact{stock}"
@@ -182,18 +193,21 @@ def _fits_stock(config: dict[str, Any], structure: Structure, selection: Selecti
     """Whether the stock class built from this configuration is the compact model, parameter by parameter."""
     names = structure.family.sizes
     heads, hidden = config[names["num_heads"]], config[names["hidden"]]
-    if heads * structure.sizes.head_dim != hidden or not config["architectures"]:
+    if not stock_heads_fit(structure, heads, hidden) or not config["architectures"]:
         return False
-    from dsprune.structure import compact_shape
-
     ours = {name: compact_shape(param, selection) for name, param in surviving(structure, selection)}
     theirs = without_weights(config)
     return ours == {name: tuple(param.shape) for name, param in theirs.named_parameters()}
 
 
 def kept_heads(facts: dict[str, Any]) -> list[list[int]]:
-    """For each layer of a compact model, which heads of the dense layer its heads were; from its `dsprune` table."""
-    return [layer.get("kept_heads", list(range(layer["heads"]))) for layer in facts["layers"]]
+    """For each layer of a compact model, which dense query heads its query heads were; from its `dsprune` table."""
+    dense = facts["dense"]
+    shared = dense["num_heads"] // dense.get("num_groups", dense["num_heads"])
+    return [
+        [group * shared + i for group in layer.get("kept_heads", range(layer["heads"])) for i in range(shared)]
+        for layer in facts["layers"]
+    ]
 
 
 def model_class(config: dict[str, Any]) -> type[nn.Module]:
@@ -219,7 +233,18 @@ def without_weights(config: dict[str, Any]) -> nn.Module:
         model = cls(built).eval()
         if EMBEDDING_RANK in config:
             modeling_dsprune.factor_embedding(model, family_for(built.model_type).as_dict(), config[EMBEDDING_RANK])
+    # Parameters on the meta device are new ones, which nothing has tied.
+    model.tie_weights()  # type: ignore[operator]
     return model
+
+
+def fill(model: Any, state: dict[str, torch.Tensor]) -> None:
+    """Give a model without weights its parameters, each once: what is tied to one of them follows."""
+    missing, unexpected = model.load_state_dict(state, strict=False, assign=True)
+    model.tie_weights()
+    empty = [name for name, param in model.named_parameters() if param.is_meta]
+    assert not empty, f"no values for {empty} of {missing}"
+    assert not unexpected, f"no place for {unexpected}"
 
 
 def apply_selection(model: PreTrainedModel, selection: Selection, *, head_multiple: int = HEAD_MULTIPLE) -> nn.Module:
@@ -243,7 +268,7 @@ def apply_selection(model: PreTrainedModel, selection: Selection, *, head_multip
         name: cut(param, model.get_parameter(param.name).detach(), selection)
         for name, param in surviving(structure, selection)
     }
-    compact.load_state_dict(state, assign=True)
+    fill(compact, state)
     return compact
 
 
@@ -272,7 +297,7 @@ def apply_blocks(model: PreTrainedModel, selection: BlockSelection) -> nn.Module
             continue
         parts = to_blocks(param.detach(), mask, selection.block)
         state |= {f"{path}.{part}": value for part, value in zip(BLOCK_PARTS, parts, strict=True)}
-    compact.load_state_dict(state, assign=True)
+    fill(compact, state)
     return compact
 
 

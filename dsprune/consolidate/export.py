@@ -242,11 +242,12 @@ class _Export:
 
     def _check_names(self) -> None:
         """See that the shards hold this model and no other."""
+        tied = verify.tied_names(self.model)
         ours = {name: tuple(param.shape) for name, param in self.model.named_parameters()}
         theirs = {
             name.removeprefix(PREFIX): self.weights.shape(name)
             for name in self.weights.names()
-            if name.startswith(PREFIX)
+            if name.startswith(PREFIX) and name.removeprefix(PREFIX) not in tied
         }
         wrong = sorted(name for name in ours.keys() | theirs.keys() if ours.get(name) != theirs.get(name))
         if wrong:
@@ -383,7 +384,7 @@ class _Export:
     def _written_logits(self, batch: dict[str, Tensor]) -> Tensor:
         model = without_weights(self.config)
         reader = verify.SafetensorsReader(self.scratch)
-        missing = model.state_dict().keys() ^ reader.names()
+        missing = (model.state_dict().keys() - verify.tied_names(model)) ^ reader.names()
         if missing:
             raise CheckpointError(f"written and expected parameters differ: {', '.join(sorted(missing)[:3])}")
         for name in [name for name, _ in model.named_buffers() if name in reader.names()]:
@@ -398,10 +399,7 @@ class _Export:
         gating.set(selection.gates)
         hidden = selection.kept(structure.hidden)
         # A bare encoder hands out the residual stream itself.
-        return self._verify(lambda masked: masked[..., hidden] if self._is_bare() else masked)
-
-    def _is_bare(self) -> bool:
-        return type(self.model).__name__.endswith("Model")
+        return self._verify(lambda masked: masked if structure.base else masked[..., hidden])
 
     def _verify(self, kept: Callable[[Tensor], Tensor]) -> float:
         """The gated model against the written one; `kept` picks what of the first the second still has."""

@@ -8,7 +8,9 @@ layer without sublayers is not there at all.
 Attention heads that kept unequal numbers of query/key and value/output dimensions are packed: their
 weights are stored without padding and padded with zeros, when they are used, to one head size a layer,
 so that the stock attention runs all heads in one call. Zero query dimensions add nothing to a score,
-zero value dimensions nothing to an output; the scale stays that of the dense head.
+zero value dimensions nothing to an output; the scale stays that of the dense head. Under rotary positions
+the pairs of dimensions that any head of a layer kept have one place for all its heads, and turn at the
+speed that they had in the dense head.
 
 A sublayer that writes only some coordinates of the residual stream computes those rows alone, and
 spreads them over the width with zeros between.
@@ -32,21 +34,32 @@ from typing import Any
 import torch
 import transformers
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
 FORMAT = 1
-FAMILIES = {
-    "bert": "Bert",
-    "roberta": "Roberta",
-    "xlm-roberta": "XLMRoberta",
-    "distilbert": "DistilBert",
-    "electra": "Electra",
-}
 HEADS = {
     "Model": "AutoModel",
     "ForSequenceClassification": "AutoModelForSequenceClassification",
     "ForTokenClassification": "AutoModelForTokenClassification",
     "ForQuestionAnswering": "AutoModelForQuestionAnswering",
+    "ForCausalLM": "AutoModelForCausalLM",
+    "LMHeadModel": "AutoModelForCausalLM",
 }
+ENCODER_HEADS = ("Model", "ForSequenceClassification", "ForTokenClassification", "ForQuestionAnswering")
+DECODER_HEADS = ("Model", "ForSequenceClassification", "ForCausalLM")
+FAMILIES = {
+    "bert": ("Bert", ENCODER_HEADS),
+    "roberta": ("Roberta", ENCODER_HEADS),
+    "xlm-roberta": ("XLMRoberta", ENCODER_HEADS),
+    "distilbert": ("DistilBert", ENCODER_HEADS),
+    "electra": ("Electra", ENCODER_HEADS),
+    "llama": ("Llama", DECODER_HEADS),
+    "mistral": ("Mistral", DECODER_HEADS),
+    "qwen2": ("Qwen2", DECODER_HEADS),
+    "qwen3": ("Qwen3", DECODER_HEADS),
+    "gpt2": ("GPT2", ("Model", "ForSequenceClassification", "LMHeadModel")),
+}
+"""By model type: what class names begin with, and what they end with."""
 
 
 class Bypass(nn.Module):
@@ -124,48 +137,76 @@ class Zeros(nn.Module):
         return x.new_zeros(*x.shape[:-1], self.width)
 
 
-class SpreadLinear(nn.Linear):
-    """A linear that computes only some rows of its output; the others are zero."""
+def _store_transposed(linear: nn.Linear) -> None:
+    """Let a linear hold its weight [in, out], as `Conv1D` does."""
+    weight = linear.weight
+    linear.weight = nn.Parameter(
+        torch.empty(weight.shape[1], weight.shape[0], device=weight.device, dtype=weight.dtype)
+    )
 
-    def __init__(self, shape: list[int], spread: Spread, **options: Any) -> None:
+
+class SpreadLinear(nn.Linear):
+    """A linear [out, in] that computes only some rows of its output; the others are zero.
+
+    Args:
+        shape: out and in.
+        spread: of the output.
+        transposed: whether the weight is held as [in, out].
+    """
+
+    def __init__(self, shape: list[int], spread: Spread, *, transposed: bool = False, **options: Any) -> None:
         super().__init__(shape[1], shape[0], **options)
-        self.spread = spread
+        self.spread, self.transposed = spread, transposed
+        if transposed:
+            _store_transposed(self)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        rows: torch.Tensor = self.spread(super().forward(x))
+        weight = self.weight.t() if self.transposed else self.weight
+        rows: torch.Tensor = self.spread(nn.functional.linear(x, weight, self.bias))
         return rows
 
 
 class PackedLinear(nn.Linear):
-    """A linear whose rows or columns belong to heads of unequal size, padded with zeros when it is used.
+    """A linear [out, in] whose rows or columns belong to heads of unequal size, padded with zeros when it is used.
 
     In inference the padded weights are kept from one call to the next, as long as the weights stay the same.
 
     Args:
+        shape: out and in, as stored.
         axis: 0 where the rows belong to heads, 1 where the columns do.
-        counts: units of each head, in the order of the weight.
-        size: units of each head once padded.
+        places: index of each of those in the padded axis.
+        width: of the padded axis.
         spread: of the output, where only some of its rows are computed.
+        transposed: whether the weight is held as [in, out].
     """
 
     def __init__(
-        self, shape: list[int], axis: int, counts: list[int], size: int, spread: Spread | None = None, **options: Any
+        self,
+        shape: list[int],
+        axis: int,
+        places: list[int],
+        width: int,
+        spread: Spread | None = None,
+        *,
+        transposed: bool = False,
+        **options: Any,
     ) -> None:
         super().__init__(shape[1], shape[0], **options)
-        self.spread = spread
-        self.axis, self.size, self.heads = axis, size, len(counts)
-        self.places = [head * size + unit for head, count in enumerate(counts) for unit in range(count)]
+        self.axis, self.places, self.width = axis, places, width
+        self.spread, self.transposed = spread, transposed
+        if transposed:
+            _store_transposed(self)
         self._kept: tuple[Any, tuple[torch.Tensor, torch.Tensor | None]] | None = None
 
     def _padded(self, tensor: torch.Tensor, axis: int) -> torch.Tensor:
         shape = list(tensor.shape)
-        shape[axis] = self.heads * self.size
+        shape[axis] = self.width
         return tensor.new_zeros(shape).index_copy(axis, torch.tensor(self.places, device=tensor.device), tensor)
 
     def _weights(self) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Padded weight and bias."""
+        """Padded weight [out, in] and bias."""
         bias = self._padded(self.bias, 0) if self.bias is not None and self.axis == 0 else self.bias
-        return self._padded(self.weight, self.axis), bias
+        return self._padded(self.weight.t() if self.transposed else self.weight, self.axis), bias
 
     def _weights_for_inference(self) -> tuple[torch.Tensor, torch.Tensor | None]:
         owned = [self.weight] if self.bias is None else [self.weight, self.bias]
@@ -188,7 +229,7 @@ class PackedLinear(nn.Linear):
         return {**self.__dict__, "_kept": None}  # copies pad for themselves
 
     def extra_repr(self) -> str:
-        return f"{super().extra_repr()}, {('rows', 'columns')[self.axis]} packed into {self.heads} heads of {self.size}"
+        return f"{super().extra_repr()}, {('rows', 'columns')[self.axis]} padded to {self.width}"
 
 
 class BlockLinear(nn.Module):
@@ -522,26 +563,42 @@ class FactoredEmbedding(nn.Module):
         return projected
 
 
+def _dense_shape(module: Any) -> list[int]:
+    # A model that is loaded straight into ZeRO-3 partitions keeps its shapes in `ds_shape`.
+    return list(getattr(module.weight, "ds_shape", module.weight.shape))
+
+
 def _resized(module: Any, sizes: list[int | None]) -> nn.Module:
     """A new module of the same kind; `sizes` are those of the weight's axes, None where they stay."""
-    # A model that is loaded straight into ZeRO-3 partitions keeps its shapes in `ds_shape`.
-    dense = getattr(module.weight, "ds_shape", module.weight.shape)
-    shape = [old if new is None else new for old, new in zip(dense, sizes, strict=True)]
+    shape = [old if new is None else new for old, new in zip(_dense_shape(module), sizes, strict=True)]
     options = {"device": module.weight.device, "dtype": module.weight.dtype}
     if isinstance(module, nn.Linear):
         return nn.Linear(shape[1], shape[0], bias=module.bias is not None, **options)
+    if isinstance(module, Conv1D):
+        convolution: nn.Module = Conv1D(shape[1], shape[0])
+        return convolution.to(**options)
     if isinstance(module, nn.Embedding):
         return nn.Embedding(shape[0], shape[1], padding_idx=module.padding_idx, **options)
-    return nn.LayerNorm(shape, eps=module.eps, **options)
+    if isinstance(module, nn.LayerNorm):
+        return nn.LayerNorm(shape, eps=module.eps, **options)
+    rms_norm: nn.Module = type(module)(shape[0], eps=module.variance_epsilon)
+    return rms_norm.to(**options)
+
+
+def _width(axis: str, widths: dict[str, int]) -> int | None:
+    """New width of an axis, the parts of a shared one together; None where it stays."""
+    parts = [widths.get(part) for part in axis.split(" + ")]
+    return None if None in parts else sum(part for part in parts if part is not None)
 
 
 def _resize(root: nn.Module, path: str, axes: list[str], widths: dict[str, int]) -> None:
     parent, _, name = path.rpartition(".")
     owner = root.get_submodule(parent)
     if hasattr(owner, name):
-        sizes = [widths.get(axis) for axis in axes]
+        module = getattr(owner, name)
+        sizes = [_width(axis, widths) for axis in axes]
         if any(size is not None for size in sizes):
-            setattr(owner, name, _resized(getattr(owner, name), sizes))
+            setattr(owner, name, _resized(module, sizes[::-1] if isinstance(module, Conv1D) else sizes))
 
 
 def _replace(root: nn.Module, path: str, module: nn.Module) -> None:
@@ -557,41 +614,111 @@ def _stand_in(layer: nn.Module, path: str, rule: str) -> None:
     _replace(layer, path, bypass)
 
 
-def head_sizes(sizes: dict[str, Any], facts: dict[str, Any]) -> tuple[list[int], list[int], int]:
-    """Query/key and value/output dimensions of each kept head of a layer, and the size all are padded to."""
-    dense = [facts["head_dim"]] * sizes["heads"]
-    query, value = sizes.get("qk_dims", dense), sizes.get("vo_dims", dense)
-    if query == value == dense or not dense:
-        return query, value, facts["head_dim"]
-    multiple = facts["head_multiple"]
-    return query, value, -(-max(query + value) // multiple) * multiple
+class HeadLayout:
+    """Where the dimensions that the heads of a layer kept stand once the heads are padded to one size.
+
+    Attributes:
+        size: of every head; `dense` is what it was.
+        places: for `qk_dim` and `vo_dim`, head by head (or group by group), place of each kept dimension in a head.
+        pairs: under rotary positions, the dense pair at each place of half a head; empty where heads are as before.
+        copies: query heads that share one key and value head.
+    """
+
+    def __init__(self, sizes: dict[str, Any], facts: dict[str, Any]) -> None:
+        dense, count, dims = facts["dense"], sizes["heads"], facts["head_dim"]
+        self.dense = dims
+        self.copies = dense["num_heads"] // dense.get("num_groups", dense["num_heads"])
+        rotary = facts["family"].get("rotary", False)
+        queries = sizes.get("qk_dims", [dims] * count)
+        values = sizes.get("vo_dims", [dims] * count)
+        kept = [_ones(text, dims // 2) for text in sizes["qk_pairs"]] if "qk_pairs" in sizes else []
+        union = sorted(set().union(*kept)) if kept else list(range(dims // 2)) if rotary else []
+        needed = max([2 * len(union) if any(queries) else 0, *(queries if not rotary else []), *values], default=dims)
+        ragged = count > 0 and any(number != dims for number in queries + values)
+        multiple = math.lcm(facts["head_multiple"], 2 if rotary else 1)
+        self.size = -(-max(needed, 1) // multiple) * multiple if ragged else dims
+        half, place = self.size // 2, {pair: i for i, pair in enumerate(union)}
+        if rotary:
+            pairs = kept or [union if number else [] for number in queries]
+            query_places = [[turn * half + place[pair] for turn in (0, 1) for pair in one] for one in pairs]
+        else:
+            query_places = [list(range(number)) for number in queries]
+        self.places = {"qk_dim": query_places, "vo_dim": [list(range(number)) for number in values]}
+        moved = rotary and (len(union), self.size) != (dims // 2, dims)
+        self.pairs = [*union, *([0] * (half - len(union)))] if moved else []
+
+    def axis(self, kinds: list[str], *, per_head: bool) -> tuple[list[int], int]:
+        """Places of an axis' entries once padded, and its padded width; `per_head` where all heads have their own."""
+        copies, places, start = self.copies if per_head else 1, [], 0
+        for kind in kinds:
+            for head in self.places[kind]:
+                for _ in range(copies):
+                    places += [start + place for place in head]
+                    start += self.size
+        return places, start
+
+    def widths(self) -> dict[str, int]:
+        """Entries of each kind of one head of every group."""
+        return {kind: sum(map(len, heads)) for kind, heads in self.places.items()}
+
+
+class RotaryChoice:
+    """Hands attention the rotations of the pairs that its heads kept; a forward pre-hook.
+
+    Args:
+        pairs: the dense pair at each place of half a head.
+        head_dim: of the dense head.
+    """
+
+    def __init__(self, pairs: list[int], head_dim: int) -> None:
+        self.dims = [turn * head_dim // 2 + pair for turn in (0, 1) for pair in pairs]
+        self._index: torch.Tensor | None = None
+
+    def __call__(self, _module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
+        rotations = kwargs["position_embeddings"]
+        if self._index is None or self._index.device != rotations[0].device:
+            self._index = torch.tensor(self.dims, device=rotations[0].device)
+        chosen = tuple(part.index_select(-1, self._index) for part in rotations)
+        return args, {**kwargs, "position_embeddings": chosen}
+
+
+def _ones(text: str, width: int) -> list[int]:
+    """Which bits of a hexadecimal number are set, the first the most significant."""
+    return [i for i, bit in enumerate(f"{int(text, 16):0{width}b}") if bit == "1"]
 
 
 def _like(module: Any) -> tuple[list[int], dict[str, Any]]:
-    """Shape of a linear's weight, and the options to make another like it."""
-    shape = list(getattr(module.weight, "ds_shape", module.weight.shape))
-    return shape, {"bias": module.bias is not None, "device": module.weight.device, "dtype": module.weight.dtype}
+    """Out and in of a linear, and the options to make another like it."""
+    transposed = isinstance(module, Conv1D) or getattr(module, "transposed", False)
+    shape = _dense_shape(module)
+    options = {"bias": module.bias is not None, "device": module.weight.device, "dtype": module.weight.dtype}
+    return (shape[::-1], {**options, "transposed": True}) if transposed else (shape, options)
 
 
-def _pack(layer: nn.Module, family: dict[str, Any], heads: dict[str, list[int]], size: int) -> None:
+def _pack(layer: nn.Module, family: dict[str, Any], layout: HeadLayout) -> None:
     """Let the linears of attention pad their heads to one size, where they are not of that size anyway."""
+    spec = family["attention"]
     for path, axes in family["layer"].items():
-        axis, kind = next(((i, name) for i, name in enumerate(axes) if name in heads), (0, None))
-        if kind is None or all(count == size for count in heads[kind]):
+        axis = next((i for i, name in enumerate(axes) if name.split(" + ")[0] in layout.places), None)
+        if axis is None:
             continue
+        places, width = layout.axis(axes[axis].split(" + "), per_head=path in (spec["query"], spec["output"]))
         module: Any = layer.get_submodule(path)
-        if sum(heads[kind]) == 0:
-            _replace(layer, path, Zeros(len(heads[kind]) * size))
-            continue
-        shape, options = _like(module)
-        _replace(layer, path, PackedLinear(shape, axis, heads[kind], size, getattr(module, "spread", None), **options))
+        if not places:
+            _replace(layer, path, Zeros(width))
+        elif places != list(range(width)):
+            shape, options = _like(module)
+            spread = getattr(module, "spread", None)
+            _replace(layer, path, PackedLinear(shape, axis, places, width, spread, **options))
+    if layout.pairs:
+        owner = layer.get_submodule(spec["query"].rpartition(".")[0])
+        owner.register_forward_pre_hook(RotaryChoice(layout.pairs, layout.dense), with_kwargs=True)
 
 
 def _rows(sizes: dict[str, Any], kind: str, hidden: int) -> Spread:
     """Which coordinates of the residual stream a sublayer writes."""
     text = sizes.get(f"{kind}_rows")
-    bits = "1" * hidden if text is None else f"{int(text, 16):0{hidden}b}"
-    return Spread([i for i, bit in enumerate(bits) if bit == "1"], hidden)
+    return Spread(list(range(hidden)) if text is None else _ones(text, hidden), hidden)
 
 
 def _make_block_sparse(layer: nn.Module, path: str, block: list[int], kept: int) -> None:
@@ -604,14 +731,15 @@ def _make_block_sparse(layer: nn.Module, path: str, block: list[int], kept: int)
 
 def _shrink_layer(layer: nn.Module, family: dict[str, Any], sizes: dict[str, Any], facts: dict[str, Any]) -> None:
     """Give one layer its own sizes."""
-    query, value, head_size = head_sizes(sizes, facts)
-    widths = {
-        "hidden": facts["hidden"],
-        "qk_dim": sum(query),
-        "vo_dim": sum(value),
-        "ffn_dim": sizes["ffn_dim"],
-    }
+    layout = HeadLayout(sizes, facts)
+    attention = family["attention"]
+    kept = {"hidden": facts["hidden"], "ffn_dim": sizes["ffn_dim"], **layout.widths()}
     for path, axes in family["layer"].items():
+        widths = dict(kept)
+        if path == attention["query"]:
+            widths["qk_dim"] *= layout.copies
+        if path == attention["output"]:
+            widths["vo_dim"] *= layout.copies
         _resize(layer, path, axes, widths)
     for kind, count in (("attention", sizes["heads"]), ("ffn", sizes["ffn_dim"])):
         spec = family[kind]
@@ -623,24 +751,39 @@ def _shrink_layer(layer: nn.Module, family: dict[str, Any], sizes: dict[str, Any
             (_, columns), options = _like(layer.get_submodule(spec["output"]))
             _replace(layer, spec["output"], SpreadLinear([len(spread.places), columns], spread, **options))
         if kind == "attention":
-            _pack(layer, family, {"qk_dim": query, "vo_dim": value}, head_size)
-        known = {"heads": sizes["heads"], "head_dim": head_size}
-        for path, attributes in spec.get("cached", {}).items():
-            for name, formula in attributes.items():
-                factors = [known[factor] for factor in formula.split(" * ")]
-                setattr(layer.get_submodule(path), name, math.prod(factors))
+            _pack(layer, family, layout)
+            _tell_sizes(layer, spec, {"heads": count * layout.copies, "head_dim": layout.size})
     for path, stored in sizes.get("blocks", {}).items():
         _make_block_sparse(layer, path, stored["block"], stored["kept"])
 
 
+def _tell_sizes(layer: nn.Module, spec: dict[str, Any], known: dict[str, int]) -> None:
+    """Set the sizes that modules of attention keep for themselves."""
+    for path, attributes in spec.get("cached", {}).items():
+        for name, formula in attributes.items():
+            factors = [known[factor] for factor in formula.split(" * ")]
+            setattr(layer.get_submodule(path), name, math.prod(factors))
+
+
 def _empty_sublayer(layer: nn.Module, spec: dict[str, Any], empty: str, spread: Spread) -> None:
-    """Take out a sublayer without units: wholly, or down to its output bias."""
-    if empty == "bias":
-        _, options = _like(layer.get_submodule(spec["output"]))
+    """Take out a sublayer without units: wholly, or down to its output bias if it has one."""
+    _, options = _like(layer.get_submodule(spec["output"]))
+    keeps_bias = empty == "bias" and options["bias"]
+    if keeps_bias:
         bias = nn.Parameter(torch.empty(len(spread.places), device=options["device"], dtype=options["dtype"]))
         _replace(layer, spec["output"], Constant(bias, spread) if spread.places else Zeros(spread.width))
-    for path, rule in spec["skip" if empty == "identity" else "idle"].items():
+    for path, rule in spec["idle" if keeps_bias else "skip"].items():
         _stand_in(layer, path, rule)
+
+
+def _number_caches(layers: Any, family: dict[str, Any], facts: dict[str, Any]) -> None:
+    """Give the attentions that are left consecutive places in the key/value cache, whose first one tells its length."""
+    owner = family["attention"]["query"].rpartition(".")[0]
+    place = 0
+    for layer, sizes in zip(layers, facts["layers"], strict=True):
+        if sizes["heads"] > 0 and hasattr(layer.get_submodule(owner), "layer_idx"):
+            layer.get_submodule(owner).layer_idx = place
+            place += 1
 
 
 def factor_embedding(model: Any, family: dict[str, Any], rank: int) -> None:
@@ -650,35 +793,45 @@ def factor_embedding(model: Any, family: dict[str, Any], rank: int) -> None:
     _replace(base, family["word_embeddings"], FactoredEmbedding(dense, rank))
 
 
-def shrink(model: Any, facts: dict[str, Any]) -> None:
-    """Make a stock model, built on the dense sizes, as small as `facts` (the `dsprune` table) say."""
-    family = facts["family"]
-    base = getattr(model, family["base"], model)
+def _shrink_around(model: Any, base: Any, family: dict[str, Any], facts: dict[str, Any]) -> None:
+    """Give embeddings, final norm, pooler and head the width of the residual stream."""
     projection = family.get("embedding_projection")
-    projected = projection is not None and hasattr(base, projection)
     widths = {"hidden": facts["hidden"]}
-    if not projected:
+    if projection is None or not hasattr(base, projection):
         widths["embedding"] = facts["hidden"]
     for path, axes in family["embeddings"].items():
         _resize(base, path, axes, widths)
     if facts.get("embedding_rank"):
         factor_embedding(model, family, facts["embedding_rank"])
+    if family.get("final_norm"):
+        _resize(base, family["final_norm"], ["hidden"], widths)
     for path, axes in family.get("pooler", {}).items():
         if getattr(base, path.split(".")[0], None) is not None:
             _resize(base, path, axes, widths)
-    for layer, sizes in zip(base.get_submodule(family["layers"]), facts["layers"], strict=True):
-        _shrink_layer(layer, family, sizes, facts)
     for kind, table in family["heads"].items():
         if base is not model and type(model).__name__.endswith(kind):
             for path, axes in table.items():
                 _resize(model, path, axes, widths)
+
+
+def shrink(model: Any, facts: dict[str, Any]) -> None:
+    """Make a stock model, built on the dense sizes, as small as `facts` (the `dsprune` table) say."""
+    family = facts["family"]
+    base = getattr(model, family["base"], model)
+    _shrink_around(model, base, family, facts)
+    layers: Any = base.get_submodule(family["layers"])
+    for layer, sizes in zip(layers, facts["layers"], strict=True):
+        _shrink_layer(layer, family, sizes, facts)
+    _number_caches(layers, family, facts)
     use_calibration(base, facts.get("calibration", ()))
 
 
 def dense_view(config: Any) -> Any:
-    """The configuration with the dense model's sizes, which the stock constructors check, and the layers left."""
+    """The stock configuration with the dense model's sizes, which the stock constructors check, and the layers left."""
     facts = config.dsprune
     view = copy.deepcopy(config)
+    # Some constructors look up the class of the base model by that of the configuration.
+    view.__class__ = next(base for base in type(config).__mro__ if base.__module__.startswith("transformers."))
     sizes = {**facts["dense"], "num_layers": len(facts["layers"])}
     for ours, theirs in facts["family"]["sizes"].items():
         setattr(view, theirs, sizes[ours])
@@ -695,17 +848,21 @@ class CompactMixin:
         view = dense_view(config)
         super().__init__(view, *args, **kwargs)
         shrink(self, facts)
+        # The new modules are no longer those that the stock constructor tied.
+        self.tie_weights()
         # The stock constructor chose the attention implementation, on the view.
         config._attn_implementation = view._attn_implementation
         for module in self.modules():
-            if getattr(module, "config", None) is view:
+            if type(getattr(module, "config", None)) is type(view):
                 module.config = config
 
 
 def _make_config(model_type: str, stem: str) -> Any:
     stock = getattr(transformers, f"{stem}Config")
     name = f"Compact{stem}Config"
-    return type(name, (stock,), {"model_type": f"dsprune_{model_type}", "_auto_class": "AutoConfig"})
+    # Sizes of layers stand under `dsprune`: what stock sizes must be to each other does not hold here.
+    members = {"model_type": f"dsprune_{model_type}", "_auto_class": "AutoConfig", "validate": lambda self: None}
+    return type(name, (stock,), {**members, "__module__": __name__})
 
 
 def _make_model(stem: str, head: str, auto_class: str, config_class: Any) -> Any:
@@ -719,11 +876,11 @@ def _make_model(stem: str, head: str, auto_class: str, config_class: Any) -> Any
 
 CONFIGS: dict[str, Any] = {}
 MODELS: dict[tuple[str, str], Any] = {}
-for _model_type, _stem in FAMILIES.items():
+for _model_type, (_stem, _heads) in FAMILIES.items():
     CONFIGS[_model_type] = _make_config(_model_type, _stem)
     globals()[CONFIGS[_model_type].__name__] = CONFIGS[_model_type]
-    for _head, _auto_class in HEADS.items():
-        MODELS[_model_type, _head] = _make_model(_stem, _head, _auto_class, CONFIGS[_model_type])
+    for _head in _heads:
+        MODELS[_model_type, _head] = _make_model(_stem, _head, HEADS[_head], CONFIGS[_model_type])
         globals()[MODELS[_model_type, _head].__name__] = MODELS[_model_type, _head]
 
 
@@ -731,5 +888,6 @@ def register() -> None:
     """Let the Auto classes of transformers load compact folders without `trust_remote_code`."""
     for model_type, config_class in CONFIGS.items():
         transformers.AutoConfig.register(config_class.model_type, config_class, exist_ok=True)
-        for head, auto_class in HEADS.items():
-            getattr(transformers, auto_class).register(config_class, MODELS[model_type, head], exist_ok=True)
+        for head in FAMILIES[model_type][1]:
+            auto_class = getattr(transformers, HEADS[head])
+            auto_class.register(config_class, MODELS[model_type, head], exist_ok=True)

@@ -18,7 +18,7 @@ from dsprune.consolidate.memory import give_back
 from dsprune.consolidate.writer import names_in
 from dsprune.errors import CheckpointError
 
-__all__ = ["TOLERANCE", "SafetensorsReader", "compare", "logits", "stream_weights"]
+__all__ = ["TOLERANCE", "SafetensorsReader", "compare", "logits", "stream_weights", "tied_names"]
 
 TOLERANCE = 1e-4
 """Largest difference of logits, relative to the largest logit (at least 1), that rounding may cause in fp32."""
@@ -42,18 +42,28 @@ class SafetensorsReader:
 
 
 def stream_weights(model: nn.Module, read: Reader) -> None:
-    """Let a model on the meta device fetch each module's own parameters when it runs, and drop them after."""
-    for path, module in model.named_modules():
-        names = [name for name, _ in module.named_parameters(recurse=False)]
+    """Let a model on the meta device fetch each module's own parameters when it runs, and drop them after.
+
+    What is tied is read by the name of the parameter that it is tied to.
+    """
+    stored = {param: name for name, param in model.named_parameters()}
+    for module in model.modules():
+        names = {name: stored[param] for name, param in module.named_parameters(recurse=False)}
         if names:
-            module.register_forward_pre_hook(_fetch(path, names, read))
-            module.register_forward_hook(_drop(names))
+            module.register_forward_pre_hook(_fetch(names, read))
+            module.register_forward_hook(_drop(list(names)))
 
 
-def _fetch(path: str, names: list[str], read: Reader) -> Any:
+def tied_names(model: nn.Module) -> set[str]:
+    """Names under which parameters stand in a model a second time."""
+    every = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    return every - {name for name, _ in model.named_parameters()}
+
+
+def _fetch(names: Mapping[str, str], read: Reader) -> Any:
     def hook(module: nn.Module, _args: Any) -> None:
-        for name in names:
-            value = read(f"{path}.{name}" if path else name)
+        for name, source in names.items():
+            value = read(source)
             setattr(module, name, nn.Parameter(value, requires_grad=False))
 
     return hook

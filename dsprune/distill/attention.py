@@ -60,12 +60,14 @@ def attention_loss(
         student: [batch, heads, length, length] probabilities.
         teacher: the same heads of the teacher.
         mask: [batch, length] 1 for real tokens.
-        heads: [heads] 1 for the heads that take part; None for all.
+        heads: [heads] 1 for the heads that take part, or [groups] of as many heads each; None for all.
         num_pairs: [] what counts as the number of pairs of real tokens (squared lengths, summed over
             examples). Given from outside, so that ranks and accumulation steps average over the whole batch.
     """
     real = mask.float()
     error = (student.float() - teacher.float()).square() * (real[:, :, None] * real[:, None, :]).unsqueeze(1)
     by_head = error.sum((0, 2, 3))
-    live = torch.ones_like(by_head) if heads is None else (heads != 0).to(by_head.dtype)
+    live = torch.ones_like(by_head)
+    if heads is not None:
+        live = (heads != 0).to(by_head.dtype).repeat_interleave(len(by_head) // len(heads))
     return (by_head * live).sum() / (num_pairs * live.sum().clamp(min=1))

@@ -252,7 +252,7 @@ def hidden_states(model: PreTrainedModel, *, embeddings: bool) -> list[str]:
     """Modules whose outputs are the hidden states: the layers, and after them the embeddings if wanted."""
     family = family_for(str(model.config.model_type).removeprefix("dsprune_"))
     base = getattr(model, family.base, model)
-    module = family.word_embeddings.split(".")[0]
+    module = family.embedding_output or family.word_embeddings.split(".")[0]
     if family.embedding_projection is not None and hasattr(base, family.embedding_projection):
         module = family.embedding_projection
     path = f"{family.base}.{module}" if base is not model else module

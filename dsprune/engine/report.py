@@ -173,7 +173,7 @@ def _plot(run: Run, final: Path) -> None:
     plot_run(
         read_metrics(run.folder),
         layers,
-        {"heads": sizes.num_heads, "ffn_dim": sizes.ffn_dim},
+        {"heads": sizes.num_groups, "ffn_dim": sizes.ffn_dim},
         run.folder / "report.png",
         title=f"{run.config.model.name} on {run.task.name}: {run.config.method.name}, "
         f"target {run.config.prune.target:.0%} of the {run.config.prune.target_of}",

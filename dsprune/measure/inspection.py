@@ -20,12 +20,12 @@ def describe_spaces(structure: Structure) -> str:
     cost = CostModel(structure)
     shapes = gate_shapes(sizes)
     removes = {
-        "head": "an attention head",
+        "head": "an attention head" if sizes.heads_per_group == 1 else "a group of attention heads",
         "attn": "an attention sublayer and its norm",
         "ffn": "an FFN sublayer and its norm",
         "ffn_dim": "an FFN neuron",
         "hidden": "a coordinate of the residual stream",
-        "qk_dim": "a query dimension and its key",
+        "qk_dim": "a query dimension and its key" if sizes.pair == 1 else "a rotary pair of queries and keys",
         "vo_dim": "a value dimension and its output",
         "attn_row": "a coordinate that attention writes",
         "ffn_row": "a coordinate that the FFN writes",
@@ -38,7 +38,8 @@ def describe_spaces(structure: Structure) -> str:
     total = cost.dense("total")
     lines = [
         render_table(["gate", "shape", "one gate removes", "parameters", "of the encoder"], rows),
-        f"{structure.family.name}: {sizes.num_layers} layers, {sizes.num_heads} heads of {sizes.head_dim}, FFN "
+        f"{structure.family.name}: {sizes.num_layers} layers, {sizes.num_heads} heads of {sizes.head_dim}"
+        f"{f' in {sizes.num_groups} groups' if sizes.heads_per_group > 1 else ''}, FFN "
         f"{sizes.ffn_dim}, hidden {sizes.hidden}",
         f"parameters: encoder {encoder:,}, total {total:,}; the rest ({total - encoder:,}) is embeddings and task head",
     ]
@@ -64,7 +65,9 @@ def describe_compact(config: Mapping[str, Any]) -> str:
         layer = by_source.get(i, {"heads": 0, "ffn_dim": 0})
         heads, ffn = layer["heads"], layer["ffn_dim"]
         sizes = [_head_sizes(layer, name, facts["head_dim"]) for name in ("qk_dims", "vo_dims")]
-        rows.append([str(i), f"{heads} / {dense['num_heads']}", *sizes, f"{ffn} / {dense['ffn_dim']}"])
+        rows.append(
+            [str(i), f"{heads} / {dense.get('num_groups', dense['num_heads'])}", *sizes, f"{ffn} / {dense['ffn_dim']}"]
+        )
     counted = facts["parameters"]
     lines = [
         render_table(["layer", "heads", "query sizes", "value sizes", "FFN size"], rows),

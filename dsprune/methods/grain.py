@@ -10,6 +10,8 @@ cubic curve while all units stand in one ranking (section 3.2), and the rest of 
   data-parallel wrappers; here a probe pass of its own differentiates the gates and nothing else.
 - Structure regularisation (section 3.3): the importance of a value unit is multiplied by
   tanh(D / alpha), D being the share of its head's value units that are left, so that thin heads empty.
+- Where query heads share keys and values, a head below is such a group; under rotary positions a query unit is
+  a pair of dimensions, in the queries and in the key.
 - A head without values loses its queries at once, counted in the budget. A head without queries stays
   and averages uniformly. A sublayer without units is its output bias and its norm.
 
@@ -139,7 +141,7 @@ class Grain(Method):
 
     def _regularisation(self) -> Tensor:
         """tanh(D / alpha) of each value unit's head: [L, H * D]."""
-        left = by_head(self.mask["vo_dim"], self.structure.sizes.num_heads)
+        left = by_head(self.mask["vo_dim"], self.structure.sizes.num_groups)
         density = left.mean(-1, keepdim=True)
         return torch.tanh(density / self.options.alpha).expand_as(left).flatten(-2)
 
@@ -153,16 +155,16 @@ class Grain(Method):
     def _unit_prices(self) -> dict[str, Tensor]:
         """Parameters that go with each unit: as `mask`, fp64."""
         dims = self.cost.unit_prices(UNITS["dims"], of=self.plan.target_of)
-        num_heads = self.structure.sizes.num_heads
-        dims["head"] = by_head(dims["qk_dim"] + dims["vo_dim"], num_heads).sum(-1)
+        groups = self.structure.sizes.num_groups
+        dims["head"] = by_head(dims["qk_dim"], groups).sum(-1) + by_head(dims["vo_dim"], groups).sum(-1)
         return {kind: dims[kind] for kind in self.kinds}
 
     def _groups(self) -> dict[str, UnitGroups]:
         """Units grouped by what is rounded together: dimensions by head, neurons by layer, heads alone."""
-        num_heads, round_to = self.structure.sizes.num_heads, self.options.round_to
+        groups, round_to = self.structure.sizes.num_groups, self.options.round_to
 
         def grouped(kind: str, value: Tensor) -> Tensor:
-            return by_head(value, num_heads).flatten(0, 1) if kind in ("qk_dim", "vo_dim") else value
+            return by_head(value, groups).flatten(0, 1) if kind in ("qk_dim", "vo_dim") else value
 
         return {
             kind: UnitGroups(

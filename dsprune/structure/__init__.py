@@ -1,5 +1,6 @@
 """What can be pruned: spaces, gates and how they apply, exact cost, selections, surgery. Pure torch."""
 
+from dsprune.structure.analysis import analyze
 from dsprune.structure.block_gating import BlockGating
 from dsprune.structure.block_selection import BlockSelection
 from dsprune.structure.block_spaces import BlockMatrix, BlockStructure, analyze_blocks, block_magnitudes
@@ -21,19 +22,22 @@ from dsprune.structure.magnitude import unit_magnitudes
 from dsprune.structure.selection import Selection
 from dsprune.structure.spaces import (
     GATE_KINDS,
+    Axis,
     Empty,
     ParamSpec,
+    Segment,
     Sizes,
     Space,
     Structure,
     Sublayer,
-    analyze,
     gate_shapes,
+    stock_heads_fit,
 )
 from dsprune.structure.surgery import compact_shape, cut, is_removed
 
 __all__ = [
     "GATE_KINDS",
+    "Axis",
     "BlockGating",
     "BlockMatrix",
     "BlockSelection",
@@ -44,6 +48,7 @@ __all__ = [
     "Gating",
     "ParamSpec",
     "Scope",
+    "Segment",
     "Selection",
     "Sizes",
     "Space",
@@ -63,6 +68,7 @@ __all__ = [
     "head_alive",
     "is_removed",
     "ones",
+    "stock_heads_fit",
     "sublayer_alive",
     "to_blocks",
     "unit_gates",

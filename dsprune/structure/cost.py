@@ -9,6 +9,7 @@ out, here all are counted).
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -18,7 +19,7 @@ import torch
 from torch import Tensor
 
 from dsprune.structure.gating import Gates, by_head, complete
-from dsprune.structure.spaces import Empty, ParamSpec, Structure, gate_shapes
+from dsprune.structure.spaces import Empty, ParamSpec, Space, Structure, gate_shapes
 
 __all__ = ["CostModel", "Scope"]
 
@@ -31,12 +32,22 @@ class _Term:
 
     `units` is the kind of the units that the parameters belong to, one for each layer's sublayer; None
     where they only belong to the sublayer, or to none. `rows`: whether they belong to its output rows.
+    `inner`: whether they are gone with the last unit, even where the sublayer keeps its output bias.
     """
 
     sublayer: str | None
     units: str | None
     rows: bool
+    inner: bool
     num_hidden: int
+
+    @classmethod
+    def of(cls, param: ParamSpec, spaces: tuple[Space, ...]) -> _Term:
+        kinds = [space.kind for space in spaces]
+        units = next((kind for kind in kinds if kind in ("qk_dim", "vo_dim", "ffn_dim")), None)
+        rows = any(kind in ("attn_row", "ffn_row") for kind in kinds)
+        sublayer = param.sublayer.kind if param.sublayer else None
+        return cls(sublayer, units, rows, param.inner, kinds.count("hidden"))
 
 
 class CostModel:
@@ -62,14 +73,11 @@ class CostModel:
         sizes = self.structure.sizes
         terms: dict[_Term, Tensor] = defaultdict(lambda: torch.zeros(sizes.num_layers, dtype=torch.float64))
         for param in self.structure.params.values():
-            kinds = [space.kind for space in param.axes if space is not None]
-            units = next((kind for kind in kinds if kind in ("qk_dim", "vo_dim", "ffn_dim")), None)
-            rows = any(kind in ("attn_row", "ffn_row") for kind in kinds)
-            term = _Term(param.sublayer.kind if param.sublayer else None, units, rows, kinds.count("hidden"))
-            width = 1
-            for space in param.axes:
-                width *= space.size if space is not None else 1
-            terms[term][param.sublayer.layer if param.sublayer else 0] += count(param) / width
+            share = count(param) / param.numel
+            for numel, spaces in param.tiles():
+                width = math.prod(space.size for space in spaces)
+                layer = param.sublayer.layer if param.sublayer else 0
+                terms[_Term.of(param, spaces)][layer] += share * numel / width
         return {term: weights for term, weights in terms.items() if weights.any()}
 
     def _sum(self, terms: Mapping[_Term, Tensor], gates: Gates) -> Tensor:
@@ -81,7 +89,7 @@ class CostModel:
             count = weights.to(hidden.device) * hidden**term.num_hidden
             if term.units is not None:
                 count = count * units[term.units]
-            elif term.sublayer is not None and self.empty == "identity":
+            elif term.sublayer is not None and (self.empty == "identity" or term.inner):
                 count = count * alive[term.sublayer]
             elif term.rows and term.sublayer is not None:
                 count = count * full[term.sublayer]
@@ -112,16 +120,21 @@ class CostModel:
         sizes = gate_shapes(self.structure.sizes)
         prices = {kind: torch.zeros(sizes[kind], dtype=torch.float64) for kind in kinds}
         for param in self.structure.params.values():
-            for space in param.axes:
-                if space is not None and space.kind in prices and (of == "total" or param.part == "encoder"):
-                    prices[space.kind][slice(None) if space.layer is None else space.layer] += param.numel / space.size
+            if of == "encoder" and param.part != "encoder":
+                continue
+            for numel, spaces in param.tiles():
+                for space in spaces:
+                    if space.kind in prices:
+                        layer = slice(None) if space.layer is None else space.layer
+                        prices[space.kind][layer] += numel / space.size
         return prices
 
     def macs(self, gates: Gates, *, length: int) -> Tensor:
         """Multiply-adds of one sequence of `length` tokens: linears, attention scores and their sums; [] float64."""
         full = {kind: gate.double() for kind, gate in complete(self.structure, gates).items()}
-        units = _expected_units(full)
-        attention = length * length * (units["qk_dim"] + units["vo_dim"]).sum()
+        units, sizes = _expected_units(full), self.structure.sizes
+        dims = units["qk_dim"] * sizes.pair + units["vo_dim"]
+        attention = length * length * sizes.heads_per_group * dims.sum()
         return length * self._sum(self._token_macs, full) + self._sum(self._sequence_macs, full) + attention
 
     def floor(self, kinds: tuple[str, ...], *, of: Scope = "encoder") -> float:
@@ -156,7 +169,7 @@ def _expected_units(full: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _expected_heads(full: Mapping[str, Tensor]) -> Tensor:
-    """Chance that a head has a value dimension: [L, H]."""
+    """Chance that a head (or group) has a value dimension: [L, heads]."""
     head = full["head"]
     return head * (1 - (1 - by_head(full["vo_dim"], head.shape[-1])).prod(-1))
 

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from dsprune.errors import ArchitectureError, ConfigError
-from dsprune.structure.kernels import gated_linear, live_layer_norm
-from dsprune.structure.spaces import Empty, Structure, gate_shapes
+from dsprune.structure.kernels import gated_linear, live_layer_norm, live_rms_norm
+from dsprune.structure.spaces import Axis, Empty, Structure, Sublayer, gate_shapes
 
 __all__ = [
     "Gates",
@@ -61,7 +61,10 @@ def complete(structure: Structure, gates: Gates) -> dict[str, Tensor]:
 
 
 def by_head(dims: Tensor, num_heads: int) -> Tensor:
-    """Dimensions of all heads apart by head: [L, H * D] as [L, H, D]."""
+    """Units of all heads apart by head: [L, heads * units] as [L, heads, units].
+
+    Where query heads share keys and values, a head here is such a group.
+    """
     return dims.reshape(*dims.shape[:-1], num_heads, -1)
 
 
@@ -71,7 +74,7 @@ def row_gates(gates: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def head_alive(gates: Mapping[str, Tensor]) -> Tensor:
-    """Which heads give out anything: gate on and at least one value dimension on. Bool [L, H]."""
+    """Which heads (or groups) give out anything: gate on and at least one value dimension on. Bool [L, heads]."""
     head = gates["head"]
     return (head != 0) & (by_head(gates["vo_dim"], head.shape[-1]) != 0).any(-1)
 
@@ -93,12 +96,12 @@ def unit_gates(gates: Mapping[str, Tensor]) -> dict[str, Tensor]:
     Units that can have no effect are 0: those of a sublayer without rows to write, and the query
     dimensions of a head that gives out nothing.
     """
-    dims = gates["vo_dim"].shape[-1] // gates["head"].shape[-1]
     rows = row_gates(gates)
     writes = {kind: (rows[kind] != 0).any(-1, keepdim=True) for kind in rows}
+    queries, values = (gates[kind].shape[-1] // gates["head"].shape[-1] for kind in ("qk_dim", "vo_dim"))
     return {
-        "qk_dim": gates["qk_dim"] * (head_alive(gates).repeat_interleave(dims, -1) & writes["attn"]),
-        "vo_dim": gates["vo_dim"] * gates["head"].repeat_interleave(dims, -1) * writes["attn"],
+        "qk_dim": gates["qk_dim"] * (head_alive(gates).repeat_interleave(queries, -1) & writes["attn"]),
+        "vo_dim": gates["vo_dim"] * gates["head"].repeat_interleave(values, -1) * writes["attn"],
         "ffn_dim": gates["ffn_dim"] * writes["ffn"],
         "attn_row": rows["attn"],
         "ffn_row": rows["ffn"],
@@ -107,6 +110,7 @@ def unit_gates(gates: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 @dataclass
 class _LinearSite:
+    transposed: bool = False
     rows: Tensor | None = None
     columns: Tensor | None = None
 
@@ -115,24 +119,49 @@ class _LinearSite:
 class _NormSite:
     gate: Tensor | None = None
     alive: Tensor | None = None
+    gate_input: bool = False
+    gate_output: bool = False
+
+
+@dataclass
+class _TableSite:
+    gate: Tensor | None = None
 
 
 def _linear_forward(
-    gating: Gating, module: nn.Linear, site: _LinearSite, dense: Callable[[Tensor], Tensor], x: Tensor
+    gating: Gating, module: Any, site: _LinearSite, dense: Callable[[Tensor], Tensor], x: Tensor
 ) -> Tensor:
     if site.rows is None or site.columns is None:
         return dense(x)
-    return gated_linear(x, module.weight, module.bias, site.rows, site.columns, frozen=gating.frozen)
+    return gated_linear(
+        x, module.weight, module.bias, site.rows, site.columns, frozen=gating.frozen, transposed=site.transposed
+    )
 
 
-def _norm_forward(
-    module: nn.LayerNorm, site: _NormSite, gate_input: bool, dense: Callable[[Tensor], Tensor], x: Tensor
-) -> Tensor:
+def _norm_forward(module: Any, site: _NormSite, dense: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
     if site.gate is None or site.alive is None:
         return dense(x)
-    if gate_input:
+    if site.gate_input:
         x = x * site.gate.to(x.dtype)
-    return live_layer_norm(x, module.weight, module.bias, site.gate, site.alive, module.eps)
+    if isinstance(module, nn.LayerNorm):
+        y = live_layer_norm(x, module.weight, module.bias, site.gate, site.alive, module.eps)
+    else:
+        y = live_rms_norm(x, module.weight, site.gate, module.variance_epsilon)
+    return y * site.gate.to(y.dtype) if site.gate_output else y
+
+
+def _table_forward(site: _TableSite, dense: Callable[[Tensor], Tensor], ids: Tensor) -> Tensor:
+    looked_up = dense(ids)
+    return looked_up if site.gate is None else looked_up * site.gate.to(looked_up.dtype)
+
+
+def _entry_gates(axis: Axis, gate: Tensor) -> Tensor:
+    """Gates of an axis' entries: those of their units where the segment is gated, else 1."""
+    parts = [
+        segment.spread(gate) if segment.gated else torch.ones(segment.extent, dtype=gate.dtype, device=gate.device)
+        for segment in axis
+    ]
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
 class Gating:
@@ -149,19 +178,29 @@ class Gating:
         """Whether gated weights get no gradients: for passes that want those of the gates alone."""
         self._linears: dict[str, _LinearSite] = {}
         self._norms: dict[str, _NormSite] = {}
+        self._tables: list[_TableSite] = []
         self._patched: list[nn.Module] = []
         for sublayer in structure.sublayers:
             self._add_linear(model, sublayer.output)
             if sublayer.query is not None:
                 self._add_linear(model, sublayer.query)
-            self._add_norm(model, sublayer.norm, gate_input=False)
+            self._add_norm(model, sublayer.norm)
         if structure.embedding_norm is not None:
             self._add_norm(model, structure.embedding_norm, gate_input=True)
+        if structure.final_norm is not None:
+            # A head that is the word embedding has the gates of that weight on what it reads, once more.
+            self._add_norm(model, structure.final_norm, gate_output=structure.tied)
+        for path in structure.tables:
+            self._add_table(model, path)
         self._projection = self._find_projection(model)
 
     def _find_projection(self, model: nn.Module) -> str | None:
-        path = self.structure.family.embedding_projection
-        if path is None or self.structure.embedding_norm is not None:
+        """The linear that writes the residual stream from embeddings of another width, if there is one."""
+        family = self.structure.family
+        path = family.embedding_projection if self.structure.embedding_norm is None else None
+        if self.structure.final_norm is not None and self.structure.embedding_rank is not None:
+            path = f"{family.word_embeddings}.projection"
+        if path is None:
             return None
         path = f"{self.structure.base}.{path}" if self.structure.base else path
         self._add_linear(model, path)
@@ -169,17 +208,26 @@ class Gating:
 
     def _add_linear(self, model: nn.Module, path: str) -> None:
         module = model.get_submodule(path)
-        if not isinstance(module, nn.Linear):
+        transposed = self.structure.is_transposed(path)
+        if not isinstance(module, nn.Linear) and not transposed:
             raise ArchitectureError(f"{path} is a {type(module).__name__}, and gates need a Linear there")
-        site = self._linears[path] = _LinearSite()
+        site = self._linears[path] = _LinearSite(transposed)
         self._patch(module, partial(_linear_forward, self, module, site, module.forward))
 
-    def _add_norm(self, model: nn.Module, path: str, *, gate_input: bool) -> None:
+    def _add_norm(self, model: nn.Module, path: str, *, gate_input: bool = False, gate_output: bool = False) -> None:
         module = model.get_submodule(path)
-        if not isinstance(module, nn.LayerNorm):
-            raise ArchitectureError(f"{path} is a {type(module).__name__}, and gates need a LayerNorm there")
-        site = self._norms[path] = _NormSite()
-        self._patch(module, partial(_norm_forward, module, site, gate_input, module.forward))
+        if not isinstance(module, nn.LayerNorm) and not hasattr(module, "variance_epsilon"):
+            raise ArchitectureError(
+                f"{path} is a {type(module).__name__}, and gates need a LayerNorm or an RMSNorm there"
+            )
+        site = self._norms[path] = _NormSite(gate_input=gate_input, gate_output=gate_output)
+        self._patch(module, partial(_norm_forward, module, site, module.forward))
+
+    def _add_table(self, model: nn.Module, path: str) -> None:
+        module = model.get_submodule(path)
+        site = _TableSite()
+        self._tables.append(site)
+        self._patch(module, partial(_table_forward, site, module.forward))
 
     def _patch(self, module: nn.Module, forward: Callable[[Tensor], Tensor]) -> None:
         module.forward = forward
@@ -194,32 +242,54 @@ class Gating:
         Raises:
             ConfigError: unknown kind or wrong shape.
         """
+        self._clear()
+        if gates is None:
+            return
+        full = complete(self.structure, gates)
+        alive, hidden = sublayer_alive(full), full["hidden"]
+        always = torch.ones((), dtype=torch.bool, device=hidden.device)
+        units = unit_gates(full)
+        for sublayer in self.structure.sublayers:
+            lives = alive[sublayer.kind][sublayer.layer] if self.empty == "identity" else always
+            self._set_linears(sublayer, full, units, lives, with_queries="qk_dim" in gates)
+            # After the residual add a norm is skipped with its sublayer; before, nobody sees what it gives out.
+            if self.structure.final_norm is not None:
+                lives = always
+            # Norms see the hidden gates, and whether they are there at all; without either they are left alone.
+            if "hidden" in gates or (self.empty == "identity" and lives is not always):
+                norm = self._norms[sublayer.norm]
+                norm.gate, norm.alive = hidden, lives
+        if "hidden" in gates:
+            self._set_stream(hidden, always)
+
+    def _clear(self) -> None:
         for linear in self._linears.values():
             linear.rows = linear.columns = None
         for norm in self._norms.values():
             norm.gate = norm.alive = None
-        if gates is None:
-            return
-        full = complete(self.structure, gates)
-        units, alive, hidden = unit_gates(full), sublayer_alive(full), full["hidden"]
-        always = torch.ones((), dtype=torch.bool, device=hidden.device)
-        # Norms see the hidden gates, and whether their sublayer is there at all; without either they are left alone.
-        gate_norms = self.empty == "identity" or "hidden" in gates
-        for sublayer in self.structure.sublayers:
-            lives = alive[sublayer.kind][sublayer.layer] if self.empty == "identity" else always
-            linear = self._linears[sublayer.output]
-            linear.rows = units[sublayer.rows.kind][sublayer.layer] * lives
-            linear.columns = units[sublayer.units.kind][sublayer.layer]
-            if sublayer.query is not None and "qk_dim" in gates:
-                linear = self._linears[sublayer.query]
-                linear.rows, linear.columns = full["qk_dim"][sublayer.layer], torch.ones_like(hidden)
-            if gate_norms:
-                norm = self._norms[sublayer.norm]
-                norm.gate, norm.alive = hidden, lives
-        if self.structure.embedding_norm is not None and "hidden" in gates:
-            site = self._norms[self.structure.embedding_norm]
-            site.gate, site.alive = hidden, always
-        if self._projection is not None and "hidden" in gates:
+        for table in self._tables:
+            table.gate = None
+
+    def _set_linears(self, sublayer: Sublayer, full: Gates, units: Gates, lives: Tensor, *, with_queries: bool) -> None:
+        layer = sublayer.layer
+        rows, columns = self.structure.linear_axes(sublayer.output)
+        linear = self._linears[sublayer.output]
+        linear.rows = _entry_gates(rows, units[sublayer.rows.kind][layer] * lives)
+        linear.columns = _entry_gates(columns, units[sublayer.units.kind][layer])
+        if sublayer.query is not None and with_queries:
+            rows, _ = self.structure.linear_axes(sublayer.query)
+            linear = self._linears[sublayer.query]
+            linear.rows = _entry_gates(rows, full["qk_dim"][layer])
+            linear.columns = torch.ones_like(full["hidden"])
+
+    def _set_stream(self, hidden: Tensor, always: Tensor) -> None:
+        """Gate what writes the residual stream first, and what reads it last."""
+        for path in (self.structure.embedding_norm, self.structure.final_norm):
+            if path is not None:
+                self._norms[path].gate, self._norms[path].alive = hidden, always
+        for table in self._tables:
+            table.gate = hidden
+        if self._projection is not None:
             linear = self._linears[self._projection]
             linear.rows, linear.columns = hidden, torch.ones_like(hidden[:1]).expand(self._projection_width())
 

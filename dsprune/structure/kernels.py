@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
-__all__ = ["block_gated_linear", "gated_linear", "live_layer_norm", "sum_blocks"]
+__all__ = ["block_gated_linear", "gated_linear", "live_layer_norm", "live_rms_norm", "sum_blocks"]
 
 
 def _scaled(weight: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
@@ -25,18 +25,28 @@ def _scaled(weight: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
 class _GatedLinear(Function):
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, rows: Tensor, columns: Tensor, frozen: bool
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        rows: Tensor,
+        columns: Tensor,
+        frozen: bool,
+        transposed: bool,
     ) -> Tensor:
-        ctx.frozen = frozen
+        ctx.frozen, ctx.transposed = frozen, transposed
+        # The parameter itself, and no transposed view of it: an alias would outlive what ZeRO-3 has gathered.
         ctx.save_for_backward(x, weight, bias, rows, columns)
         gated_bias = None if bias is None else bias * rows.to(bias.dtype)
+        weight = weight.t() if transposed else weight
         return torch.nn.functional.linear(x, _scaled(weight, rows, columns), gated_bias)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (grad,) = grads
         x, weight, bias, rows, columns = ctx.saved_tensors
-        need_x, need_weight, need_bias, need_rows, need_columns, _ = ctx.needs_input_grad
+        weight = weight.t() if ctx.transposed else weight
+        need_x, need_weight, need_bias, need_rows, need_columns, *_ = ctx.needs_input_grad
         need_weight, need_bias = need_weight and not ctx.frozen, need_bias and not ctx.frozen
         flat = grad.reshape(-1, grad.shape[-1])
         grad_weight = grad_bias = grad_rows = grad_columns = None
@@ -45,7 +55,7 @@ class _GatedLinear(Function):
             inner = flat @ _scaled(weight, rows, torch.ones_like(columns))
             grad_columns = (inner.to(columns.dtype) * x.reshape(inner.shape).to(columns.dtype)).sum(0)
             grad_x = (inner * columns.to(inner.dtype)).view(x.shape) if need_x else None
-            return grad_x, None, None, None, grad_columns, None
+            return grad_x, None, None, None, grad_columns, None, None
         grad_x = grad @ _scaled(weight, rows, columns) if need_x else None
         if need_weight or need_rows or need_columns:
             # Gradient of the gated weight; its elementwise product with the weight is, summed over a
@@ -55,32 +65,41 @@ class _GatedLinear(Function):
                 taylor = outer.to(rows.dtype) * weight.to(rows.dtype)
                 grad_rows, grad_columns = taylor @ columns, rows @ taylor
             grad_weight = _scaled(outer, rows, columns) if need_weight else None
+            grad_weight = grad_weight.t() if grad_weight is not None and ctx.transposed else grad_weight
         if bias is not None and (need_bias or need_rows):
             summed = flat.sum(0)
             grad_bias = summed * rows.to(summed.dtype) if need_bias else None
             if grad_rows is not None:
                 grad_rows = grad_rows + summed.to(rows.dtype) * bias.to(rows.dtype)
-        return grad_x, grad_weight, grad_bias, grad_rows, grad_columns, None
+        return grad_x, grad_weight, grad_bias, grad_rows, grad_columns, None, None
 
 
 def gated_linear(
-    x: Tensor, weight: Tensor, bias: Tensor | None, rows: Tensor, columns: Tensor, *, frozen: bool = False
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    rows: Tensor,
+    columns: Tensor,
+    *,
+    frozen: bool = False,
+    transposed: bool = False,
 ) -> Tensor:
     """`rows * (weight @ (columns * x) + bias)` without storing a gated copy of anything.
 
     Args:
         x: [..., in].
-        weight: [out, in].
+        weight: [out, in]; [in, out] where it is stored `transposed`.
         bias: [out] or None.
         rows: [out] gates of the output coordinates, fp32 (or fp64 with an fp64 model).
         columns: [in] gates of the input units.
         frozen: give weight and bias no gradients, and save their cost. They cannot be detached instead: under
             ZeRO-3 an alias would keep the gathered weight alive until the backward pass.
+        transposed: how the weight is stored.
 
     Returns:
         [..., out] in the dtype of `x`. Gradients of the gates are formed in the gates' own dtype.
     """
-    return _GatedLinear.apply(x, weight, bias, rows, columns, frozen)  # type: ignore[no-any-return, no-untyped-call]
+    return _GatedLinear.apply(x, weight, bias, rows, columns, frozen, transposed)  # type: ignore[no-any-return, no-untyped-call]
 
 
 class _LiveLayerNorm(Function):
@@ -133,6 +152,47 @@ def live_layer_norm(x: Tensor, weight: Tensor, bias: Tensor, gate: Tensor, alive
         [..., d] in the dtype of `x`.
     """
     return _LiveLayerNorm.apply(x, weight, bias, gate, alive, eps)  # type: ignore[no-any-return, no-untyped-call]
+
+
+class _LiveRMSNorm(Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, gate: Tensor, eps: float) -> Tensor:
+        wide = x.to(gate.dtype)
+        live = (gate != 0).to(gate.dtype)
+        count = live.sum().clamp(min=1)
+        rstd = torch.rsqrt((wide * live).square().sum(-1, keepdim=True) / count + eps)
+        normed = wide * live * rstd
+        ctx.save_for_backward(normed, rstd, weight, gate, live, count)
+        return (normed * (weight * gate)).to(x.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        (grad,) = grads
+        normed, rstd, weight, gate, live, count = ctx.saved_tensors
+        wide = grad.to(gate.dtype)
+        affine = wide * (weight * gate)
+        slope = (affine * normed).sum(-1, keepdim=True) / count
+        grad_x = (rstd * (affine - normed * slope) * live).to(grad.dtype)
+        by_normed = (wide * normed).reshape(-1, gate.shape[0]).sum(0)
+        return grad_x, (by_normed * gate).to(weight.dtype), by_normed * weight, None
+
+
+def live_rms_norm(x: Tensor, weight: Tensor, gate: Tensor, eps: float) -> Tensor:
+    """RMSNorm over the live coordinates of the residual stream, times their gates.
+
+    The mean square is that of the narrow, exported model: dead coordinates (gate 0) take no part and come
+    out as 0.
+
+    Args:
+        x: [..., d] residual stream.
+        weight: [d].
+        gate: [d] hidden gates, fp32 (or fp64 with an fp64 model).
+        eps: as in RMSNorm.
+
+    Returns:
+        [..., d] in the dtype of `x`.
+    """
+    return _LiveRMSNorm.apply(x, weight, gate, eps)  # type: ignore[no-any-return, no-untyped-call]
 
 
 def _spread_blocks(gate: Tensor, block: tuple[int, int], shape: torch.Size) -> Tensor:

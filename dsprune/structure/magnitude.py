@@ -27,13 +27,16 @@ def unit_magnitudes(structure: Structure, read: Callable[[str], Tensor]) -> dict
     squares = {kind: torch.zeros(shape, dtype=torch.float64) for kind, shape in gate_shapes(structure.sizes).items()}
     for param in structure.params.values():
         value = read(param.name).detach().double().cpu().square()
-        for axis, space in enumerate(param.axes):
-            if space is None:
-                continue
-            others = [i for i in range(value.dim()) if i != axis]
-            place = squares[space.kind] if space.layer is None else squares[space.kind][space.layer]
-            place += value.sum(others) if others else value
-    dims = squares["qk_dim"] + squares["vo_dim"]
-    squares["head"] = by_head(dims, structure.sizes.num_heads).sum(-1)
-    squares["attn"], squares["ffn"] = dims.sum(-1), squares["ffn_dim"].sum(-1)
+        for i, axis in enumerate(param.axes):
+            others = [other for other in range(value.dim()) if other != i]
+            entries = value.sum(others) if others else value
+            parts = torch.split(entries, [segment.extent for segment in axis])  # type: ignore[no-untyped-call]
+            for segment, part in zip(axis, parts, strict=True):
+                if segment.space is not None:
+                    place = squares[segment.space.kind]
+                    place = place if segment.space.layer is None else place[segment.space.layer]
+                    place += segment.gather(part)
+    groups = structure.sizes.num_groups
+    squares["head"] = by_head(squares["qk_dim"], groups).sum(-1) + by_head(squares["vo_dim"], groups).sum(-1)
+    squares["attn"], squares["ffn"] = squares["head"].sum(-1), squares["ffn_dim"].sum(-1)
     return {kind: square.sqrt() for kind, square in squares.items()}

@@ -9,16 +9,16 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from dsprune.errors import CheckpointError, ConfigError
-from dsprune.structure.gating import Gates, complete, head_alive, sublayer_alive, unit_gates
+from dsprune.structure.gating import Gates, by_head, complete, head_alive, sublayer_alive, unit_gates
 from dsprune.structure.spaces import GATE_KINDS, Empty, Sizes, Space, Structure, Sublayer
 
 __all__ = ["Selection"]
@@ -30,7 +30,7 @@ class Selection:
 
     Attributes:
         gates: every kind of gate, fp32 on the CPU; 0 removes a unit, anything else keeps it and is
-            its scale, to be folded into the weights.
+            its scale, to be folded into the weights. They are not to change any more.
         empty: what a sublayer without units computes.
     """
 
@@ -42,12 +42,16 @@ class Selection:
         """Make a selection from deterministic gates (0: removed, else: kept with that scale).
 
         Raises:
-            ConfigError: wrong shape, a value that is not finite, or no hidden dimension left.
+            ConfigError: wrong shape, a value that is not finite, no hidden dimension left, or a unit removed
+                that the family cannot lose exactly.
         """
         full = {kind: gate.detach().float().cpu().clone() for kind, gate in complete(structure, gates).items()}
         for kind, gate in full.items():
             if not gate.isfinite().all():
                 raise ConfigError(f"gate '{kind}' holds values that are not finite: no selection can be made from it")
+        for kind, reason in structure.family.refused.items():
+            if (full[kind] != 1).any():
+                raise ConfigError(f"family '{structure.family.name}' has no exact export without '{kind}': {reason}")
         if not full["hidden"].any():
             raise ConfigError("no hidden dimension is left: a model needs at least one")
         return cls(full, empty)
@@ -56,8 +60,16 @@ class Selection:
         """What multiplies each unit of a space, coarser gates over it included: [size] fp64."""
         if space.layer is None:
             return self.gates[space.kind].double()
+        return self._units[space.kind][space.layer]
+
+    @cached_property
+    def _units(self) -> dict[str, Tensor]:
         # In double: a product of gates must not be rounded before it meets the weight.
-        return unit_gates({kind: gate.double() for kind, gate in self.gates.items()})[space.kind][space.layer]
+        return unit_gates({kind: gate.double() for kind, gate in self.gates.items()})
+
+    @cached_property
+    def _alive(self) -> dict[str, list[bool]]:
+        return {kind: alive.tolist() for kind, alive in sublayer_alive(self.gates).items()}
 
     def kept(self, space: Space) -> Tensor:
         """Indices of the kept units of a space, ascending: [kept] int64. Units of a removed sublayer are gone."""
@@ -65,7 +77,11 @@ class Selection:
 
     def alive(self, kind: str, layer: int) -> bool:
         """Whether the `attn` or `ffn` sublayer of a layer still exists in the exported model."""
-        return self.empty == "bias" or bool(sublayer_alive(self.gates)[kind][layer])
+        return self.empty == "bias" or self.has_units(kind, layer)
+
+    def has_units(self, kind: str, layer: int) -> bool:
+        """Whether the `attn` or `ffn` sublayer of a layer has a unit left, and a row to write."""
+        return self._alive[kind][layer]
 
     def hard(self) -> dict[str, Tensor]:
         """The same choice with every scale at 1."""
@@ -75,9 +91,10 @@ class Selection:
         """What is kept, layer by layer.
 
         Returns:
-            `heads` and `ffn_dim`. Where heads are gone, `kept_heads`; where a kept head lost dimensions,
-            `qk_dims` and `vo_dims`, one number a kept head; where a sublayer writes only some of the kept
-            hidden dimensions, `attn_rows` or `ffn_rows`: a bit for each of those, as a hexadecimal number.
+            `heads` (or groups of them) and `ffn_dim`. Where heads are gone, `kept_heads`; where a kept head lost
+            dimensions, `qk_dims` and `vo_dims`, one number a kept head; where those are rotary pairs, `qk_pairs`
+            as well: a bit for each pair of a head, as a hexadecimal number. Where a sublayer writes only some of
+            the kept hidden dimensions, `attn_rows` or `ffn_rows`: a bit for each of those, likewise.
         """
         by_layer: list[dict[str, Any]] = [{} for _ in range(structure.sizes.num_layers)]
         hidden = self.kept(structure.hidden)
@@ -95,15 +112,17 @@ class Selection:
     def _head_sizes(self, sizes: Sizes, sublayer: Sublayer) -> dict[str, Any]:
         writes = (self.gate(sublayer.rows) != 0).any()
         alive = head_alive(self.gates)[sublayer.layer] & writes
-        dims = {}
-        for name, space in (("qk_dims", sublayer.queries), ("vo_dims", sublayer.units)):
-            assert space is not None
-            counts = torch.zeros(sizes.num_heads, dtype=torch.int64)
-            counts.index_add_(
-                0, self.kept(space) // sizes.head_dim, torch.ones(len(self.kept(space)), dtype=torch.int64)
-            )
-            dims[name] = counts[alive].tolist()
-        ragged = any(count != sizes.head_dim for counts in dims.values() for count in counts)
+        assert sublayer.queries is not None
+        queries, values = (
+            by_head(self.gate(space) != 0, sizes.num_groups)[alive] for space in (sublayer.queries, sublayer.units)
+        )
+        dims: dict[str, Any] = {
+            "qk_dims": (queries.sum(-1) * sizes.pair).tolist(),
+            "vo_dims": values.sum(-1).tolist(),
+        }
+        if sizes.pair > 1 and not queries.all():
+            dims["qk_pairs"] = [_hex(pairs) for pairs in queries]
+        ragged = not (queries.all() and values.all())
         which = {} if alive.all() else {"kept_heads": alive.nonzero().flatten().tolist()}
         return {"heads": int(alive.sum()), **which, **(dims if ragged else {})}
 

@@ -1,33 +1,34 @@
 """A model's prunable structure: every parameter, the space that each of its axes lives in, and what gates it.
 
-This is what a family spec becomes once it is laid over one model. It is pure description: it holds
-no tensor, and is the same for a model on the meta device, under ZeRO-3, or on disk.
+This is what a family spec becomes once it is laid over one model (`analysis.py`). It is pure description:
+it holds no tensor, and is the same for a model on the meta device, under ZeRO-3, or on disk.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from types import MappingProxyType
+from itertools import product
 from typing import Literal
 
 import torch
-from torch import nn
 
-from dsprune.arch import FamilySpec, SublayerSpec, family_for
-from dsprune.errors import ArchitectureError
+from dsprune.arch import FamilySpec
 
 __all__ = [
     "GATE_KINDS",
+    "Axis",
     "Empty",
     "ParamSpec",
     "Part",
+    "Segment",
     "Sizes",
     "Space",
     "Structure",
     "Sublayer",
-    "analyze",
     "gate_shapes",
+    "stock_heads_fit",
 ]
 
 Part = Literal["embeddings", "encoder", "head"]
@@ -41,13 +42,23 @@ GATE_KINDS = ("head", "attn", "ffn", "ffn_dim", "hidden", "qk_dim", "vo_dim", "a
 
 @dataclass(frozen=True)
 class Sizes:
-    """Dense sizes: L layers, H heads of D dimensions, F FFN neurons, d hidden dimensions."""
+    """Dense sizes: L layers, H heads of D dimensions, F FFN neurons, d hidden dimensions.
+
+    K groups of query heads share their keys and values; a group lives and dies as one. `pair` is how many
+    dimensions make one query unit: 2 where rotary positions turn dimensions by twos.
+    """
 
     num_layers: int
     num_heads: int
     head_dim: int
     ffn_dim: int
     hidden: int
+    num_groups: int
+    pair: int = 1
+
+    @property
+    def heads_per_group(self) -> int:
+        return self.num_heads // self.num_groups
 
 
 @dataclass(frozen=True)
@@ -56,16 +67,54 @@ class Space:
 
     `kind` is also the kind of the gate that decides over it, together with the coarser gates over it:
     query/key and value/output dimensions go with their head, output rows with the coordinate of the
-    residual stream that they write. `layer` is None for a space that the whole model shares.
+    residual stream that they write. `layer` is None for a space that the whole model shares. Units of heads
+    stand in `groups`, head after head.
     """
 
     kind: str
     layer: int | None
     size: int
+    groups: int = 1
 
     @property
     def name(self) -> str:
         return self.kind if self.layer is None else f"{self.kind}.{self.layer}"
+
+
+@dataclass(frozen=True)
+class Segment:
+    """A run of an axis, whose entries belong to the units of one space (None: to none, never cut).
+
+    A unit may own several entries: a key dimension stands in the keys once and in the queries once for every
+    head of its group, a rotary pair is two dimensions. They are laid out as [groups, copies, units of a group].
+    `gated` marks what the forward pass multiplies by the gates of the space; soft gates are folded in there at
+    export, and the rest is only sliced.
+    """
+
+    space: Space | None
+    extent: int
+    gated: bool = False
+
+    @property
+    def copies(self) -> int:
+        """Entries of each unit."""
+        return 1 if self.space is None else self.extent // self.space.size
+
+    def spread(self, values: torch.Tensor) -> torch.Tensor:
+        """A value for each entry, [extent], from one for each unit, [size]; differentiable."""
+        assert self.space is not None
+        if self.copies == 1:
+            return values
+        return values.view(self.space.groups, 1, -1).expand(-1, self.copies, -1).reshape(-1)
+
+    def gather(self, values: torch.Tensor) -> torch.Tensor:
+        """The sum over each unit's entries, [size], of one value for each entry, [extent]."""
+        assert self.space is not None
+        return values.view(self.space.groups, self.copies, -1).sum(1).reshape(-1)
+
+
+Axis = tuple[Segment, ...]
+"""An axis of a parameter; more than one segment where several linears share a weight."""
 
 
 @dataclass(frozen=True)
@@ -88,24 +137,30 @@ class Sublayer:
 
 @dataclass(frozen=True)
 class ParamSpec:
-    """One parameter: its dense shape, the space of each axis (None: never cut), and what gates it.
+    """One parameter: its dense shape, what each axis is made of, and when it is there at all.
 
-    `gated` marks the axes that the forward pass multiplies by the gates of their space; those are
-    the axes that soft gates are folded into at export. The rest are only sliced.
+    `inner`: of no use to a sublayer without units, even where such a one keeps its output bias. `lookup`: read
+    by index and never multiplied.
     """
 
     name: str
     shape: tuple[int, ...]
-    axes: tuple[Space | None, ...]
+    axes: tuple[Axis, ...]
     part: Part
     sublayer: Sublayer | None = None
-    gated: tuple[bool, ...] = ()
+    inner: bool = False
     per_sequence: bool = False
     lookup: bool = False
 
     @property
     def numel(self) -> int:
-        return int(torch.Size(self.shape).numel())
+        return math.prod(self.shape)
+
+    def tiles(self) -> Iterator[tuple[int, tuple[Space, ...]]]:
+        """Rectangles whose entries belong to the same spaces: how many entries, and which spaces."""
+        for segments in product(*self.axes):
+            spaces = tuple(segment.space for segment in segments if segment.space is not None)
+            yield math.prod(segment.extent for segment in segments), spaces
 
 
 @dataclass(frozen=True)
@@ -122,20 +177,41 @@ class Structure:
     """Norm over the summed embeddings, where those live in the hidden space."""
     embedding_rank: int | None = None
     """Rank of the factored word embedding; None where it is one table."""
+    final_norm: str | None = None
+    """Norm of the residual stream after the last layer, in a pre-norm model."""
+    tied: bool = False
+    """Whether an output head multiplies by the word embedding."""
 
     @property
     def factored_away(self) -> int:
         """Parameters that factoring the word embedding saved before pruning began."""
         if self.embedding_rank is None:
             return 0
-        path = _join(self.base, self.family.word_embeddings)
+        path = join(self.base, self.family.word_embeddings)
         table, projection = (self.params[f"{path}.{part}.weight"] for part in ("table", "projection"))
         return table.shape[0] * projection.shape[0] - table.numel - projection.numel
 
     @property
     def layer_paths(self) -> tuple[str, ...]:
         """Path of each encoder layer, from the root of the model."""
-        return tuple(_join(self.base, self.family.layers, str(i)) for i in range(self.sizes.num_layers))
+        return tuple(join(self.base, self.family.layers, str(i)) for i in range(self.sizes.num_layers))
+
+    @property
+    def tables(self) -> tuple[str, ...]:
+        """Embeddings that write the residual stream as it is, without a norm between."""
+        if self.final_norm is None:
+            return ()
+        paths = (join(self.base, path) for path in self.family.embeddings)
+        return tuple(path for path in paths if f"{path}.weight" in self.params)
+
+    def is_transposed(self, path: str) -> bool:
+        """Whether the module at a path from the root stores its weight input axis first."""
+        return any(path.endswith(f".{place}") for place in self.family.transposed)
+
+    def linear_axes(self, path: str) -> tuple[Axis, Axis]:
+        """Output and input axis of a linear's weight, however it is stored."""
+        first, second = self.params[f"{path}.weight"].axes
+        return (second, first) if self.is_transposed(path) else (first, second)
 
     def sublayers_of(self, kind: SublayerKind) -> tuple[Sublayer, ...]:
         return tuple(sublayer for sublayer in self.sublayers if sublayer.kind == kind)
@@ -151,199 +227,35 @@ class Structure:
 
 
 def gate_shapes(sizes: Sizes) -> dict[str, tuple[int, ...]]:
-    """Shape of the gate tensor of each kind (design: L layers, H heads, F neurons, d hidden)."""
-    layers = sizes.num_layers
+    """Shape of the gate tensor of each kind (design: L layers, K groups of heads, F neurons, d hidden)."""
+    layers, width = sizes.num_layers, sizes.num_groups * sizes.head_dim
     return {
-        "head": (layers, sizes.num_heads),
+        "head": (layers, sizes.num_groups),
         "attn": (layers,),
         "ffn": (layers,),
         "ffn_dim": (layers, sizes.ffn_dim),
         "hidden": (sizes.hidden,),
-        "qk_dim": (layers, sizes.num_heads * sizes.head_dim),
-        "vo_dim": (layers, sizes.num_heads * sizes.head_dim),
+        "qk_dim": (layers, width // sizes.pair),
+        "vo_dim": (layers, width),
         "attn_row": (layers, sizes.hidden),
         "ffn_row": (layers, sizes.hidden),
     }
 
 
-def _join(*parts: str) -> str:
+def stock_heads_fit(structure: Structure, num_heads: int, hidden: int) -> bool:
+    """Whether the stock class can have so many heads, of the size that they have, in a model of this width."""
+    rule = structure.family.stock_heads
+    if num_heads == 0:
+        return False
+    if rule == "equal":
+        return num_heads * structure.sizes.head_dim == hidden
+    return rule == "free" or hidden % num_heads == 0
+
+
+def join(*parts: str) -> str:
     return ".".join(part for part in parts if part)
 
 
 def param_shape(param: torch.Tensor) -> tuple[int, ...]:
     """Full shape of a parameter, also of one that ZeRO-3 has partitioned away (`ds_shape`)."""
     return tuple(getattr(param, "ds_shape", param.shape))
-
-
-def _read_sizes(family: FamilySpec, config: object) -> Sizes:
-    try:
-        size = {ours: int(getattr(config, theirs)) for ours, theirs in family.sizes.items()}
-    except AttributeError as error:
-        raise ArchitectureError(f"family '{family.name}': the model's configuration lacks a size: {error}") from error
-    return Sizes(head_dim=size["hidden"] // size["num_heads"], **size)
-
-
-class _Analysis:
-    """Walks a family spec over the parameters of one model; used once, by `analyze`."""
-
-    def __init__(self, family: FamilySpec, shapes: Mapping[str, tuple[int, ...]], class_name: str, config: object):
-        self.family = family
-        self.shapes = dict(shapes)
-        self.class_name = class_name
-        self.sizes = _read_sizes(family, config)
-        self.base = family.base if any(name.startswith(f"{family.base}.") for name in shapes) else ""
-        self.hidden = Space("hidden", None, self.sizes.hidden)
-        projection = family.embedding_projection
-        self.projected = projection is not None and _join(self.base, projection, "weight") in self.shapes
-        self.table = _join(self.base, family.word_embeddings, "table")
-        self.factored = f"{self.table}.weight" in self.shapes
-        self.params: dict[str, ParamSpec] = {}
-        self.mistakes: list[str] = []
-
-    def run(self) -> Structure:
-        self._walk_embeddings()
-        sublayers = [self._walk_sublayer(kind, i) for i in range(self.sizes.num_layers) for kind in ("attn", "ffn")]
-        self._walk_heads()
-        self._check()
-        return Structure(
-            family=self.family,
-            base=self.base,
-            sizes=self.sizes,
-            params=self.params,
-            sublayers=tuple(sublayers),
-            hidden=self.hidden,
-            embedding_norm=None if self.projected else self._embedding_norm(),
-            embedding_rank=self.shapes[f"{self.table}.weight"][1] if self.factored else None,
-        )
-
-    def _embedding_norm(self) -> str | None:
-        norms = [path for path, axes in self.family.embeddings.items() if len(axes) == 1]
-        return _join(self.base, norms[0]) if norms else None
-
-    def _space(self, axis: str, units: Mapping[str, Space]) -> Space | None:
-        if axis == "hidden" or (axis == "embedding" and not self.projected):
-            return self.hidden
-        if axis in ("-", "embedding"):
-            return None
-        if axis not in units:
-            raise ArchitectureError(f"family '{self.family.name}': axis '{axis}' means nothing here")
-        return units[axis]
-
-    def _add(
-        self,
-        module: str,
-        axes: tuple[str, ...],
-        part: Part,
-        *,
-        sublayer: Sublayer | None = None,
-        units: Mapping[str, Space] = MappingProxyType({}),
-        gated: tuple[bool, ...] = (),
-        per_sequence: bool = False,
-        lookup: bool = False,
-    ) -> None:
-        """Claim a module's weight and, if it has one, its bias, which follows the first axis."""
-        gated = gated or (False,) * len(axes)
-        spaces = tuple(self._space(axis, units) for axis in axes)
-        for leaf, width in (("weight", len(axes)), ("bias", 1)):
-            name = f"{module}.{leaf}"
-            shape = self.shapes.get(name)
-            if shape is None:
-                continue
-            spec = ParamSpec(name, shape, spaces[:width], part, sublayer, gated[:width], per_sequence, lookup)
-            if not self._fits(spec):
-                continue
-            self.params[name] = spec
-
-    def _fits(self, spec: ParamSpec) -> bool:
-        ok = len(spec.shape) == len(spec.axes) and all(
-            space is None or extent == space.size for extent, space in zip(spec.shape, spec.axes, strict=True)
-        )
-        if not ok:
-            spaces = [space.name if space else "-" for space in spec.axes]
-            self.mistakes.append(f"{spec.name} has shape {list(spec.shape)}, which does not fit axes {spaces}")
-        return ok
-
-    def _walk_embeddings(self) -> None:
-        for path, axes in self.family.embeddings.items():
-            if path == self.family.word_embeddings and self.factored:
-                self._add_factored(_join(self.base, path), axes[1])
-                continue
-            lookup = len(axes) == 2 and axes[0] == "-"
-            # What writes the residual stream is gated where it writes: a table's columns, a norm, or
-            # the rows of the projection.
-            gated = tuple(
-                axis in ("hidden", "embedding") and not (len(axes) == 2 and i == 1 and not lookup)
-                for i, axis in enumerate(axes)
-            )
-            if self.projected:
-                gated = tuple(axis == "hidden" for axis in axes)
-            self._add(_join(self.base, path), axes, "embeddings", gated=gated, lookup=lookup)
-
-    def _add_factored(self, path: str, axis: str) -> None:
-        """A word embedding as the product of a narrow table and a projection, which writes what the table wrote."""
-        self._add(f"{path}.table", ("-", "-"), "embeddings", lookup=True)
-        self._add(f"{path}.projection", (axis, "-"), "embeddings", gated=(not self.projected, False))
-
-    def _walk_sublayer(self, kind: Literal["attn", "ffn"], layer: int) -> Sublayer:
-        root = _join(self.base, self.family.layers, str(layer))
-        spec: SublayerSpec = self.family.attention if kind == "attn" else self.family.ffn
-        output, norm = _join(root, spec.output), _join(root, spec.norm)
-        rows = Space(f"{kind}_row", layer, self.sizes.hidden)
-        if kind == "attn":
-            width = self.sizes.num_heads * self.sizes.head_dim
-            units = {axis: Space(axis, layer, width) for axis in ("qk_dim", "vo_dim")}
-            query = _join(root, spec.query)
-            sublayer = Sublayer(kind, layer, units["vo_dim"], rows, output, norm, query, units["qk_dim"])
-        else:
-            units = {"ffn_dim": Space("ffn_dim", layer, self.sizes.ffn_dim)}
-            sublayer = Sublayer(kind, layer, units["ffn_dim"], rows, output, norm)
-        for path, axes in self.family.layer.items():
-            if path != spec.norm and not units.keys() & set(axes):
-                continue
-            writes = path in (spec.output, spec.norm)
-            if path == spec.output:
-                axes, units = (rows.kind, axes[1]), {**units, rows.kind: rows}
-            # Queries are gated where they are made, and need no gate on their keys as well.
-            gated = (path == spec.query, False) if not writes else (True,) * len(axes)
-            self._add(_join(root, path), axes, "encoder", sublayer=sublayer, units=units, gated=gated[: len(axes)])
-        return sublayer
-
-    def _walk_heads(self) -> None:
-        for path, axes in self.family.pooler.items():
-            self._add(_join(self.base, path), axes, "head", per_sequence=True)
-        for kind, table in self.family.heads.items():
-            if self.base and self.class_name.endswith(kind):
-                for path, axes in table.items():
-                    self._add(path, axes, "head", per_sequence=kind == "ForSequenceClassification")
-
-    def _check(self) -> None:
-        unmatched = sorted(set(self.shapes) - set(self.params) - {m.split(" ", 1)[0] for m in self.mistakes})
-        if unmatched:
-            shown = ", ".join(unmatched[:5]) + (f" and {len(unmatched) - 5} more" if len(unmatched) > 5 else "")
-            self.mistakes.append(f"no place in the spec for {shown}")
-        for kind in ("attn", "ffn"):
-            spec = self.family.attention if kind == "attn" else self.family.ffn
-            root = _join(self.base, self.family.layers, "0")
-            for part in filter(None, (spec.output, spec.norm, spec.query)):
-                if f"{_join(root, part)}.weight" not in self.params:
-                    self.mistakes.append(f"{_join(root, part)}.weight is missing")
-        if self.mistakes:
-            raise ArchitectureError(
-                f"{self.class_name} does not match family '{self.family.name}': " + "; ".join(self.mistakes)
-            )
-
-
-def analyze(model: nn.Module, family: FamilySpec | None = None) -> Structure:
-    """Lay a family spec over a dense `transformers` model and account for every parameter.
-
-    Args:
-        model: a model on any device, the meta device and ZeRO-3 partitions included.
-        family: the spec; by default the one of `model.config.model_type`.
-
-    Raises:
-        ArchitectureError: unknown family, or a parameter that the spec does not account for.
-    """
-    config = model.config
-    shapes = {name: param_shape(param) for name, param in model.named_parameters()}
-    family = family or family_for(str(getattr(config, "model_type", "")))
-    return _Analysis(family, shapes, type(model).__name__, config).run()

@@ -5,33 +5,47 @@ Works tensor by tensor, so that a model of any size can pass through a small mem
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from dsprune.structure.selection import Selection
-from dsprune.structure.spaces import ParamSpec, Space
+from dsprune.structure.spaces import Axis, ParamSpec, Segment
 
 __all__ = ["compact_shape", "cut", "is_removed"]
 
 
 def is_removed(param: ParamSpec, selection: Selection) -> bool:
     """Whether the parameter is gone from the exported model: its sublayer is removed, or nothing of it is left."""
-    if param.sublayer is not None and not selection.alive(param.sublayer.kind, param.sublayer.layer):
-        return True
+    if param.sublayer is not None:
+        kind, layer = param.sublayer.kind, param.sublayer.layer
+        if not (selection.has_units(kind, layer) if param.inner else selection.alive(kind, layer)):
+            return True
     return 0 in compact_shape(param, selection)
 
 
 def compact_shape(param: ParamSpec, selection: Selection) -> tuple[int, ...]:
     """Shape of the parameter in the exported model."""
-    return tuple(
-        extent if space is None else len(selection.kept(space))
-        for extent, space in zip(param.shape, param.axes, strict=True)
-    )
+    return tuple(sum(_kept_entries(segment, selection) for segment in axis) for axis in param.axes)
 
 
-def _scale(space: Space, selection: Selection) -> Tensor | None:
-    """Scale of each entry along a gated axis, fp64; None where there is nothing to fold."""
-    scale = selection.gate(space)
-    return None if bool((scale == 1).all()) else scale
+def _kept_entries(segment: Segment, selection: Selection) -> int:
+    if segment.space is None:
+        return segment.extent
+    return len(selection.kept(segment.space)) * segment.copies
+
+
+def _gates(axis: Axis, selection: Selection) -> tuple[Tensor, Tensor | None]:
+    """Which entries of an axis are kept, as indices, and the scale of each, fp64; None where there is none to fold."""
+    scales = [
+        torch.ones(segment.extent, dtype=torch.float64)
+        if segment.space is None
+        else segment.spread(selection.gate(segment.space))
+        for segment in axis
+    ]
+    kept = torch.cat(scales).nonzero().flatten()
+    folded = [scale if segment.gated else (scale != 0).double() for segment, scale in zip(axis, scales, strict=True)]
+    scale = torch.cat(folded)[kept]
+    return kept, None if bool((scale == 1).all()) else scale
 
 
 def cut(param: ParamSpec, tensor: Tensor, selection: Selection) -> Tensor:
@@ -46,15 +60,14 @@ def cut(param: ParamSpec, tensor: Tensor, selection: Selection) -> Tensor:
         A contiguous tensor of `compact_shape`, in the dtype of `tensor`.
     """
     assert tuple(tensor.shape) == param.shape, f"{param.name}: {tuple(tensor.shape)} is not {param.shape}"
-    for axis, space in enumerate(param.axes):
-        if space is None:
+    for i, axis in enumerate(param.axes):
+        if all(segment.space is None for segment in axis):
             continue
-        entries = selection.kept(space)
-        scale = _scale(space, selection) if param.gated[axis] else None
-        if len(entries) != tensor.shape[axis]:
-            tensor = tensor.index_select(axis, entries)
+        entries, scale = _gates(axis, selection)
+        if len(entries) != tensor.shape[i]:
+            tensor = tensor.index_select(i, entries)
         if scale is not None:
             shape = [1] * tensor.dim()
-            shape[axis] = -1
-            tensor = tensor * scale[entries].to(tensor.dtype).view(shape)
+            shape[i] = -1
+            tensor = tensor * scale.to(tensor.dtype).view(shape)
     return tensor.contiguous()

@@ -24,7 +24,7 @@ from tqdm import tqdm
 from transformers import BertConfig, BertForSequenceClassification
 
 from dsprune.consolidate import apply_selection, load_compact
-from dsprune.consolidate.modeling_dsprune import head_sizes
+from dsprune.consolidate.modeling_dsprune import HeadLayout
 from dsprune.measure.tables import render_table
 from dsprune.structure import Selection, analyze, ones
 
@@ -58,7 +58,8 @@ def looped(compact: nn.Module) -> nn.Module:
     for layer, sizes in zip(model.bert.encoder.layer, facts["layers"], strict=True):
         if sizes["heads"] == 0:
             continue
-        query_sizes, value_sizes, _ = head_sizes(sizes, facts)
+        places = HeadLayout(sizes, facts).places
+        query_sizes, value_sizes = (list(map(len, places[kind])) for kind in ("qk_dim", "vo_dim"))
         packed, output = layer.attention.self, layer.attention.output.dense
         layer.attention.self = LoopedAttention(packed, query_sizes, value_sizes)
         plain = nn.Linear(output.weight.shape[1], output.weight.shape[0])

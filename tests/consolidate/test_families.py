@@ -17,7 +17,7 @@ from dsprune.errors import CheckpointError
 from dsprune.structure import Selection, analyze, ones
 from tests.helpers.checkpoints import write_manifest, write_run
 from tests.helpers.folders import tiny_tokenizer
-from tests.helpers.models import FAMILIES, HEADS, tiny_batch, tiny_model
+from tests.helpers.models import DECODERS, FAMILIES, HEADS, tiny_batch, tiny_model
 from tests.helpers.selections import random_gates
 
 
@@ -31,7 +31,7 @@ def _output(model):
         return model.eval()(**tiny_batch())[0]
 
 
-@pytest.mark.parametrize("name", [*FAMILIES, *HEADS])
+@pytest.mark.parametrize("name", [*FAMILIES, *HEADS, *DECODERS, "qwen2-sequence", "gpt2-sequence"])
 def test_what_is_exported_is_what_surgery_makes(name, tmp_path):
     model = tiny_model(name)
     selection = _selection(model)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from transformers import (
@@ -14,9 +16,27 @@ from transformers import (
     DistilBertForSequenceClassification,
     ElectraConfig,
     ElectraForSequenceClassification,
+    GPT2Config,
+    GPT2ForSequenceClassification,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    LlamaForSequenceClassification,
+    MistralConfig,
+    MistralForCausalLM,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen2ForSequenceClassification,
+    Qwen2Model,
+    Qwen3Config,
+    Qwen3ForCausalLM,
     RobertaConfig,
     RobertaForSequenceClassification,
 )
+from transformers.models.llama.modeling_llama import LlamaRMSNorm
+from transformers.models.mistral.modeling_mistral import MistralRMSNorm
+from transformers.models.qwen2.modeling_qwen2 import Qwen2RMSNorm
+from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm
 
 from dsprune.arch import family_for
 from dsprune.consolidate.modeling_dsprune import factor_embedding
@@ -38,6 +58,10 @@ DISTIL_SIZES = {
     "max_position_embeddings": 40,
 }
 
+GROUPED_SIZES = {**SIZES, "num_key_value_heads": 2, "pad_token_id": 0}
+GPT2_SIZES = {"vocab_size": 50, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_inner": 64, "n_positions": 40}
+GPT2_SIZES |= {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
+
 FAMILIES = {
     "bert": lambda: BertForSequenceClassification(BertConfig(**SIZES)),
     "roberta": lambda: RobertaForSequenceClassification(RobertaConfig(**SIZES)),
@@ -45,6 +69,24 @@ FAMILIES = {
     "electra": lambda: ElectraForSequenceClassification(ElectraConfig(**SIZES, embedding_size=32)),
     "electra-projected": lambda: ElectraForSequenceClassification(ElectraConfig(**SIZES, embedding_size=16)),
 }
+DECODERS = {
+    "llama": lambda: LlamaForCausalLM(LlamaConfig(**GROUPED_SIZES)),
+    "llama-biased": lambda: LlamaForCausalLM(
+        LlamaConfig(**GROUPED_SIZES, tie_word_embeddings=True, attention_bias=True, mlp_bias=True)
+    ),
+    "mistral": lambda: MistralForCausalLM(MistralConfig(**GROUPED_SIZES, head_dim=16, sliding_window=6)),
+    "qwen2": lambda: Qwen2ForCausalLM(Qwen2Config(**GROUPED_SIZES, tie_word_embeddings=True)),
+    "qwen3": lambda: Qwen3ForCausalLM(Qwen3Config(**GROUPED_SIZES, head_dim=16)),
+    "gpt2": lambda: GPT2LMHeadModel(GPT2Config(**GPT2_SIZES)),
+}
+"""Decoders that write text: tied and untied heads, biased and not, heads of the width of the model and wider."""
+CLASSIFIERS = {
+    "llama-sequence": lambda: LlamaForSequenceClassification(LlamaConfig(**GROUPED_SIZES)),
+    "qwen2-sequence": lambda: Qwen2ForSequenceClassification(Qwen2Config(**GROUPED_SIZES)),
+    "gpt2-sequence": lambda: GPT2ForSequenceClassification(GPT2Config(**GPT2_SIZES)),
+    "qwen2-base": lambda: Qwen2Model(Qwen2Config(**GROUPED_SIZES)),
+}
+"""The same families under other heads."""
 HEADS = {
     "base": lambda: BertModel(BertConfig(**SIZES)),
     "token": lambda: BertForTokenClassification(BertConfig(**SIZES, num_labels=9)),
@@ -57,13 +99,24 @@ def tiny_model(
 ) -> nn.Module:
     """A model of a family (or a BERT with another head) in eval mode, its weights drawn anew."""
     torch.manual_seed(seed)
-    model = (FAMILIES | HEADS)[name]()
+    model = (FAMILIES | HEADS | DECODERS | CLASSIFIERS)[name]()
     if embedding_rank is not None:
         factor_embedding(model, family_for(model.config.model_type).as_dict(), embedding_rank)
     model.to(dtype).eval()
     for param in model.parameters():
         nn.init.normal_(param, std=0.2)
     return model
+
+
+def _norm_in_own_precision(module: Any, x: Tensor) -> Tensor:
+    """An RMSNorm as the stock classes have it, without their cast to fp32, which would hide what fp64 is to show."""
+    wide = x.double() if x.dtype is torch.float64 else x.float()
+    normed = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + module.variance_epsilon)
+    return module.weight * normed.to(x.dtype)
+
+
+for _norm in (LlamaRMSNorm, MistralRMSNorm, Qwen2RMSNorm, Qwen3RMSNorm):
+    _norm.forward = _norm_in_own_precision
 
 
 def tiny_batch(*, batch: int = 3, length: int = 9, seed: int = 1) -> dict[str, Tensor]:

@@ -24,12 +24,19 @@ def random_gates(structure: Structure, seed: int, *, soft: bool = False) -> dict
         gates["qk_dim"], gates["vo_dim"] = torch.ones_like(gates["qk_dim"]), torch.ones_like(gates["vo_dim"])
     if not gates["hidden"].any():
         gates["hidden"][0] = 1.0
-    return gates
+    return _without_refused(structure, gates)
+
+
+def _without_refused(structure: Structure, gates: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Gates that the family cannot close are open."""
+    return gates | {kind: torch.ones_like(gates[kind]) for kind in structure.family.refused}
 
 
 def awkward_gates(structure: Structure) -> Iterator[tuple[str, dict[str, Tensor]]]:
     """Named cases: empty sublayers of every origin, a single head, one dimension left, everything gone."""
-    dims = structure.sizes.head_dim
+    sizes = structure.sizes
+    dims = sizes.head_dim
+    queries = dims // sizes.pair
     everything = slice(None)
     closed: dict[str, list[tuple[str, Any]]] = {
         "all kept": [],
@@ -41,10 +48,13 @@ def awkward_gates(structure: Structure) -> Iterator[tuple[str, dict[str, Tensor]
         "a whole layer gone": [("attn", 0), ("ffn_dim", 0)],
         "everything gone": [("attn", everything), ("ffn", everything)],
         "one dimension left in one head": [(kind, (everything, slice(1, None))) for kind in ("qk_dim", "vo_dim")],
-        "a head without queries": [("qk_dim", (everything, slice(dims)))],
+        "a head without queries": [("qk_dim", (everything, slice(queries)))],
         "a layer without queries": [("qk_dim", 0), ("vo_dim", (0, slice(dims, 2 * dims)))],
-        "heads without values": [("vo_dim", (everything, slice(2 * dims)))],
-        "all heads smaller by one": [(kind, (everything, slice(1, None, dims))) for kind in ("qk_dim", "vo_dim")],
+        "heads without values": [("vo_dim", (everything, slice(sizes.num_groups // 2 * dims)))],
+        "all heads smaller by one": [
+            ("qk_dim", (everything, slice(1, None, queries))),
+            ("vo_dim", (everything, slice(1, None, dims))),
+        ],
         "some rows only": [("attn_row", (everything, slice(3, None, 2))), ("ffn_row", (everything, slice(4)))],
         "one row of one head": [("attn_row", (0, slice(1, None))), ("head", (0, slice(1, None)))],
         "no rows": [("attn_row", 0), ("ffn_row", 1)],
@@ -55,4 +65,4 @@ def awkward_gates(structure: Structure) -> Iterator[tuple[str, dict[str, Tensor]
         gates = {kind: torch.ones(shape) for kind, shape in gate_shapes(structure.sizes).items()}
         for kind, where in closings:
             gates[kind][where] = 0
-        yield name, gates
+        yield name, _without_refused(structure, gates)

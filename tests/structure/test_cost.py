@@ -5,7 +5,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from dsprune.structure import CostModel, Selection, analyze, compact_shape, is_removed, ones
-from tests.helpers.models import FAMILIES, HEADS, tiny_batch, tiny_model
+from tests.helpers.models import CLASSIFIERS, DECODERS, FAMILIES, HEADS, tiny_batch, tiny_model
 from tests.helpers.selections import awkward_gates, random_gates
 
 
@@ -18,7 +18,7 @@ def _counted(structure, selection, *, encoder):
 
 
 @pytest.mark.parametrize("empty", ["identity", "bias"])
-@pytest.mark.parametrize("name", [*FAMILIES, *HEADS])
+@pytest.mark.parametrize("name", [*FAMILIES, *HEADS, *DECODERS, *CLASSIFIERS])
 def test_hard_gates_cost_what_is_left(name, empty):
     structure = analyze(tiny_model(name))
     cost = CostModel(structure, empty=empty)
@@ -49,7 +49,7 @@ def test_cost_is_differentiable_and_every_gate_has_a_price():
     assert all((gate.grad < 0).all() for gate in keep.values())
 
 
-@pytest.mark.parametrize("name", [*FAMILIES, "token", "span"])
+@pytest.mark.parametrize("name", [*FAMILIES, "token", "span", *DECODERS, "qwen2-sequence", "gpt2-sequence"])
 def test_multiply_adds_are_those_of_a_real_forward_pass(name):
     model = tiny_model(name)
     model.set_attn_implementation("eager")

@@ -5,9 +5,9 @@ import torch
 
 from dsprune.errors import ArchitectureError, ConfigError
 from dsprune.structure import CostModel, analyze, attach_gates, gate_shapes, ones
-from tests.helpers.models import FAMILIES, HEADS, tiny_batch, tiny_model
+from tests.helpers.models import CLASSIFIERS, DECODERS, FAMILIES, HEADS, tiny_batch, tiny_model
 
-ALL = [*FAMILIES, *HEADS]
+ALL = [*FAMILIES, *HEADS, *DECODERS, *CLASSIFIERS]
 
 
 def _output(model, batch):
@@ -22,15 +22,16 @@ def _taylor(model, structure):
         if tensor.grad is None:
             continue
         score = tensor.grad * tensor.detach()
-        for axis, space in enumerate(param.axes):
-            if space is None or not param.gated[axis]:
-                continue
-            per_entry = score.movedim(axis, 0).flatten(1).sum(1) if score.dim() > 1 else score
-            (sums[space.kind] if space.layer is None else sums[space.kind][space.layer]).add_(per_entry)
+        for i, axis in enumerate(param.axes):
+            per_entry = score.movedim(i, 0).flatten(1).sum(1) if score.dim() > 1 else score
+            for segment, part in zip(axis, per_entry.split([s.extent for s in axis]), strict=True):
+                if segment.space is not None and segment.gated:
+                    place = sums[segment.space.kind]
+                    (place if segment.space.layer is None else place[segment.space.layer]).add_(segment.gather(part))
         if param.sublayer is not None and param.name.startswith(f"{param.sublayer.output}."):
             sums[param.sublayer.kind][param.sublayer.layer] += score.sum()
     sums["hidden"] += sums["attn_row"].sum(0) + sums["ffn_row"].sum(0)
-    sums["head"] = sums["vo_dim"].unflatten(-1, (structure.sizes.num_heads, -1)).sum(-1)
+    sums["head"] = sums["vo_dim"].unflatten(-1, (structure.sizes.num_groups, -1)).sum(-1)
     return sums
 
 

@@ -1,0 +1,283 @@
+"""Laying a family spec over one model: every parameter gets its place, or the model is refused."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Literal
+
+from torch import nn
+
+from dsprune.arch import FamilySpec, SublayerSpec, family_for
+from dsprune.errors import ArchitectureError
+from dsprune.structure.spaces import (
+    Axis,
+    ParamSpec,
+    Part,
+    Segment,
+    Sizes,
+    Space,
+    Structure,
+    Sublayer,
+    SublayerKind,
+    gate_shapes,
+    join,
+    param_shape,
+)
+
+__all__ = ["analyze"]
+
+
+def _read_sizes(family: FamilySpec, config: object) -> Sizes:
+    size: dict[str, int] = {}
+    for ours, theirs in family.sizes.items():
+        value = getattr(config, theirs, None)
+        if value is not None:
+            size[ours] = int(value)
+    for name, formula in family.defaults.items():
+        size.setdefault(name, math.prod(int(f) if f.isdigit() else size[f] for f in formula.split(" * ")))
+    missing = [
+        f"'{family.sizes[name]}'" for name in ("num_layers", "num_heads", "hidden", "ffn_dim") if name not in size
+    ]
+    if missing:
+        raise ArchitectureError(
+            f"family '{family.name}': the model's configuration lacks a size: it has no {', '.join(missing)}"
+        )
+    size.setdefault("head_dim", size["hidden"] // size["num_heads"])
+    size.setdefault("num_groups", size["num_heads"])
+    return Sizes(pair=2 if family.rotary else 1, **size)
+
+
+def _check_config(family: FamilySpec, config: object) -> None:
+    """See that the configuration asks for nothing that the family's spec does not tell.
+
+    Raises:
+        ArchitectureError: it does.
+    """
+    for name, value in family.requires.items():
+        if getattr(config, name, value) != value:
+            raise ArchitectureError(f"family '{family.name}': {name} = {getattr(config, name)} is not supported")
+    kinds = sorted(set(getattr(config, "layer_types", None) or ()))
+    if len(kinds) > 1:
+        raise ArchitectureError(f"layers of several types ({', '.join(kinds)}) in one model are not supported")
+
+
+class _Analysis:
+    """Walks a family spec over the parameters of one model; used once, by `analyze`."""
+
+    def __init__(self, family: FamilySpec, shapes: Mapping[str, tuple[int, ...]], class_name: str, config: object):
+        _check_config(family, config)
+        self.family = family
+        self.shapes = dict(shapes)
+        self.class_name = class_name
+        self.sizes = _read_sizes(family, config)
+        self.may_tie = bool(getattr(config, "tie_word_embeddings", False))
+        self.tied = False
+        self.base = family.base if any(name.startswith(f"{family.base}.") for name in shapes) else ""
+        self.hidden = Space("hidden", None, self.sizes.hidden)
+        projection = family.embedding_projection
+        self.projected = projection is not None and join(self.base, projection, "weight") in self.shapes
+        self.table = join(self.base, family.word_embeddings, "table")
+        self.factored = f"{self.table}.weight" in self.shapes
+        self.params: dict[str, ParamSpec] = {}
+        self.mistakes: list[str] = []
+
+    def run(self) -> Structure:
+        self.tied = self._is_tied()
+        self._walk_embeddings()
+        sublayers = [self._walk_sublayer(kind, i) for i in range(self.sizes.num_layers) for kind in ("attn", "ffn")]
+        self._walk_heads()
+        self._check()
+        return Structure(
+            family=self.family,
+            base=self.base,
+            sizes=self.sizes,
+            params=self.params,
+            sublayers=tuple(sublayers),
+            hidden=self.hidden,
+            embedding_norm=None if self.projected else self._embedding_norm(),
+            embedding_rank=self.shapes[f"{self.table}.weight"][1] if self.factored else None,
+            final_norm=join(self.base, self.family.final_norm) if self.family.final_norm else None,
+            tied=self.tied,
+        )
+
+    def _heads(self) -> Mapping[str, tuple[str, ...]]:
+        """The modules beside the base, by path: their axes."""
+        tables = (table for kind, table in self.family.heads.items() if self.class_name.endswith(kind))
+        return next(tables, {}) if self.base else {}
+
+    def _is_tied(self) -> bool:
+        """Whether the head is the word embedding: it has no weight of its own, and the configuration says so."""
+        return self.may_tie and any(f"{path}.weight" not in self.shapes for path in self._heads())
+
+    def _embedding_norm(self) -> str | None:
+        norms = [path for path, axes in self.family.embeddings.items() if len(axes) == 1]
+        return join(self.base, norms[0]) if norms else None
+
+    def _segments(self, axis: str, extent: int, units: Mapping[str, tuple[Space, int]], gated: bool) -> Axis:
+        """What an axis is made of; of a shared axis the first part is gated. Extents are those that the spec says."""
+        if axis == "hidden" or (axis == "embedding" and not self.projected):
+            return (Segment(self.hidden, self.hidden.size, gated),)
+        if axis in ("-", "embedding"):
+            return (Segment(None, extent),)
+        segments = []
+        for i, kind in enumerate(axis.split(" + ")):
+            if kind not in units:
+                raise ArchitectureError(f"family '{self.family.name}': axis '{axis}' means nothing here")
+            space, copies = units[kind]
+            segments.append(Segment(space, space.size * copies, gated and i == 0))
+        return tuple(segments)
+
+    def _add(
+        self,
+        module: str,
+        axes: tuple[str, ...],
+        part: Part,
+        *,
+        sublayer: Sublayer | None = None,
+        units: Mapping[str, tuple[Space, int]] = MappingProxyType({}),
+        gated: tuple[bool, ...] = (),
+        transposed: bool = False,
+        **facts: bool,
+    ) -> None:
+        """Claim a module's weight and, if it has one, its bias, which follows the first axis.
+
+        `units` are spaces by the name of the axis, each with the number of entries that a unit has there.
+        """
+        gated = gated or (False,) * len(axes)
+        for leaf, width in (("weight", len(axes)), ("bias", 1)):
+            name = f"{module}.{leaf}"
+            shape = self.shapes.get(name)
+            if shape is None:
+                continue
+            if len(shape) != width:
+                self.mistakes.append(f"{name} has shape {list(shape)}, which does not fit axes {list(axes[:width])}")
+                continue
+            order = slice(None, None, -1 if transposed and leaf == "weight" else 1)
+            stored = zip(axes[:width][order], shape, gated[:width][order], strict=True)
+            parts = tuple(self._segments(axis, extent, units, on) for axis, extent, on in stored)
+            spec = ParamSpec(name, shape, parts, part, sublayer, **facts)
+            if self._fits(spec):
+                self.params[name] = spec
+
+    def _fits(self, spec: ParamSpec) -> bool:
+        expected = tuple(sum(segment.extent for segment in axis) for axis in spec.axes)
+        if spec.shape != expected:
+            spaces = [
+                " + ".join(segment.space.name if segment.space else "-" for segment in axis) for axis in spec.axes
+            ]
+            self.mistakes.append(
+                f"{spec.name} has shape {list(spec.shape)}, which does not fit axes {spaces} of {list(expected)}"
+            )
+        return spec.shape == expected
+
+    def _walk_embeddings(self) -> None:
+        for path, axes in self.family.embeddings.items():
+            if path == self.family.word_embeddings and self.factored:
+                self._add_factored(join(self.base, path), axes[1])
+                continue
+            lookup = len(axes) == 2 and axes[0] == "-"
+            multiplied = self.tied and path == self.family.word_embeddings
+            # What writes the residual stream is gated where it writes: a table's columns, a norm, or
+            # the rows of the projection.
+            gated = tuple(
+                axis in ("hidden", "embedding") and not (len(axes) == 2 and i == 1 and not lookup)
+                for i, axis in enumerate(axes)
+            )
+            if self.projected:
+                gated = tuple(axis == "hidden" for axis in axes)
+            self._add(join(self.base, path), axes, "embeddings", gated=gated, lookup=lookup and not multiplied)
+
+    def _add_factored(self, path: str, axis: str) -> None:
+        """A word embedding as the product of a narrow table and a projection, which writes what the table wrote."""
+        self._add(f"{path}.table", ("-", "-"), "embeddings", lookup=True)
+        self._add(f"{path}.projection", (axis, "-"), "embeddings", gated=(not self.projected, False))
+
+    def _walk_sublayer(self, kind: Literal["attn", "ffn"], layer: int) -> Sublayer:
+        root = join(self.base, self.family.layers, str(layer))
+        spec: SublayerSpec = self.family.attention if kind == "attn" else self.family.ffn
+        output, norm = join(root, spec.output), join(root, spec.norm)
+        rows = Space(f"{kind}_row", layer, self.sizes.hidden)
+        spaces = self._unit_spaces(kind, layer)
+        if kind == "attn":
+            query = join(root, spec.query)
+            sublayer = Sublayer(kind, layer, spaces["vo_dim"], rows, output, norm, query, spaces["qk_dim"])
+        else:
+            sublayer = Sublayer(kind, layer, spaces["ffn_dim"], rows, output, norm)
+        for path, axes in self.family.layer.items():
+            of_units = any(name in spaces for axis in axes for name in axis.split(" + "))
+            if not of_units and path != spec.norm and path not in spec.members:
+                continue
+            units = {name: (space, self._copies(name, path)) for name, space in spaces.items()}
+            writes = path in (spec.output, spec.norm)
+            if path == spec.output:
+                axes, units = (rows.kind, axes[1]), {**units, rows.kind: (rows, 1)}
+            # Queries are gated where they are made, and need no gate on their keys as well.
+            gated = (path == spec.query, False) if not writes else (True,) * len(axes)
+            self._add(
+                join(root, path),
+                axes,
+                "encoder",
+                sublayer=sublayer,
+                units=units,
+                gated=gated[: len(axes)],
+                transposed=path in self.family.transposed,
+                inner=path in spec.members or (path == spec.norm and self.family.pre_norm),
+            )
+        return sublayer
+
+    def _unit_spaces(self, kind: SublayerKind, layer: int) -> dict[str, Space]:
+        if kind == "ffn":
+            return {"ffn_dim": Space("ffn_dim", layer, self.sizes.ffn_dim)}
+        shapes, groups = gate_shapes(self.sizes), self.sizes.num_groups
+        return {axis: Space(axis, layer, shapes[axis][1], groups) for axis in ("qk_dim", "vo_dim")}
+
+    def _copies(self, axis: str, path: str) -> int:
+        """Entries that a unit has in a module: queries and outputs have those of every head of a group."""
+        attention = self.family.attention
+        per_head = {"qk_dim": attention.query, "vo_dim": attention.output}.get(axis) == path
+        return (self.sizes.heads_per_group if per_head else 1) * (self.sizes.pair if axis == "qk_dim" else 1)
+
+    def _walk_heads(self) -> None:
+        if self.family.final_norm is not None:
+            self._add(join(self.base, self.family.final_norm), ("hidden",), "head", gated=(True,))
+        for path, axes in self.family.pooler.items():
+            self._add(join(self.base, path), axes, "head", per_sequence=True)
+        by_sequence = self.class_name.endswith("ForSequenceClassification") and not self.family.every_token
+        for path, axes in self._heads().items():
+            self._add(path, axes, "head", per_sequence=by_sequence)
+            if f"{path}.weight" not in self.shapes and not self.tied:
+                self.mistakes.append(f"{path}.weight is missing")
+
+    def _check(self) -> None:
+        unmatched = sorted(set(self.shapes) - set(self.params) - {m.split(" ", 1)[0] for m in self.mistakes})
+        if unmatched:
+            shown = ", ".join(unmatched[:5]) + (f" and {len(unmatched) - 5} more" if len(unmatched) > 5 else "")
+            self.mistakes.append(f"no place in the spec for {shown}")
+        for kind in ("attn", "ffn"):
+            spec = self.family.attention if kind == "attn" else self.family.ffn
+            root = join(self.base, self.family.layers, "0")
+            for part in filter(None, (spec.output, spec.norm, spec.query)):
+                if f"{join(root, part)}.weight" not in self.params:
+                    self.mistakes.append(f"{join(root, part)}.weight is missing")
+        if self.mistakes:
+            raise ArchitectureError(
+                f"{self.class_name} does not match family '{self.family.name}': " + "; ".join(self.mistakes)
+            )
+
+
+def analyze(model: nn.Module, family: FamilySpec | None = None) -> Structure:
+    """Lay a family spec over a dense `transformers` model and account for every parameter.
+
+    Args:
+        model: a model on any device, the meta device and ZeRO-3 partitions included.
+        family: the spec; by default the one of `model.config.model_type`.
+
+    Raises:
+        ArchitectureError: unknown family, or a parameter that the spec does not account for.
+    """
+    config = model.config
+    shapes = {name: param_shape(param) for name, param in model.named_parameters()}
+    family = family or family_for(str(getattr(config, "model_type", "")))
+    return _Analysis(family, shapes, type(model).__name__, config).run()
