@@ -86,7 +86,7 @@ class Forecast:
         here = self.student.resident + self.teacher.parameters
         index = int(checkpointing)
         answering = self.teacher.gathered + self.teaching
-        learning = self.student.gathered + self.activations[index] + self.distilling[index]
+        learning = self.student.gathered + self.activations[index] + self.distilling[index] + self.student.reduction
         return here + max(answering, learning, self.student.step)
 
     def whole(self, *, checkpointing: bool) -> float:
@@ -199,13 +199,24 @@ def _step(found: Forecast) -> str:
             found.activations[index],
             found.distilling[index],
             found.student.gathered,
+            found.student.reduction,
             found.teacher.gathered + found.teaching,
             found.student.step,
             found.peak(checkpointing=again),
             found.whole(checkpointing=again),
         )
         rows.append([name, *(f"{cell / GIB:.3f}" for cell in cells)])
-    headers = ["GiB", "activations", "distillation", "gathered", "teacher's pass", "step", "peak", "both whole, fp32"]
+    headers = [
+        "GiB",
+        "activations",
+        "distillation",
+        "gathered",
+        "reduction",
+        "teacher's pass",
+        "step",
+        "peak",
+        "both whole, fp32",
+    ]
     return render_table(headers, rows)
 
 
@@ -221,8 +232,8 @@ def describe_forecast(scenario: Scenario) -> str:
         f"a step of {scenario.batch} x {scenario.length} tokens a rank": _step(found),
     }
     note = (
-        "peak = states of both + the largest of: the teacher's pass; activations + distillation + gathered weights; "
-        "the step.\nThe framework's own memory (CUDA context, NCCL buffers, libraries) and fragmentation come on top."
+        "peak = states of both + the largest of: the teacher's pass; activations + distillation + gathered weights + "
+        "reduction; the step.\nThe framework's own memory (CUDA context, NCCL buffers, libraries) and fragmentation come on top."
     )
     body = "\n\n".join(f"{title}\n{'-' * len(title)}\n{text}" for title, text in sections.items())
     return f"{body}\n{note}"

@@ -2,7 +2,7 @@
 
 Rajbhandari et al. 2020 (table 1) count parameters, gradients and optimizer state. DeepSpeed keeps more, and
 that is counted here: weights below the persistence threshold whole on every rank, the bucket that gradients
-wait in, a flat copy of the rank's gradients during the step, and the weights that are gathered at a time.
+wait in and the copy of it that is sent, a flat copy of the rank's gradients during the step, and the weights that are gathered at a time.
 """
 
 from __future__ import annotations
@@ -35,6 +35,7 @@ class States:
         masters: fp32 copies of the weights.
         optimizer: Adam's two moments.
         bucket: where gradients wait to be reduced.
+        reduction: a second bucket, which is what the reduction sends.
         gathered: sharded weights that are whole while they compute.
         step: a flat fp32 copy of this rank's gradients, during the step alone.
         host: what stands in the memory of the host instead.
@@ -46,6 +47,7 @@ class States:
     masters: float = 0.0
     optimizer: float = 0.0
     bucket: float = 0.0
+    reduction: float = 0.0
     gathered: float = 0.0
     step: float = 0.0
     host: float = 0.0
@@ -55,10 +57,6 @@ class States:
     def resident(self) -> float:
         """What is there all the time."""
         return self.parameters + self.gradients + self.masters + self.optimizer + self.bucket
-
-    def scaled(self, factor: float) -> States:
-        """All of it, in another unit."""
-        return States(**{field.name: getattr(self, field.name) * factor for field in fields(self)})
 
 
 def engine_states(sizes: Sequence[int], ds_config: Mapping[str, Any], world_size: int, *, trained: bool) -> States:
@@ -93,6 +91,7 @@ def engine_states(sizes: Sequence[int], ds_config: Mapping[str, Any], world_size
         masters=0.0 if in_place else share[1] * FP32,
         optimizer=2 * share[1] * FP32,
         bucket=bucket,
+        reduction=bucket,
         gathered=gathered,
         step=share[1] * FP32 if stage > 0 else 0.0,
     )

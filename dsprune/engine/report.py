@@ -131,6 +131,7 @@ def _figures(run: Run, scores: dict[str, Any], sizes: dict[str, Any], bench: Ben
     return {
         "task": run.task.name,
         "splits": list(run.data.evals),
+        "lower_is_better": run.task.lower_is_better,
         "notes": list(run.data.notes),
         "landing": _landing(run, dense),
         "blocks": _block_landing(run, sizes["compact"]["encoder"], dense["encoder"]),

@@ -28,6 +28,7 @@ class Point:
         sparsity: of the encoder, as exported.
         parameters: of the compact model.
         speedup: over the dense model, as measured.
+        lower_is_better: whether a small score is a good one.
     """
 
     name: str
@@ -39,6 +40,12 @@ class Point:
     sparsity: float
     parameters: int
     speedup: float
+    lower_is_better: bool = False
+
+    @property
+    def merit(self) -> float:
+        """The score, more being better."""
+        return -self.score if self.lower_is_better else self.score
 
 
 def read_point(run: Path) -> Point | None:
@@ -60,14 +67,15 @@ def read_point(run: Path) -> Point | None:
         sparsity=compact["sparsity"]["encoder"],
         parameters=compact["parameters"]["total"],
         speedup=dense["latency_ms"] / compact["latency_ms"],
+        lower_is_better=report.get("lower_is_better", False),  # reports of earlier versions do not say
     )
 
 
 def pareto_front(points: Sequence[Point]) -> list[Point]:
     """Points of one task that no other equals or beats in both sparsity and score, by rising sparsity."""
     front: list[Point] = []
-    for point in sorted(points, key=lambda p: (-p.sparsity, -p.score)):
-        if not front or point.score > front[-1].score:
+    for point in sorted(points, key=lambda p: (-p.sparsity, -p.merit)):
+        if not front or point.merit > front[-1].merit:
             front.append(point)
     return front[::-1]
 
@@ -119,7 +127,8 @@ def _draw(points: dict[str, list[Point]], fronts: dict[str, list[Point]], path: 
         for marker, method in zip("os^Dv<>p", dict.fromkeys(p.method for p in of_task), strict=False):
             chosen = [p for p in of_task if p.method == method]
             axes.scatter([p.sparsity for p in chosen], [p.score for p in chosen], marker=marker, label=method, zorder=2)
-        axes.axhline(max(p.dense for p in of_task), color="#333333", linestyle=(0, (4, 2)), linewidth=1, label="dense")
+        best = min if of_task[0].lower_is_better else max
+        axes.axhline(best(p.dense for p in of_task), color="#333333", linestyle=(0, (4, 2)), linewidth=1, label="dense")
         axes.set(title=task, xlabel="encoder sparsity", ylabel=of_task[0].metric)
         axes.legend(frameon=False)
     try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 from tokenizers import Tokenizer
@@ -9,7 +10,7 @@ from tokenizers.models import WordLevel
 from tokenizers.normalizers import Lowercase
 from tokenizers.pre_tokenizers import Whitespace
 from tokenizers.processors import TemplateProcessing
-from transformers import BertConfig, BertForSequenceClassification, PreTrainedTokenizerFast
+from transformers import BertConfig, BertForSequenceClassification, LlamaConfig, PreTrainedTokenizerFast
 
 from dsprune.tasks.order import generate
 
@@ -96,6 +97,48 @@ init = 3.0
 """What stands under [prune] and after it, for each method."""
 
 
+LANGUAGE = """
+output = "{output}"
+[model]
+name = "{model}"
+from_scratch = true
+[task]
+name = "lm"
+max_length = 32
+logits_chunk = 20
+[data]
+path = "{data}"
+[batch]
+size = 8
+eval = 8
+[teacher]
+duration = "20 steps"
+lr = 3e-3
+[prune]
+target = 0.5
+duration = "6 steps"
+start = "teacher"
+lr = 1e-3
+{method}
+[recover]
+duration = "2 steps"
+[student]
+activation_checkpointing = true
+[deepspeed]
+student = "zero3"
+teacher = "teacher_zero3"
+[eval]
+every = "20 steps"
+bench_batch = 2
+bench_length = 16
+[checkpoint]
+every = "20 steps"
+[log]
+every = 1
+tensorboard = false
+"""
+
+
 def tiny_tokenizer() -> PreTrainedTokenizerFast:
     """Whole words of the generated task."""
     vocabulary = {"[PAD]": 0, "[UNK]": 1, "[CLS]": 2, "[SEP]": 3, ".": 4}
@@ -132,6 +175,34 @@ def tiny_folder(folder: Path) -> Path:
     )
     BertForSequenceClassification(config).bert.save_pretrained(folder)
     return folder
+
+
+def language_recipe(folder: Path, *, method: str = "cofi") -> Path:
+    """A recipe of all stages on a tiny Llama without weights and on text of a few hundred words, in one folder."""
+    tokenizer = tiny_tokenizer()
+    tokenizer.eos_token = "[SEP]"
+    tokenizer.save_pretrained(folder / "dense")
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=64,
+        tie_word_embeddings=True,
+    )
+    config.architectures = ["LlamaForCausalLM"]
+    config.save_pretrained(folder / "dense")
+    (folder / "text").mkdir()
+    examples = generate(7, num_train=400, num_validation=60)
+    for split, part in zip(("train", "validation"), examples, strict=True):
+        rows = [json.dumps({"text": f"{example.premise} {example.hypothesis}"}) for example in part]
+        (folder / "text" / f"{split}.jsonl").write_text("\n".join(rows), encoding="utf-8")
+    path = folder / "language.toml"
+    places = {"model": folder / "dense", "data": folder / "text", "output": folder / "run"}
+    path.write_text(LANGUAGE.format(**places, method=METHODS[method].strip()), encoding="utf-8")
+    return path
 
 
 def tiny_recipe(folder: Path, *, output: Path | None = None, method: str = "cofi") -> Path:

@@ -48,6 +48,16 @@ def test_the_front_holds_what_nothing_beats(tmp_path):
     assert [(p.sparsity, p.score) for p in pareto_front(points)] == [(0.6, 0.9), (0.7, 0.85), (0.9, 0.7)]
 
 
+def test_less_perplexity_is_in_front(tmp_path):
+    points = []
+    for i, (sparsity, perplexity) in enumerate([(0.5, 30.0), (0.6, 25.0), (0.7, 40.0)]):
+        run = _run(tmp_path, f"{i}", sparsity=sparsity, score=perplexity)
+        report = json.loads((run / "report.json").read_text())
+        (run / "report.json").write_text(json.dumps(report | {"lower_is_better": True}))
+        points.append(read_point(run))
+    assert [(p.sparsity, p.score) for p in pareto_front(points)] == [(0.6, 25.0), (0.7, 40.0)]
+
+
 def test_nothing_finished(tmp_path):
     assert compare_runs([tmp_path / "x"], plot=tmp_path / "p.png") == "unfinished: x"
     assert not (tmp_path / "p.png").exists()

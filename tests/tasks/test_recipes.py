@@ -98,3 +98,13 @@ def test_mlpruning_has_both_steps_as_published(name: str) -> None:
     assert (config.prune.target, config.prune.duration) == (0.5, Duration(20, "epochs"))
     assert (config.blocks.target, config.blocks.duration) == (0.6, Duration(20, "epochs"))
     assert (config.distill.attentions, config.distill.projection) == (0.9, "none")
+
+
+@pytest.mark.parametrize("method", ["cofi", "grain", "mlpruning"])
+def test_every_method_prunes_a_decoder_on_the_same_schedule(method: str) -> None:
+    config = recipe("wikitext2", method)
+    assert build_task(config.task, config.data, seed=config.seed).name == "lm"
+    assert config.method.name == method
+    assert (config.model.from_scratch, config.prune.start, config.prune.target) == (True, "teacher", 0.5)
+    assert config.prune.duration.count + config.recover.duration.count == 15
+    assert config.data.evals == ("validation", "test")
