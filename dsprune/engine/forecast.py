@@ -233,7 +233,8 @@ def describe_forecast(scenario: Scenario) -> str:
     }
     note = (
         "peak = states of both + the largest of: the teacher's pass; activations + distillation + gathered weights + "
-        "reduction; the step.\nThe framework's own memory (CUDA context, NCCL buffers, libraries) and fragmentation come on top."
+        "reduction; the step.\n"
+        "The framework's own memory (CUDA context, NCCL buffers, libraries) and fragmentation come on top."
     )
     body = "\n\n".join(f"{title}\n{'-' * len(title)}\n{text}" for title, text in sections.items())
     return f"{body}\n{note}"

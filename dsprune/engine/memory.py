@@ -2,7 +2,8 @@
 
 Rajbhandari et al. 2020 (table 1) count parameters, gradients and optimizer state. DeepSpeed keeps more, and
 that is counted here: weights below the persistence threshold whole on every rank, the bucket that gradients
-wait in and the copy of it that is sent, a flat copy of the rank's gradients during the step, and the weights that are gathered at a time.
+wait in and the copy of it that is sent, a flat copy of the rank's gradients during the step, and the weights
+that are gathered at a time.
 """
 
 from __future__ import annotations
