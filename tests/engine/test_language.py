@@ -3,8 +3,11 @@
 import json
 
 import pytest
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
+from dsprune.config import load_config
+from dsprune.errors import ArchitectureError, ConfigError, DspruneError
+from dsprune.methods import method_options
 from tests.helpers.folders import language_recipe
 from tests.helpers.world import run_world
 
@@ -25,7 +28,7 @@ def test_a_decoder_is_trained_pruned_and_exported(tmp_path):
     report = json.loads((run / "report.json").read_text())
     dense, compact = report["dense"], report["compact"]
     vocabulary = json.loads((tmp_path / "dense" / "config.json").read_text())["vocab_size"]
-    assert 1 < dense["metrics"]["perplexity"] < vocabulary / 2
+    assert 1 < dense["metrics"]["perplexity"] < vocabulary
     assert dense["metrics"]["word_perplexity"] > dense["metrics"]["perplexity"]
     assert report["landing"]["measured"] >= 0.5
     model = AutoModelForCausalLM.from_pretrained(run / "recovered")
@@ -34,21 +37,50 @@ def test_a_decoder_is_trained_pruned_and_exported(tmp_path):
     assert best["perplexity"] == pytest.approx(dense["metrics"]["perplexity"], rel=1e-4)
 
 
+def _preflight(recipe, *overrides):
+    from dsprune.engine.preflight import preflight
+
+    return preflight(load_config(str(recipe), overrides, method_options=method_options), 1)
+
+
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (("model.from_scratch=false",), "say model.from_scratch=true"),
         (("prune.start=pretrained",), "there are no pretrained weights for the student"),
         (("task.max_length=100",), "task.max_length = 100: the model has 64 positions"),
         (("distill.top_k=100000",), "give fewer, or leave it out"),
+        (("task.name=order", "data.path=none", "distill.top_k=2"), r"distill.top_k: for logits over a vocabulary"),
     ],
 )
-def test_what_cannot_be_is_told_in_one_line(tmp_path, capfd, overrides, message):
-    recipe = language_recipe(tmp_path)
-    from tests.helpers.world import run_to_the_end
+def test_what_cannot_be_is_told_before_anything_runs(tmp_path, overrides, message):
+    with pytest.raises(DspruneError, match=message):
+        _preflight(language_recipe(tmp_path), *overrides)
 
-    ending = run_to_the_end(_execute, 1, recipe, *overrides)
-    assert ending.codes[0] in (64, 65)
-    errors = [line for line in ending.log.splitlines() if line.startswith("error: ")]
-    assert len(errors) == 1
-    assert message in errors[0]
+
+def test_random_weights_are_asked_for_or_refused(tmp_path):
+    from dsprune.engine.models import load_model
+
+    task = _preflight(language_recipe(tmp_path)).task
+    with pytest.raises(ConfigError, match=r"to begin with random weights, say model\.from_scratch=true"):
+        load_model(str(tmp_path / "dense"), task, {})
+    assert load_model(str(tmp_path / "dense"), task, {}, from_scratch=True).num_parameters() > 0
+
+
+def test_a_model_without_a_head_for_text_is_refused(tmp_path):
+    from dsprune.engine.models import load_model
+
+    task = _preflight(language_recipe(tmp_path)).task
+    config = AutoConfig.from_pretrained(tmp_path / "dense")
+    config.tie_word_embeddings = False
+    AutoModel.from_config(config).save_pretrained(tmp_path / "headless")
+    with pytest.raises(ArchitectureError, match=r"1 weights are not there, the first is lm_head\.weight"):
+        load_model(str(tmp_path / "headless"), task, {})
+
+
+def test_a_teacher_of_another_vocabulary_is_refused(tmp_path):
+    recipe = language_recipe(tmp_path)
+    config = AutoConfig.from_pretrained(tmp_path / "dense")
+    config.vocab_size += 1
+    config.save_pretrained(tmp_path / "other")
+    with pytest.raises(ArchitectureError, match="compares their probabilities token by token"):
+        _preflight(recipe, f"teacher.path={tmp_path / 'other'}")

@@ -112,7 +112,7 @@ path = "{data}"
 size = 8
 eval = 8
 [teacher]
-duration = "20 steps"
+duration = "8 steps"
 lr = 3e-3
 [prune]
 target = 0.5
