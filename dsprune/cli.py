@@ -1,4 +1,4 @@
-"""The command line: `dsprune train | plan | consolidate | bench | compare | status | inspect`, and what a rank runs."""
+"""The command line: train, plan, consolidate, bench, compare, status, inspect, families; and what a rank runs."""
 
 from __future__ import annotations
 
@@ -242,6 +242,13 @@ def _compare(options: argparse.Namespace) -> int:
     return 0
 
 
+def _families(options: argparse.Namespace) -> int:
+    from dsprune.methods.families import families_table
+
+    print(families_table())
+    return 0
+
+
 def _inspect(options: argparse.Namespace) -> int:
     from dsprune.measure.inspection import describe_compact, describe_spaces, inspect_config, inspect_dense
 
@@ -387,13 +394,31 @@ def _add_inspect(commands: Commands) -> None:
     inspect.set_defaults(run=_inspect)
 
 
+def _add_families(commands: Commands) -> None:
+    families = commands.add_parser(
+        "families",
+        help="which methods prune which model families, as a Markdown table",
+        description="A gap has a reason, which also refuses the run before it starts.",
+    )
+    families.set_defaults(run=_families)
+
+
 def _parser() -> argparse.ArgumentParser:
     import dsprune
 
     parser = argparse.ArgumentParser(prog="dsprune", description="Structured pruning of transformers under DeepSpeed.")
     parser.add_argument("--version", action="version", version=f"dsprune {dsprune.__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for add in (_add_train, _add_plan, _add_consolidate, _add_bench, _add_status, _add_compare, _add_inspect):
+    for add in (
+        _add_train,
+        _add_plan,
+        _add_consolidate,
+        _add_bench,
+        _add_status,
+        _add_compare,
+        _add_inspect,
+        _add_families,
+    ):
         add(commands)
     return parser
 

@@ -7,7 +7,7 @@ model and checks that it accounts for every parameter.
 from __future__ import annotations
 
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cache
 from importlib import resources
@@ -85,6 +85,20 @@ class FamilySpec:
     stock_heads: StockHeads = "equal"
     """What the stock class demands of heads times head size: the hidden size ("equal"), a hidden size that the
     number of heads divides ("divides"), or nothing ("free")."""
+
+    def refusal(self, kinds: Iterable[str]) -> str | None:
+        """Why gates of these kinds cannot be exported exactly; None where they can."""
+        for kind in kinds:
+            if kind in self.refused:
+                return f"family '{self.name}' cannot lose units of '{kind}': {self.refused[kind]}"
+        return None
+
+    @property
+    def blocks_refusal(self) -> str | None:
+        """Why blocks cannot be removed from the family's matrices; None where they can."""
+        if self.transposed:
+            return f"family '{self.name}' cannot lose blocks: its weights are stored input axis first"
+        return None
 
     def as_dict(self) -> dict[str, Any]:
         """The spec as plain data, as it stands in the TOML file."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -54,9 +54,17 @@ class Method(ABC):
     """What a sublayer without units computes, in the masked model, the cost and the export alike."""
 
     def __init__(self, structure: Structure, options: Section, plan: Plan) -> None:
+        reason = structure.family.refusal(self.kinds_of(options))
+        if reason is not None:
+            raise ConfigError(f"method.name: {reason} (`dsprune families` lists what goes with what)")
         self.structure = structure
         self.plan = plan
         self.cost = CostModel(structure, empty=self.empty)
+
+    @classmethod
+    @abstractmethod
+    def kinds_of(cls, options: Any) -> tuple[str, ...]:
+        """Kinds of gates that a method with these options chooses."""
 
     @property
     @abstractmethod

@@ -106,6 +106,10 @@ class CoFi(Method):
             torch.optim.AdamW(self.multipliers.values(), lr=options.multiplier_lr, weight_decay=0.0, maximize=True),
         ]
 
+    @classmethod
+    def kinds_of(cls, options: CoFiOptions) -> tuple[str, ...]:
+        return options.gates
+
     @property
     def kinds(self) -> tuple[str, ...]:
         return self.options.gates

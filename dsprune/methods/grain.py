@@ -98,6 +98,10 @@ class Grain(Method):
         self._price = self._unit_prices()
         self._check_split()
 
+    @classmethod
+    def kinds_of(cls, options: GrainOptions) -> tuple[str, ...]:
+        return UNITS[options.units]
+
     @property
     def kinds(self) -> tuple[str, ...]:
         return UNITS[self.options.units]

@@ -86,6 +86,10 @@ class MLPruning(Method):
         )
         self.check_target()
 
+    @classmethod
+    def kinds_of(cls, options: MLPruningOptions) -> tuple[str, ...]:
+        return options.gates
+
     @property
     def kinds(self) -> tuple[str, ...]:
         return self.options.gates

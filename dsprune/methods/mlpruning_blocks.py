@@ -55,6 +55,10 @@ class BlockPruning(Method):
         )
         self.check_target()
 
+    @classmethod
+    def kinds_of(cls, options: Any) -> tuple[str, ...]:
+        return ("block",)
+
     @property
     def kinds(self) -> tuple[str, ...]:
         return tuple(self._grids)

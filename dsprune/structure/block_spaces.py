@@ -92,13 +92,15 @@ def analyze_blocks(model: nn.Module, block: tuple[int, int]) -> BlockStructure:
 
     Raises:
         ConfigError: blocks larger than every matrix.
-        ArchitectureError: not a compact model, or one whose heads are packed.
+        ArchitectureError: not a compact model, one whose heads are packed, or a family that cannot lose blocks.
     """
     facts: Any = getattr(model.config, "dsprune", None)
     if not facts:
         raise ArchitectureError("blocks are removed from compact models: run a pruning method first")
     config: Any = model.config
     family = family_for(str(config.model_type).removeprefix("dsprune_"))
+    if family.blocks_refusal is not None:
+        raise ArchitectureError(family.blocks_refusal)
     base = f"{family.base}." if hasattr(model, family.base) else ""
     matrices = []
     for layer in range(len(facts["layers"])):

@@ -49,9 +49,9 @@ class Selection:
         for kind, gate in full.items():
             if not gate.isfinite().all():
                 raise ConfigError(f"gate '{kind}' holds values that are not finite: no selection can be made from it")
-        for kind, reason in structure.family.refused.items():
-            if (full[kind] != 1).any():
-                raise ConfigError(f"family '{structure.family.name}' has no exact export without '{kind}': {reason}")
+        reason = structure.family.refusal(kind for kind, gate in full.items() if (gate != 1).any())
+        if reason is not None:
+            raise ConfigError(reason)
         if not full["hidden"].any():
             raise ConfigError("no hidden dimension is left: a model needs at least one")
         return cls(full, empty)

@@ -1,0 +1,115 @@
+"""Every cell of the table of families and methods: what it claims is run, what it denies is refused."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from dsprune.arch import list_families, load_family
+from dsprune.config import BlocksConfig
+from dsprune.consolidate import apply_blocks, apply_selection
+from dsprune.errors import ArchitectureError, ConfigError
+from dsprune.methods import Plan, method_class
+from dsprune.methods.families import VARIANTS, families_table, refusal
+from dsprune.methods.mlpruning_blocks import BlockPruning
+from dsprune.structure import (
+    BlockGating,
+    Selection,
+    analyze,
+    analyze_blocks,
+    attach_gates,
+    block_magnitudes,
+    ones,
+    unit_magnitudes,
+)
+from tests.helpers.models import DECODERS, FAMILIES, tiny_batch, tiny_model
+from tests.helpers.settings import ROWS
+
+OPTIONS = {row.name: row.options for row in ROWS}
+TARGET = 0.4
+
+
+def _prune(variant, model, batch):
+    """A method after one step on real gate gradients: its selection, and the sparsity that it counts."""
+    structure = analyze(model)
+    cls = method_class(variant.method)
+    options = cls.Options(**OPTIONS[variant.method], **variant.options)
+    method = cls(structure, options, Plan(TARGET, "encoder", 6, 4, 0))
+    if method.wants_magnitudes:
+        method.begin(unit_magnitudes(structure, model.get_parameter))
+    gating = attach_gates(model, structure, empty=method.empty)
+    gates = method.gates(method.start_step)
+    leaves = {kind: gate.detach().clone().requires_grad_() for kind, gate in gates.items()}
+    gating.set(leaves)
+    model(**batch)[0].square().sum().backward()
+    method.learn(method.start_step, gates, {kind: leaf.grad for kind, leaf in leaves.items()})
+    gating.remove()
+    selection = method.select()
+    return selection, float(method.cost.sparsity(selection.hard())), _largest_unit(method)
+
+
+def _largest_unit(method):
+    """Share of the parameters that goes with a head, where heads are ranked by themselves, or with a neuron."""
+    gate = ones(method.structure, ("head" if method.kinds == ("head", "ffn_dim") else "ffn_dim",))
+    for value in gate.values():
+        value[0, 0] = 0
+    return float(method.cost.sparsity(gate))
+
+
+def _check_method(variant, model):
+    batch = tiny_batch()
+    selection, sparsity, unit = _prune(variant, model, batch)
+    assert sparsity == pytest.approx(TARGET, abs=max(unit, 0.01))
+    compact = apply_selection(model, selection)
+    gating = attach_gates(model, analyze(model), empty=selection.empty)
+    gating.set(selection.gates)
+    with torch.no_grad():
+        torch.testing.assert_close(compact(**batch)[0], model(**batch)[0], rtol=0, atol=1e-5)
+
+
+def _compact(model):
+    """The model without a head (or group) and some output rows."""
+    structure = analyze(model)
+    gates = ones(structure)
+    gates["head"][0, 1] = 0
+    gates["ffn_row"][:, 3:9] = 0
+    return apply_selection(model, Selection.from_gates(structure, gates, empty="bias"))
+
+
+def _check_blocks(model):
+    compact = _compact(model)
+    structure = analyze_blocks(compact, (8, 8))
+    method = BlockPruning(structure, BlocksConfig(shape=(8, 8)), Plan(TARGET, "encoder", 6, 4, 0))
+    method.begin(block_magnitudes(structure, compact.get_parameter))
+    selection = method.select()
+    gating = BlockGating(compact, structure)
+    gating.set(selection.masks)
+    with torch.no_grad():
+        masked = compact(**tiny_batch())[0]
+        torch.testing.assert_close(apply_blocks(compact, selection)(**tiny_batch())[0], masked, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("variant", VARIANTS, ids=lambda variant: variant.title)
+@pytest.mark.parametrize("name", list_families())
+def test_a_cell_says_what_happens(name, variant):
+    model = tiny_model(name)
+    reason = refusal(variant, load_family(name))
+    if reason is None:
+        _check_blocks(model) if variant.method is None else _check_method(variant, model)
+    elif variant.method is None:
+        with pytest.raises(ArchitectureError, match="cannot lose blocks"):
+            analyze_blocks(_compact(model), (8, 8))
+    else:
+        with pytest.raises(ConfigError, match="cannot lose units of"):
+            _prune(variant, model, tiny_batch())
+
+
+def test_every_family_has_a_tiny_model():
+    assert set(list_families()) <= set(FAMILIES) | set(DECODERS)
+
+
+def test_the_table_has_a_row_for_every_family_and_a_reason_for_every_gap():
+    table, notes = families_table().split("\n\n")
+    assert [line.split(" | ")[0].strip("| ") for line in table.splitlines()[2:]] == list_families()
+    assert all(f"({i})" in table for i in range(1, 1 + len(notes.splitlines())))
+    assert "no (1)" in table
