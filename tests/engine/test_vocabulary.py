@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from tests.helpers.language import Language, build_language_trainer, language_losses, random_text
+from tests.helpers.settings import ROWS
 from tests.helpers.world import run_world
 
 pytestmark = pytest.mark.dist
@@ -76,6 +77,16 @@ def _by_all_logits(setup):
     expected = torch.autograd.grad(whole, weights)
     worst = max(((a - b).norm() / b.norm()).item() for a, b in zip(got, expected, strict=True) if b.norm() > 0)
     return loss.item(), whole.item(), worst
+
+
+@pytest.mark.parametrize("method", range(len(ROWS)), ids=[row.name for row in ROWS])
+def test_every_method_prunes_a_language_model_the_same_way_everywhere(method):
+    """Tied heads, recomputed activations, a sharded teacher; for GRAIN the probe pass goes through the head as well."""
+    setup = Language("llama-tied", method=method)
+    sharded = setup.at(stage=3, teacher="teacher_zero3", activation_checkpointing=True)
+    reference = _reference(setup)
+    _assert_same(run_world(language_losses, 2, sharded)[0], reference)
+    assert reference[-1]["layers"] > 0
 
 
 def _of_all_models():

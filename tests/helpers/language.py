@@ -17,10 +17,12 @@ from transformers import (
 )
 
 from dsprune.config import BatchConfig, DistillConfig, OptimConfig, TaskConfig
+from dsprune.methods import Plan
 from dsprune.tasks.batching import Encoded, Tokens
 from dsprune.tasks.causal import PackedText
 from dsprune.tasks.losses import IGNORED
-from tests.helpers.training import without_dropout
+from tests.helpers.settings import ROWS
+from tests.helpers.training import pruning, without_dropout
 
 VOCABULARY = 50
 BATCH = 8
@@ -81,6 +83,8 @@ class Language:
     distill: tuple[tuple[str, Any], ...] = (("logits", 0.6), ("labels", 0.4))
     taught: bool = True
     activation_checkpointing: bool = False
+    method: int | None = None
+    """Which row of `tests.helpers.settings.ROWS` prunes; None trains without gates."""
 
     def at(self, **changes: Any) -> Language:
         return replace(self, **changes)
@@ -122,8 +126,9 @@ def build_language_trainer(setup: Language, *, steps: int = 4) -> Any:
     from dsprune.engine.batches import Batches
     from dsprune.engine.ds_config import load_ds_config, plan_batch, student_config, teacher_config
     from dsprune.engine.models import checkpoint_activations
+    from dsprune.engine.replica import Replica
     from dsprune.engine.student import Student, build_student_engine
-    from dsprune.engine.trainer import Trainer
+    from dsprune.engine.trainer import LayerMatcher, Trainer
     from dsprune.engine.world import start_world
     from dsprune.tasks import build_task
 
@@ -134,19 +139,28 @@ def build_language_trainer(setup: Language, *, steps: int = 4) -> Any:
     suffix = f"_{setup.precision}" if setup.precision else ""
     ds_config = student_config(load_ds_config(f"zero{setup.stage}{suffix}"), batch, clip=1.0)
     build = {**DECODERS, "t5": tiny_t5}[setup.model]
-    distill = DistillConfig(layers=0.0, **dict(setup.distill)) if setup.taught else None
+    row = None if setup.method is None else ROWS[setup.method]
+    layers = row.teacher_layers if row else ()
+    distill = DistillConfig(**{"layers": 0.9 if row else 0.0, **dict(setup.distill), **(row.distill if row else {})})
     teacher = None
     if setup.taught:
         original = teacher_module.load_model
         teacher_module.load_model = lambda *_, **__: drawn(build(), 7)
         try:
-            teacher = teacher_module.Teacher("tiny", task, teacher_config(load_ds_config(setup.teacher), world.size))
+            teacher = teacher_module.Teacher(
+                "tiny", task, teacher_config(load_ds_config(setup.teacher), world.size), layers
+            )
         finally:
             teacher_module.load_model = original
     model = drawn(build(), 3)
     if setup.activation_checkpointing:
         checkpoint_activations(model)
-    student = Student(model, task, distill=distill)
+    method, gating, model = (
+        pruning(row, Plan(row.target, "encoder", row.steps, 4, 0), model) if row else (None, None, model)
+    )
+    student = Student(
+        model, task, distill=distill if setup.taught else None, teacher=(32, layers) if row else None, gating=gating
+    )
     engine = build_student_engine(student, ds_config, lr=1e-3, weight_decay=0.01)
     return Trainer(
         stage="prune",
@@ -154,9 +168,11 @@ def build_language_trainer(setup: Language, *, steps: int = 4) -> Any:
         world=world,
         batches=Batches(random_text(name), batch, world, seed=0),
         optim=OptimConfig(lr=1e-3),
-        total_steps=steps,
+        total_steps=row.steps if row else steps,
         seed=0,
         teacher=teacher,
+        matcher=LayerMatcher(row.distill["match"], layers, (0, 1)) if row else None,
+        replica=Replica(method) if method else None,
     )
 
 

@@ -90,7 +90,7 @@ def without_dropout(model: nn.Module) -> nn.Module:
     return model
 
 
-def _pruning(row: MethodRow, plan: Plan, model: Any) -> Any:
+def pruning(row: MethodRow, plan: Plan, model: Any) -> Any:
     structure = analyze(model)
     cls = method_class(row.name)
     method = cls(structure, cls.Options(**row.options), plan)
@@ -148,7 +148,7 @@ def build_trainer(setup: Setup, *, dropout: bool = False, steps: int | None = No
     row = setup.row
     total = steps or row.steps
     plan = Plan(row.target, "encoder", total, 4, 0)
-    method, gating, model = _block_pruning(row, plan, model) if row.name == "blocks" else _pruning(row, plan, model)
+    method, gating, model = _block_pruning(row, plan, model) if row.name == "blocks" else pruning(row, plan, model)
     student = Student(
         model,
         task,
