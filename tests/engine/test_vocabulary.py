@@ -79,6 +79,7 @@ def _by_all_logits(setup):
     return loss.item(), whole.item(), worst
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", range(len(ROWS)), ids=[row.name for row in ROWS])
 def test_every_method_prunes_a_language_model_the_same_way_everywhere(method):
     """Tied heads, recomputed activations, a sharded teacher; for GRAIN the probe pass goes through the head as well."""
