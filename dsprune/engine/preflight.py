@@ -103,10 +103,22 @@ def _check_lengths(config: RunConfig, model: PreTrainedModel) -> None:
         raise ConfigError(f"task.max_length = {config.task.max_length}: the model has {positions} positions")
 
 
+def _check_padding(model: PreTrainedModel, task: Task) -> None:
+    """A decoder finds the last token of a sequence, which it classifies, by the padding behind it."""
+    reads_last = family_for(model.config.model_type).every_token and task.head == "ForSequenceClassification"
+    if reads_last and model.config.pad_token_id is None:
+        raise ConfigError(
+            f"model: a {type(model).__name__} reads the last token before the padding, and its config.json says no "
+            "pad_token_id: set it there"
+        )
+
+
 def _check_blocks(config: RunConfig, structure: Structure) -> None:
     """Blocks must fit into the matrices of the dense model, to begin with."""
     if config.blocks.duration.count == 0:
         return
+    if structure.family.blocks_refusal is not None:
+        raise ArchitectureError(f"blocks.duration: {structure.family.blocks_refusal}")
     for param in structure.params.values():
         if param.part != "encoder" or len(param.shape) != 2:
             continue
@@ -175,6 +187,7 @@ def preflight(config: RunConfig, world_size: int) -> Preflight:
         factor_embedding(model, family_for(model.config.model_type).as_dict(), config.prune.embedding_rank)
     structure = analyze(model)
     _check_lengths(config, model)
+    _check_padding(model, task)
     _check_teacher(config, task)
     layers = config.distill.teacher_layers or default_teacher_layers(structure.sizes.num_layers)
     layers = check_teacher_layers(layers, structure.sizes.num_layers)
