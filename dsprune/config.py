@@ -36,6 +36,7 @@ __all__ = [
     "OptimConfig",
     "RunConfig",
     "Section",
+    "ShapeConfig",
     "StageName",
     "TaskConfig",
     "describe_keys",
@@ -241,6 +242,36 @@ class BlocksConfig(OptimConfig):
     """Pull sizes back up when they fall below the target; the authors do not."""
 
 
+class ShapeConfig(Section):
+    """Sizes that all layers are to end with, so that the export is a stock model without code of its own."""
+
+    hidden: int | None = Field(None, ge=1)
+    """Hidden size of the pruned model; by default that of the dense one."""
+    ffn: int | None = Field(None, ge=1)
+    """FFN neurons of every layer; by default those of the dense model."""
+    heads: int | None = Field(None, ge=1)
+    """Attention heads of every layer, those that share keys and values counted each; by default the dense model's."""
+    layers: int | None = Field(None, ge=1)
+    """Layers that are left, each with both its sublayers; by default all."""
+    uniform: bool = False
+    """Instead of given sizes: those that the method finds at `prune.target`, the same in every layer."""
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """The sizes that are given, by name."""
+        named = {name: getattr(self, name) for name in ("hidden", "ffn", "heads", "layers")}
+        return {name: size for name, size in named.items() if size is not None}
+
+    @model_validator(mode="after")
+    def _one_or_the_other(self) -> ShapeConfig:
+        if self.uniform and self.sizes:
+            raise ValueError(
+                f"uniform = true finds the sizes that meet prune.target, and {', '.join(self.sizes)} "
+                "gives them: leave out one or the other"
+            )
+        return self
+
+
 class DistillConfig(Section):
     """What the student learns from the teacher."""
 
@@ -355,6 +386,7 @@ class RunConfig(Section):
     teacher: TeacherConfig = TeacherConfig()
     method: MethodConfig = MethodConfig()
     prune: PruneConfig = PruneConfig()
+    shape: ShapeConfig = ShapeConfig()
     distill: DistillConfig = DistillConfig()
     recover: RecoverConfig = RecoverConfig()
     blocks: BlocksConfig = BlocksConfig()

@@ -1,7 +1,14 @@
 """What comes out: checkpoints to compact model folders, offline, in bounded memory. No DeepSpeed, no engine."""
 
 from dsprune.consolidate import modeling_dsprune
-from dsprune.consolidate.compact import EMBEDDING_RANK, apply_blocks, apply_selection, kept_heads, load_compact
+from dsprune.consolidate.compact import (
+    EMBEDDING_RANK,
+    apply_blocks,
+    apply_selection,
+    is_stock,
+    kept_heads,
+    load_compact,
+)
 from dsprune.consolidate.export import ConsolidationReport, consolidate, open_checkpoint
 from dsprune.consolidate.manifest import FORMAT, check_files, find_checkpoint, read_manifest, render_manifest, sha256
 from dsprune.consolidate.modeling_dsprune import factor_embedding
@@ -21,6 +28,7 @@ __all__ = [
     "consolidate",
     "factor_embedding",
     "find_checkpoint",
+    "is_stock",
     "kept_heads",
     "load_compact",
     "open_checkpoint",

@@ -38,6 +38,7 @@ __all__ = [
     "apply_selection",
     "compact_config",
     "compact_name",
+    "is_stock",
     "kept_heads",
     "load_compact",
     "model_class",
@@ -198,6 +199,12 @@ def _fits_stock(config: dict[str, Any], structure: Structure, selection: Selecti
     ours = {name: compact_shape(param, selection) for name, param in surviving(structure, selection)}
     theirs = without_weights(config)
     return ours == {name: tuple(param.shape) for name, param in theirs.named_parameters()}
+
+
+def is_stock(model: PreTrainedModel, selection: Selection) -> bool:
+    """Whether a dense model's selection would be exported as the stock class; the model may have no weights."""
+    dense = {**model.config.to_dict(), "architectures": [type(model).__name__]}
+    return "auto_map" not in compact_config(dense, analyze(model), selection)
 
 
 def kept_heads(facts: dict[str, Any]) -> list[list[int]]:

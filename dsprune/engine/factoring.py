@@ -21,11 +21,16 @@ __all__ = ["check_rank", "factor_word_embedding"]
 
 
 def check_rank(model: PreTrainedModel, rank: int) -> None:
-    """See that factoring saves parameters.
+    """See that the word embedding can be factored, and that this saves parameters.
 
     Raises:
-        ConfigError: it would not.
+        ConfigError: it would not, or an output head is tied to it.
     """
+    if getattr(model.config, "tie_word_embeddings", False) and model.get_output_embeddings() is not None:
+        raise ConfigError(
+            f"prune.embedding_rank = {rank}: the output head of {type(model).__name__} is the word embedding, which "
+            "has to stay whole for it"
+        )
     rows, width = _shape(_word_embedding(model).weight)
     most = (rows * width - 1) // (rows + width)
     if rank > most:

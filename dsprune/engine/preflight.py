@@ -12,14 +12,15 @@ from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from dsprune.arch import family_for
 from dsprune.config import RunConfig
-from dsprune.consolidate import factor_embedding
+from dsprune.consolidate import factor_embedding, is_stock
 from dsprune.distill import check_teacher_layers, default_teacher_layers
 from dsprune.engine.ds_config import BatchPlan, load_ds_config, plan_batch, student_config, teacher_config
 from dsprune.engine.factoring import check_rank
 from dsprune.engine.models import AUTO_CLASSES, check_reads_forward, label_config, load_tokenizer, resolve_source
 from dsprune.errors import ArchitectureError, ConfigError, OutputError
 from dsprune.methods import Method, Plan, method_class
-from dsprune.structure import Structure, analyze, block_grid
+from dsprune.methods.shapes import aimed_sparsity
+from dsprune.structure import Selection, Structure, analyze, block_grid, shape_gates
 from dsprune.tasks import Task, build_task
 from dsprune.tasks.labels import label_permutation
 
@@ -38,6 +39,8 @@ class Preflight:
     teacher_ds: dict[str, Any]
     teacher_layers: tuple[int, ...]
     vocab_size: int
+    target: float
+    """Sparsity to reach: `prune.target`, or that of the shape that is asked for."""
 
 
 def skeleton(source: str, task: Task, revision: str | None = None) -> PreTrainedModel:
@@ -123,10 +126,22 @@ def _check_lengths(config: RunConfig, model: PreTrainedModel) -> None:
         raise ConfigError(f"task.max_length = {config.task.max_length}: the model has {positions} positions")
 
 
+def _check_padding(model: PreTrainedModel, task: Task) -> None:
+    """A decoder finds the last token of a sequence, which it classifies, by the padding behind it."""
+    reads_last = family_for(model.config.model_type).every_token and task.head == "ForSequenceClassification"
+    if reads_last and model.config.pad_token_id is None:
+        raise ConfigError(
+            f"model: a {type(model).__name__} reads the last token before the padding, and its config.json says no "
+            "pad_token_id: set it there"
+        )
+
+
 def _check_blocks(config: RunConfig, structure: Structure) -> None:
     """Blocks must fit into the matrices of the dense model, to begin with."""
     if config.blocks.duration.count == 0:
         return
+    if structure.family.blocks_refusal is not None:
+        raise ArchitectureError(f"blocks.duration: {structure.family.blocks_refusal}")
     for param in structure.params.values():
         if param.part != "encoder" or len(param.shape) != 2:
             continue
@@ -136,20 +151,30 @@ def _check_blocks(config: RunConfig, structure: Structure) -> None:
             raise ConfigError(f"blocks.shape: {param.name}: {error}") from error
 
 
+def _check_stock(config: RunConfig, model: PreTrainedModel, method: Method) -> None:
+    """A shape that is given is given for a stock model."""
+    gates = shape_gates(method.structure, config.shape.sizes)
+    if gates and not is_stock(model, Selection.from_gates(method.structure, gates, empty=method.empty)):
+        sizes = ", ".join(f"{name} = {size}" for name, size in config.shape.sizes.items())
+        raise ConfigError(f"shape: {type(model).__name__} has no stock form with {sizes}")
+
+
 def build_method(config: RunConfig, structure: Structure, *, total_steps: int, steps_per_epoch: int) -> Method:
     """The configured method on this structure.
 
     Raises:
-        ConfigError: a target out of reach, or options that do not fit the length of the stage.
+        ConfigError: a target or a shape out of reach, or options that do not fit the length of the stage.
     """
+    cls = method_class(config.method.name)
     plan = Plan(
-        target=config.prune.target,
+        target=aimed_sparsity(config, structure, empty=cls.empty),
         target_of=config.prune.target_of,
         total_steps=total_steps,
         steps_per_epoch=steps_per_epoch,
         seed=config.seed,
+        shape=config.shape,
     )
-    return method_class(config.method.name)(structure, config.method.options, plan)
+    return cls(structure, config.method.options, plan)
 
 
 def preflight(config: RunConfig, world_size: int) -> Preflight:
@@ -186,10 +211,12 @@ def preflight(config: RunConfig, world_size: int) -> Preflight:
     structure = analyze(model)
     _check_lengths(config, model)
     vocab_size = int(model.config.vocab_size)
+    _check_padding(model, task)
     _check_teacher(config, task, vocab_size)
     _check_text(config, task, vocab_size)
     layers = config.distill.teacher_layers or default_teacher_layers(structure.sizes.num_layers)
     layers = check_teacher_layers(layers, structure.sizes.num_layers)
-    build_method(config, structure, total_steps=0, steps_per_epoch=0)
+    method = build_method(config, structure, total_steps=0, steps_per_epoch=0)
+    _check_stock(config, model, method)
     _check_blocks(config, structure)
-    return Preflight(task, tokenizer, batch, structure, student_ds, teacher_ds, layers, vocab_size)
+    return Preflight(task, tokenizer, batch, structure, student_ds, teacher_ds, layers, vocab_size, method.plan.target)

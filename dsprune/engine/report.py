@@ -50,7 +50,7 @@ def _landing(run: Run, dense: dict[str, int]) -> dict[str, Any]:
     """What was asked of pruning, and what its compact model measures, before blocks went."""
     of = run.config.prune.target_of
     measured = 1 - _sizes(run, run.recovered_source)[of] / dense[of]
-    return {"of": of, "target": run.config.prune.target, "measured": measured}
+    return {"of": of, "target": run.ready.target, "measured": measured}
 
 
 def _block_landing(run: Run, final: int, dense: int) -> dict[str, Any] | None:
@@ -177,5 +177,5 @@ def _plot(run: Run, final: Path) -> None:
         {"heads": sizes.num_groups, "ffn_dim": sizes.ffn_dim},
         run.folder / "report.png",
         title=f"{run.config.model.name} on {run.task.name}: {run.config.method.name}, "
-        f"target {run.config.prune.target:.0%} of the {run.config.prune.target_of}",
+        f"target {run.ready.target:.0%} of the {run.config.prune.target_of}",
     )

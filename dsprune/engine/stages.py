@@ -104,11 +104,11 @@ class Run:
         common = ["seed", "model", "task", "data", "batch"]
         own = {
             "teacher": ["teacher"],
-            "prune": ["teacher", "method", "prune", "distill"],
-            "consolidate": ["teacher", "method", "prune", "distill"],
-            "recover": ["teacher", "method", "prune", "distill", "recover"],
-            "blocks": ["teacher", "method", "prune", "distill", "recover", "blocks"],
-            "evaluate": ["teacher", "method", "prune", "distill", "recover", "blocks", "eval"],
+            "prune": ["teacher", "method", "prune", "shape", "distill"],
+            "consolidate": ["teacher", "method", "prune", "shape", "distill"],
+            "recover": ["teacher", "method", "prune", "shape", "distill", "recover"],
+            "blocks": ["teacher", "method", "prune", "shape", "distill", "recover", "blocks"],
+            "evaluate": ["teacher", "method", "prune", "shape", "distill", "recover", "blocks", "eval"],
         }
         # How a batch is cut over ranks decides nothing.
         whole["batch"] = {"size": self.config.batch.size}
@@ -530,7 +530,7 @@ class Run:
             "task": self.task.name,
             "base_model": self.config.model.name,
             "method": self.config.method.name,
-            "target": self.config.prune.target,
+            "target": self.ready.target,
             "target_of": self.config.prune.target_of,
             "metric": dict(scores),
             "notes": list(self.data.notes),

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
 
-from dsprune.config import Section
+from dsprune.config import Section, ShapeConfig
 from dsprune.errors import ConfigError
 from dsprune.structure import CostModel, Empty, Scope, Selection, Structure
 
@@ -34,6 +34,13 @@ class Plan:
     total_steps: int
     steps_per_epoch: int
     seed: int
+    shape: ShapeConfig = field(default_factory=ShapeConfig)
+    """Sizes that are to be the same in every layer, if any."""
+
+    @property
+    def is_shaped(self) -> bool:
+        """Whether all layers are to end with the same sizes."""
+        return self.shape.uniform or bool(self.shape.sizes)
 
 
 class Method(ABC):
@@ -53,10 +60,17 @@ class Method(ABC):
     empty: ClassVar[Empty]
     """What a sublayer without units computes, in the masked model, the cost and the export alike."""
 
+    takes_shapes: ClassVar[bool] = False
+    """Whether the method can end with the same sizes in every layer."""
+
     def __init__(self, structure: Structure, options: Section, plan: Plan) -> None:
         reason = structure.family.refusal(self.kinds_of(options))
         if reason is not None:
             raise ConfigError(f"method.name: {reason} (`dsprune families` lists what goes with what)")
+        if plan.is_shaped and not self.takes_shapes:
+            raise ConfigError(f"shape: {type(self).__name__} finds a size for every layer: leave out [shape]")
+        if plan.is_shaped and structure.embedding_rank is not None:
+            raise ConfigError("shape: no stock class has a factored embedding: leave out prune.embedding_rank")
         self.structure = structure
         self.plan = plan
         self.cost = CostModel(structure, empty=self.empty)

@@ -19,6 +19,8 @@ Where paper and code differ, and where neither is followed:
   code rebuilds optimizer and schedule at that point; here Adam's moments go on.
 - The final gates are landed on the target by their exact count. The code keeps whatever the expected
   value became, 94.3 to 94.5% for its published "95%".
+- `[shape]` (Sheared LLaMA, `shapes.py`) gives every layer the same sizes; the sublayers' own gates then take no
+  part, and one gate a layer stands for both where the number of layers is given.
 - Surviving gates are soft (up to 0.996); they are folded into the weights exactly, the hidden gates
   into embeddings, norms and output rows rather than input columns, which would leave the residual
   stream unscaled.
@@ -26,6 +28,7 @@ Where paper and code differ, and where neither is followed:
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -46,7 +49,8 @@ from dsprune.methods.lagrangian import lagrangian
 from dsprune.methods.landing import land
 from dsprune.methods.noise import uniform_noise
 from dsprune.methods.schedules import linear_target
-from dsprune.structure import Selection, Structure, gate_shapes
+from dsprune.methods.shapes import SizeConstraints
+from dsprune.structure import Selection, Structure, check_shape, find_shape, gate_shapes, sharable_kinds
 
 __all__ = ["CoFi", "CoFiOptions"]
 
@@ -54,6 +58,10 @@ KINDS = ("head", "attn", "ffn", "ffn_dim", "hidden")
 """The paper's five granularities."""
 COARSE = ("attn", "ffn")
 """Kinds whose every unit is a group of its own, kept or not by its own probability."""
+MULTIPLIERS = ("linear", "quadratic")
+LAYER = "layer"
+"""One log-alpha for both sublayers of a layer, where the number of whole layers is given."""
+SIZE_OF = {"head": "heads", "ffn_dim": "ffn", "hidden": "hidden", LAYER: "layers"}
 
 
 class CoFiOptions(Section):
@@ -78,6 +86,7 @@ class CoFi(Method):
 
     Options = CoFiOptions
     empty = "identity"
+    takes_shapes = True
 
     def __init__(self, structure: Structure, options: CoFiOptions, plan: Plan) -> None:
         super().__init__(structure, options, plan)
@@ -92,15 +101,19 @@ class CoFi(Method):
                 f"method.distill_phase ({self._start} steps) and method.warmup ({self._warmup}) leave no step of "
                 f"prune.duration ({plan.total_steps}): shorten them or prune for longer"
             )
+        check_shape(structure, plan.shape.sizes, options.gates)
+        self._groups = self._learned_groups()
         self.check_target()
-        shapes = gate_shapes(structure.sizes)
-        noise = uniform_noise({kind: shapes[kind] for kind in options.gates}, plan.seed, -1)
+        shapes = gate_shapes(structure.sizes) | {LAYER: (structure.sizes.num_layers,)}
+        noise = uniform_noise({kind: shapes[kind] for kind in self._groups}, plan.seed, -1)
         # A little spread, so that units with equal gradients do not all cross a threshold at once.
         self.log_alpha = {
             kind: (options.init - 0.01 * noise[kind]).clamp(LOG_ALPHA_MIN, LOG_ALPHA_MAX).requires_grad_()
-            for kind in options.gates
+            for kind in self._groups
         }
-        self.multipliers = {name: torch.zeros((), requires_grad=True) for name in ("linear", "quadratic")}
+        self.sizes = self._size_constraints()
+        self.multipliers = {} if plan.shape.sizes else {n: torch.zeros((), requires_grad=True) for n in MULTIPLIERS}
+        self.multipliers |= {} if self.sizes is None else self.sizes.multipliers
         self._optimizers: list[torch.optim.Optimizer] = [
             torch.optim.AdamW(self.log_alpha.values(), lr=options.lr, weight_decay=0.0),
             torch.optim.AdamW(self.multipliers.values(), lr=options.multiplier_lr, weight_decay=0.0, maximize=True),
@@ -112,7 +125,47 @@ class CoFi(Method):
 
     @property
     def kinds(self) -> tuple[str, ...]:
-        return self.options.gates
+        fine = tuple(kind for kind in self._groups if kind != LAYER)
+        return fine if LAYER not in self._groups else (*fine, *COARSE)
+
+    def _learned_groups(self) -> tuple[str, ...]:
+        """Names of the log-alphas: the kinds of gates, or what a shape leaves of them."""
+        shape, gates = self.plan.shape, self.options.gates
+        if shape.sizes:
+            return tuple(kind for kind, name in SIZE_OF.items() if name in shape.sizes)
+        if not shape.uniform:
+            return gates
+        groups = sharable_kinds(self.structure, gates)
+        if not groups:
+            raise ConfigError(
+                "shape.uniform: none of method.gates has a size that all layers of a stock model can share"
+            )
+        return groups
+
+    def _size_constraints(self) -> SizeConstraints | None:
+        if not self.plan.is_shaped:
+            return None
+        groups = {kind: len(share) for kind, share in self._expected_shares().items()}
+        if self.plan.shape.uniform:
+            return SizeConstraints(groups, None)
+        units = {kind: alpha.shape[-1] for kind, alpha in self.log_alpha.items()}
+        return SizeConstraints(
+            groups, {kind: self._counts(self.plan.shape.sizes)[kind] / units[kind] for kind in units}
+        )
+
+    def _counts(self, shape: Mapping[str, int]) -> dict[str, int]:
+        """Units to keep of each learned group; heads go in groups that share keys and values."""
+        per_unit = {"head": self.structure.sizes.heads_per_group}
+        return {
+            kind: shape[SIZE_OF[kind]] // per_unit.get(kind, 1) for kind in self.log_alpha if SIZE_OF[kind] in shape
+        }
+
+    def _expected_shares(self) -> dict[str, Tensor]:
+        """Share of its units that each layer expects to keep, by learned group: [L] or [1] float64."""
+        return {
+            kind: keep_probability(alpha.double()).view(-1, alpha.shape[-1]).mean(-1)
+            for kind, alpha in self.log_alpha.items()
+        }
 
     @property
     def start_step(self) -> int:
@@ -129,12 +182,12 @@ class CoFi(Method):
         if step < self._start:
             return None
         noise = uniform_noise({kind: tuple(a.shape) for kind, a in self.log_alpha.items()}, self.plan.seed, step)
-        return {kind: sample_gate(a, noise[kind]) for kind, a in self.log_alpha.items()}
+        return _by_sublayer({kind: sample_gate(a, noise[kind]) for kind, a in self.log_alpha.items()})
 
     def expected_sparsity(self) -> Tensor:
         """Expected sparsity of what the target is a share of: [] float64."""
         keep = {kind: keep_probability(a.double()) for kind, a in self.log_alpha.items()}
-        return self.cost.sparsity(keep, of=self.plan.target_of)
+        return self.cost.sparsity(_by_sublayer(keep), of=self.plan.target_of)
 
     def target_at(self, step: int) -> float:
         return linear_target(step - self._start, target=self.plan.target, warmup_steps=self._warmup)
@@ -145,7 +198,14 @@ class CoFi(Method):
     def penalty(self, step: int) -> Tensor | None:
         if step < self._start:
             return None
-        return lagrangian(self.expected_sparsity(), self.target_at(step), **self.multipliers)
+        penalty = torch.zeros((), dtype=torch.float64)
+        if not self.plan.shape.sizes:
+            multipliers = {name: self.multipliers[name] for name in MULTIPLIERS}
+            penalty = penalty + lagrangian(self.expected_sparsity(), self.target_at(step), **multipliers)
+        if self.sizes is not None:
+            progress = linear_target(step - self._start, target=1.0, warmup_steps=self._warmup)
+            penalty = penalty + self.sizes.penalty(self._expected_shares(), progress)
+        return penalty
 
     @torch.no_grad()
     def after_step(self) -> None:
@@ -172,9 +232,9 @@ class CoFi(Method):
                 gates[kind] = deterministic_gate(log_alpha.unsqueeze(-1), keep).squeeze(-1)
             else:
                 expected = keep_probability(log_alpha.double() + shift).sum(-1)
-                least = 1 if kind == "hidden" else 0
+                least = 1 if kind in ("hidden", LAYER) else 0
                 gates[kind] = deterministic_gate(log_alpha, expected.round().long().clamp(min=least))
-        return gates
+        return _by_sublayer(gates)
 
     def _likeliest_removed(self) -> list[tuple[float, str, int]]:
         """Sublayers that the learned gates remove, likeliest first: (log-alpha, kind, layer)."""
@@ -196,7 +256,21 @@ class CoFi(Method):
         kept = {kind: (gate != 0).double() for kind, gate in gates.items()}
         return float(self.cost.sparsity(kept, of=self.plan.target_of))
 
+    def _shaped_gates(self) -> dict[str, Tensor]:
+        """Deterministic gates of the shape that is given, or of the one nearest to what was learned."""
+        shape = self.plan.shape.sizes
+        if not shape:
+            wanted = {SIZE_OF[kind]: float(share.detach().mean()) for kind, share in self._expected_shares().items()}
+            shape = find_shape(self.cost, wanted, self.plan.target, of=self.plan.target_of)
+        counts = self._counts(shape)
+        gates = {}
+        for kind, log_alpha in self.log_alpha.items():
+            gates[kind] = deterministic_gate(log_alpha.detach(), torch.full(log_alpha.shape[:-1], counts[kind]))
+        return _by_sublayer(gates)
+
     def select(self) -> Selection:
+        if self.plan.is_shaped:
+            return Selection.from_gates(self.structure, self._shaped_gates(), empty=self.empty)
         reach = 3 * (LOG_ALPHA_MAX - LOG_ALPHA_MIN)
         # Sublayers are large. Where those that are left cannot fill what the target allows even with
         # all their units, the likeliest of the others come back.
@@ -220,5 +294,11 @@ class CoFi(Method):
             "sparsity/expected": float(self.expected_sparsity()),
             "sparsity/hard": self._hard_sparsity(self.hard_gates()),
             "sparsity/target": self.target_at(step),
-            **{f"multiplier/{name}": float(value) for name, value in self.multipliers.items()},
+            **{f"multiplier/{name}": float(value.mean()) for name, value in self.multipliers.items()},
         }
+
+
+def _by_sublayer(gates: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Gates by kind: that of a layer stands for both its sublayers."""
+    layer = gates.pop(LAYER, None)
+    return gates if layer is None else gates | dict.fromkeys(COARSE, layer)

@@ -12,6 +12,7 @@ cubic curve while all units stand in one ranking (section 3.2), and the rest of 
   tanh(D / alpha), D being the share of its head's value units that are left, so that thin heads empty.
 - Where query heads share keys and values, a head below is such a group; under rotary positions a query unit is
   a pair of dimensions, in the queries and in the key.
+- `[shape]` ranks whole heads and neurons within each layer, so that all layers end with the same sizes.
 - A head without values loses its queries at once, counted in the budget. A head without queries stays
   and averages uniformly. A sublayer without units is its output bias and its norm.
 
@@ -41,7 +42,17 @@ from dsprune.methods.base import GateSignal, Method, Plan
 from dsprune.methods.noise import uniform_noise
 from dsprune.methods.ranking import UnitGroups, prune_lowest
 from dsprune.methods.schedules import cubic_density
-from dsprune.structure import Selection, Structure, by_head, gate_shapes, head_alive
+from dsprune.methods.topk import top_k_mask
+from dsprune.structure import (
+    Selection,
+    Structure,
+    by_head,
+    check_shape,
+    find_shape,
+    gate_shapes,
+    head_alive,
+    sharable_kinds,
+)
 
 __all__ = ["Grain", "GrainOptions"]
 
@@ -78,6 +89,7 @@ class Grain(Method):
 
     Options = GrainOptions
     empty = "bias"
+    takes_shapes = True
 
     def __init__(self, structure: Structure, options: GrainOptions, plan: Plan) -> None:
         super().__init__(structure, options, plan)
@@ -90,6 +102,7 @@ class Grain(Method):
                 f"({plan.total_steps} steps) with start < end < 1, and leave a step after the end"
             )
         self.check_target()
+        self.counts = self._shape_counts()
         shapes = {kind: gate_shapes(structure.sizes)[kind] for kind in self.kinds}
         self.mask = {kind: torch.ones(shape) for kind, shape in shapes.items()}
         self.importance = {kind: torch.zeros(shape) for kind, shape in shapes.items()}
@@ -182,6 +195,8 @@ class Grain(Method):
 
     def _pruned(self, sparsity: float) -> dict[str, Tensor]:
         """Masks at a sparsity: what is gone, and the lowest-scored units beside it."""
+        if self.counts is not None:
+            return self._shaped(self.counts, sparsity / self.plan.target if self.plan.target > 0 else 1.0)
         groups = self._groups()
         budget = self._budget(sparsity)
         if self.options.units == "dims":
@@ -191,6 +206,37 @@ class Grain(Method):
             for kind, share in self._split(budget).items():
                 masks |= prune_lowest({kind: groups[kind]}, share)
         return {kind: mask.view(self.mask[kind].shape) for kind, mask in masks.items()}
+
+    def _shape_counts(self) -> dict[str, int] | None:
+        """Heads (or groups) and neurons that every layer is to end with; None where layers may differ.
+
+        Raises:
+            ConfigError: a shape that single dimensions, or a stock class, cannot have.
+        """
+        plan, sizes = self.plan, self.structure.sizes
+        if not plan.is_shaped:
+            return None
+        if self.options.units != "heads":
+            raise ConfigError('shape: a stock model has whole heads: GRAIN needs method.units = "heads" for it')
+        if self.options.attention_density is not None:
+            raise ConfigError("shape: method.attention_density says how many heads to keep as well: leave it out")
+        check_shape(self.structure, plan.shape.sizes, self.kinds)
+        shape = plan.shape.sizes
+        if plan.shape.uniform:
+            sharable = sharable_kinds(self.structure, self.kinds)
+            even = {name: 1 - plan.target for name, kind in (("heads", "head"), ("ffn", "ffn_dim")) if kind in sharable}
+            shape = find_shape(self.cost, even, plan.target, of=plan.target_of)
+        heads = shape.get("heads", sizes.num_heads) // sizes.heads_per_group
+        return {"head": heads, "ffn_dim": shape.get("ffn", sizes.ffn_dim)}
+
+    def _shaped(self, counts: Mapping[str, int], progress: float) -> dict[str, Tensor]:
+        """Masks on the way to a shape: in every layer the units of the highest scores, as many in each."""
+        masks = {}
+        for kind, mask in self.mask.items():
+            left = torch.where(mask != 0, self.importance[kind], -torch.inf)
+            count = round(mask.shape[1] - (mask.shape[1] - counts[kind]) * progress)
+            masks[kind] = top_k_mask(left, torch.full((len(mask),), count))
+        return masks
 
     def _budget(self, sparsity: float) -> float:
         """Parameters to remove from the units for a sparsity of what the target is a share of."""

@@ -20,6 +20,14 @@ from dsprune.structure.gating import (
 )
 from dsprune.structure.magnitude import unit_magnitudes
 from dsprune.structure.selection import Selection
+from dsprune.structure.shapes import (
+    check_shape,
+    find_shape,
+    shape_gates,
+    shape_kinds,
+    sharable_kinds,
+    stock_heads_fit,
+)
 from dsprune.structure.spaces import (
     GATE_KINDS,
     Axis,
@@ -31,7 +39,6 @@ from dsprune.structure.spaces import (
     Structure,
     Sublayer,
     gate_shapes,
-    stock_heads_fit,
 )
 from dsprune.structure.surgery import compact_shape, cut, is_removed
 
@@ -60,14 +67,19 @@ __all__ = [
     "block_grid",
     "block_magnitudes",
     "by_head",
+    "check_shape",
     "compact_shape",
     "complete",
     "cut",
     "ffn_alive",
+    "find_shape",
     "gate_shapes",
     "head_alive",
     "is_removed",
     "ones",
+    "shape_gates",
+    "shape_kinds",
+    "sharable_kinds",
     "stock_heads_fit",
     "sublayer_alive",
     "to_blocks",

@@ -28,7 +28,6 @@ __all__ = [
     "Structure",
     "Sublayer",
     "gate_shapes",
-    "stock_heads_fit",
 ]
 
 Part = Literal["embeddings", "encoder", "head"]
@@ -197,6 +196,12 @@ class Structure:
         return tuple(join(self.base, self.family.layers, str(i)) for i in range(self.sizes.num_layers))
 
     @property
+    def keeps_width(self) -> bool:
+        """Whether a pooler or head has the dense hidden size whatever is cut, which no narrower stock class has."""
+        segments = (segment for p in self.params.values() if p.part == "head" for axis in p.axes for segment in axis)
+        return any(segment.space is None and segment.extent == self.sizes.hidden for segment in segments)
+
+    @property
     def tables(self) -> tuple[str, ...]:
         """Embeddings that write the residual stream as it is, without a norm between."""
         if self.final_norm is None:
@@ -240,16 +245,6 @@ def gate_shapes(sizes: Sizes) -> dict[str, tuple[int, ...]]:
         "attn_row": (layers, sizes.hidden),
         "ffn_row": (layers, sizes.hidden),
     }
-
-
-def stock_heads_fit(structure: Structure, num_heads: int, hidden: int) -> bool:
-    """Whether the stock class can have so many heads, of the size that they have, in a model of this width."""
-    rule = structure.family.stock_heads
-    if num_heads == 0:
-        return False
-    if rule == "equal":
-        return num_heads * structure.sizes.head_dim == hidden
-    return rule == "free" or hidden % num_heads == 0
 
 
 def join(*parts: str) -> str:

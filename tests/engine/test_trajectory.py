@@ -59,6 +59,13 @@ def test_every_family_is_one_trajectory(family):
     _assert_same(results[0], _reference(0, family), rtol=2e-5)
 
 
+@pytest.mark.parametrize(("row_index", "family"), [(1, "gpt2-sequence"), (2, "llama-sequence")])
+def test_decoders_are_one_trajectory(row_index, family):
+    """Weights stored the other way round, and heads that share keys and values, whose attention maps distil."""
+    results = run_world(trajectory, 2, Setup(ROWS[row_index], stage=3, accumulation=2, family=family))
+    _assert_same(results[0], _reference(row_index, family), rtol=2e-5)
+
+
 @pytest.mark.parametrize(("selects", "teaches"), [(0, 1), (1, 0)], ids=["cofi with grain's", "grain with cofi's"])
 def test_selection_and_distillation_combine_freely(selects, teaches):
     row = replace(ROWS[selects], distill=ROWS[teaches].distill, teacher_layers=ROWS[teaches].teacher_layers)

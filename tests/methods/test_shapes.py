@@ -1,0 +1,186 @@
+"""Shapes: the same sizes in every layer, exactly those that were asked for, as a stock model that needs no dsprune."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+from dsprune.config import ShapeConfig, parse_config
+from dsprune.consolidate import apply_selection
+from dsprune.errors import ConfigError
+from dsprune.methods import Plan, method_class, method_options
+from dsprune.methods.shapes import SizeConstraints, aimed_sparsity
+from dsprune.structure import CostModel, analyze, attach_gates, find_shape, shape_gates
+from tests.helpers.models import tiny_batch, tiny_model
+from tests.helpers.settings import ROWS
+
+OPTIONS = {row.name: row.options for row in ROWS}
+SHAPES = {
+    "bert": {"ffn": 40, "layers": 1},
+    "token": {"hidden": 24, "heads": 3, "ffn": 40, "layers": 1},
+    "distilbert": {"ffn": 20},
+    "gpt2": {"hidden": 16, "heads": 2, "ffn": 33},
+    "llama": {"hidden": 22, "heads": 2, "ffn": 20, "layers": 1},
+    "llama-biased": {"heads": 2, "ffn": 11},
+    "mistral": {"hidden": 21, "heads": 2},
+    "qwen2": {"hidden": 21, "ffn": 20, "heads": 2},
+    "qwen3": {"hidden": 13, "layers": 1},
+}
+RANKED = {"bert": {"ffn": 40}, "llama": {"heads": 2, "ffn": 20}, "qwen3": {"heads": 2}, "gpt2": {"ffn": 10}}
+
+
+def _method(name, model, shape, target=0.4, **options):
+    structure = analyze(model)
+    cls = method_class(name)
+    if "uniform" not in shape:
+        target = float(CostModel(structure, empty=cls.empty).sparsity(shape_gates(structure, shape)))
+    plan = Plan(target, "encoder", 6, 4, 0, ShapeConfig(**shape))
+    method = cls(structure, cls.Options(**OPTIONS[name], **options), plan)
+    generator = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for value in method.parameters().values():
+            if value.dim() > 0 and not value.eq(1).all():
+                value.copy_(torch.randn(value.shape, generator=generator) * 2)
+    return method
+
+
+def _sizes(config, structure):
+    names = structure.family.sizes
+    ours = {"hidden": "hidden", "heads": "num_heads", "ffn": "ffn_dim", "layers": "num_layers"}
+    return {name: getattr(config, names[ours[name]]) for name in ours}
+
+
+def _export(method, model, folder):
+    """The stock model that a method's selection becomes, loaded by transformers alone, after comparison."""
+    selection = method.select()
+    compact = apply_selection(model, selection)
+    assert type(compact) is type(model)
+    compact.save_pretrained(folder)
+    assert "auto_map" not in json.loads((folder / "config.json").read_text())
+    assert not (folder / "modeling_dsprune.py").exists()
+    stock = type(model).from_pretrained(folder).eval()
+    gating = attach_gates(model, method.structure, empty=method.empty)
+    gating.set(selection.gates)
+    with torch.no_grad():
+        masked, ours = model(**tiny_batch())[0], stock(**tiny_batch())[0]
+    gating.remove()
+    torch.testing.assert_close(ours, masked, rtol=0, atol=1e-5)
+    return stock, selection
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_cofi_lands_on_a_shape(name, tmp_path):
+    model = tiny_model(name)
+    method = _method("cofi", model, SHAPES[name])
+    stock, _ = _export(method, model, tmp_path)
+    assert _sizes(stock.config, method.structure).items() >= SHAPES[name].items()
+
+
+@pytest.mark.parametrize("name", RANKED)
+def test_grain_lands_on_a_shape(name, tmp_path):
+    model = tiny_model(name)
+    method = _method("grain", model, RANKED[name], units="heads")
+    stock, selection = _export(method, model, tmp_path)
+    assert _sizes(stock.config, method.structure).items() >= RANKED[name].items()
+    best = method.importance["ffn_dim"].topk(int(selection.gates["ffn_dim"][0].sum()), -1).indices
+    assert selection.gates["ffn_dim"].gather(1, best).all()
+
+
+@pytest.mark.parametrize("method_name", ["cofi", "grain"])
+@pytest.mark.parametrize("name", ["bert", "token", "gpt2", "llama", "qwen2", "qwen3"])
+def test_uniform_sizes_meet_the_target(name, method_name, tmp_path):
+    model = tiny_model(name)
+    options = {"units": "heads"} if method_name == "grain" else {}
+    method = _method(method_name, model, {"uniform": True}, target=0.4, **options)
+    _, selection = _export(method, model, tmp_path)
+    sparsity = float(method.cost.sparsity(selection.hard()))
+    neuron = 2 * float(method.cost.unit_prices(("ffn_dim",))["ffn_dim"][0, 0]) / method.cost.dense()
+    assert (
+        0.4 - 1e-9 <= sparsity < 0.4 + max(0.005, neuron)
+    )  # one neuron of every layer is all that is between two sizes
+
+
+def test_grain_shrinks_every_layer_alike_on_the_way():
+    method = _method("grain", tiny_model("llama"), {"uniform": True}, units="heads")
+    before = 128
+    for sparsity in (0.1, 0.3, 0.5):
+        masks = method._pruned(sparsity)
+        counts = masks["ffn_dim"].sum(-1)
+        assert counts[0] == counts[1]
+        assert counts[0] < before
+        method.mask, before = masks, counts[0]
+
+
+def test_one_gate_stands_for_a_layer():
+    method = _method("cofi", tiny_model("bert"), {"layers": 1})
+    gates = method.gates(method.start_step)
+    assert set(gates) == {"attn", "ffn"} == set(method.kinds)
+    assert torch.equal(gates["attn"], gates["ffn"])
+    method.learn(method.start_step, gates, {kind: torch.ones(2) for kind in gates})
+    assert method.log_alpha["layer"].grad.abs().sum() > 0
+
+
+def test_constraints_by_hand():
+    share = torch.tensor([0.9, 0.5], dtype=torch.float64, requires_grad=True)
+    constraints = SizeConstraints({"ffn_dim": 2}, {"ffn_dim": 0.6})
+    with torch.no_grad():
+        constraints.multipliers["linear.ffn_dim"].copy_(torch.tensor([2.0, 3.0]))
+        constraints.multipliers["quadratic.ffn_dim"].fill_(10.0)
+    penalty = constraints.penalty({"ffn_dim": share}, 0.5)
+    gaps = (0.8 - 0.9, 0.8 - 0.5)  # half way from 1 to 0.6
+    assert float(penalty) == pytest.approx(2 * gaps[0] + 3 * gaps[1] + 10 * (gaps[0] ** 2 + gaps[1] ** 2))
+    even = SizeConstraints({"ffn_dim": 2}, None)
+    assert float(even.penalty({"ffn_dim": torch.tensor([0.7, 0.7])}, 1.0)) == 0
+
+
+def test_the_nearest_shape_is_found():
+    structure = analyze(tiny_model("llama"))
+    cost = CostModel(structure)
+    wanted = {"hidden": 22 / 32, "heads": 0.5, "ffn": 30 / 64}
+    target = float(cost.sparsity(shape_gates(structure, {"hidden": 22, "heads": 2, "ffn": 30})))
+    assert find_shape(cost, wanted, target, of="encoder") == {"hidden": 22, "heads": 2, "ffn": 30}
+
+
+@pytest.mark.parametrize(
+    ("name", "method", "shape", "options", "message"),
+    [
+        ("bert", "cofi", {"ffn": 65}, {}, r"shape.ffn = 65: the dense model has 64"),
+        ("bert", "cofi", {"hidden": 24, "heads": 3}, {}, "pooler or head stay 32 wide, as in no stock model"),
+        ("bert", "cofi", {"heads": 2}, {}, r"2 heads and hidden size 32: a stock 'bert' has heads of 8 dimensions"),
+        ("bert", "cofi", {"ffn": 10}, {"gates": ["head"]}, r"shape.ffn = 10: the method has no gates of 'ffn_dim'"),
+        ("bert", "cofi", {"uniform": True}, {"gates": ["head", "attn"]}, "none of method.gates has a size"),
+        ("llama", "cofi", {"hidden": 21}, {}, "a stock 'llama' has a hidden size that the number of heads divides"),
+        ("llama", "cofi", {"heads": 3}, {}, r"shape.heads = 3: heads go in groups of 2"),
+        ("llama", "grain", {"ffn": 10}, {}, r'GRAIN needs method.units = "heads"'),
+        ("llama", "grain", {"layers": 1}, {"units": "heads"}, r"shape.layers = 1: the method has no gates of"),
+        ("llama", "grain", {"heads": 2}, {"units": "heads", "attention_density": 0.5}, "leave it out"),
+        ("llama", "mlpruning", {"uniform": True}, {}, "MLPruning finds a size for every layer"),
+    ],
+)
+def test_what_cannot_be_is_refused(name, method, shape, options, message):
+    with pytest.raises(ConfigError, match=message):
+        _method(method, tiny_model(name), shape, **options)
+
+
+def test_a_factored_embedding_is_refused():
+    with pytest.raises(ConfigError, match="no stock class has a factored embedding"):
+        _method("cofi", tiny_model("bert", embedding_rank=5), {"uniform": True})
+
+
+def _config(**tables):
+    tree = {"output": "x", "model": {"name": "m"}, "task": {"name": "sst2"}, **tables}
+    return parse_config(tree, method_options)
+
+
+def test_a_shape_says_what_the_target_is():
+    structure = analyze(tiny_model("llama"))
+    implied = float(CostModel(structure).sparsity(shape_gates(structure, {"ffn": 20})))
+    assert aimed_sparsity(_config(shape={"ffn": 20}), structure, empty="identity") == implied
+    same = _config(shape={"ffn": 20}, prune={"target": implied})
+    assert aimed_sparsity(same, structure, empty="identity") == implied
+    with pytest.raises(ConfigError, match=r"prune.target = 0.9 contradicts the sizes of \[shape\]"):
+        aimed_sparsity(_config(shape={"ffn": 20}, prune={"target": 0.9}), structure, empty="identity")
+    with pytest.raises(ConfigError, match="leave out one or the other"):
+        _config(shape={"ffn": 20, "uniform": True})
