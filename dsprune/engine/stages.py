@@ -227,7 +227,7 @@ class Run:
         source = self.teacher_source if config.start == "teacher" else self.config.model.name
         self._seed("head")
         model = load_model(source, self.task, ds_config, revision=self.config.model.revision)
-        if config.embedding_rank is not None:
+        if config.embedding_rank:
             factor_word_embedding(model, config.embedding_rank)
         student = Student(
             model,
