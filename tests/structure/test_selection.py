@@ -41,7 +41,7 @@ def test_dimensions_go_with_their_head_and_are_told_head_by_head():
     queries = structure.sublayers_of("attn")[0].queries
     assert selection.kept(queries).tolist() == [5, 6, 7, *range(16, 32)]
     assert selection.layer_sizes(structure) == [
-        {"heads": 3, "qk_dims": [3, 8, 8], "vo_dims": [8, 8, 8], "ffn_dim": 64},
+        {"heads": 3, "kept_heads": [0, 2, 3], "qk_dims": [3, 8, 8], "vo_dims": [8, 8, 8], "ffn_dim": 64},
         {"heads": 4, "qk_dims": [8, 8, 8, 8], "vo_dims": [8, 8, 8, 6], "ffn_dim": 64},
     ]
 
