@@ -134,7 +134,7 @@ def _poison(setup):
     teach = trainer.teacher.teach
     if trainer.world.rank == 1:
         trainer.teacher.teach = spoiled(teach, float("nan"))
-    with pytest.raises(NumericsError, match="step 1: not finite on rank 1: losses, gate.head"):
+    with pytest.raises(NumericsError, match=r"step 1: not finite on rank 1: losses, gate\.head"):
         trainer.step(1)
     return before == trainer.replica.fingerprint()
 
