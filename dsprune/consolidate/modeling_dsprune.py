@@ -5,10 +5,11 @@
 built as the stock class and its modules are then made smaller; a removed sublayer is bypassed and a
 layer without sublayers is not there at all.
 
-Attention heads that kept unequal numbers of query/key and value/output dimensions are packed: their
-weights are stored without padding and padded with zeros, when they are used, to one head size a layer,
-so that the stock attention runs all heads in one call. Zero query dimensions add nothing to a score,
-zero value dimensions nothing to an output; the scale stays that of the dense head.
+Attention heads that kept unequal numbers of query/key and value/output dimensions are packed: what their
+linears give is placed among zeros, to one head size a layer, so that the stock attention runs all heads in
+one call, and taken out of it again before the output linear. Zero query dimensions add nothing to a score,
+zero value dimensions nothing to an output; the scale stays that of the dense head. Only what was kept is
+stored and multiplied.
 
 A sublayer that writes only some coordinates of the residual stream computes those rows alone, and
 spreads them over the width with zeros between.
@@ -76,6 +77,12 @@ class Bypass(nn.Module):
         return self.rule
 
 
+def _index(places: list[int], device: torch.device) -> torch.Tensor:
+    """Places as an index; one that was made in inference could not serve training later."""
+    with torch.inference_mode(False):
+        return torch.tensor(places, device=device)
+
+
 class Spread(nn.Module):
     """Places values in a wider last axis, zeros between; nothing where they fill it.
 
@@ -93,7 +100,7 @@ class Spread(nn.Module):
         if len(self.places) == self.width:
             return x
         if self._index is None or self._index.device != x.device:
-            self._index = torch.tensor(self.places, device=x.device)
+            self._index = _index(self.places, x.device)
         return x.new_zeros(*x.shape[:-1], self.width).index_copy(-1, self._index, x)
 
     def extra_repr(self) -> str:
@@ -136,59 +143,33 @@ class SpreadLinear(nn.Linear):
         return rows
 
 
-class PackedLinear(nn.Linear):
-    """A linear whose rows or columns belong to heads of unequal size, padded with zeros when it is used.
-
-    In inference the padded weights are kept from one call to the next, as long as the weights stay the same.
+class GatherLinear(nn.Linear):
+    """A linear that reads only some places of its input.
 
     Args:
-        axis: 0 where the rows belong to heads, 1 where the columns do.
-        counts: units of each head, in the order of the weight.
-        size: units of each head once padded.
+        shape: out and in, as stored.
+        places: index of each place that is read, ascending.
+        width: of the input.
         spread: of the output, where only some of its rows are computed.
     """
 
     def __init__(
-        self, shape: list[int], axis: int, counts: list[int], size: int, spread: Spread | None = None, **options: Any
+        self, shape: list[int], places: list[int], width: int, spread: Spread | None = None, **options: Any
     ) -> None:
         super().__init__(shape[1], shape[0], **options)
-        self.spread = spread
-        self.axis, self.size, self.heads = axis, size, len(counts)
-        self.places = [head * size + unit for head, count in enumerate(counts) for unit in range(count)]
-        self._kept: tuple[Any, tuple[torch.Tensor, torch.Tensor | None]] | None = None
-
-    def _padded(self, tensor: torch.Tensor, axis: int) -> torch.Tensor:
-        shape = list(tensor.shape)
-        shape[axis] = self.heads * self.size
-        return tensor.new_zeros(shape).index_copy(axis, torch.tensor(self.places, device=tensor.device), tensor)
-
-    def _weights(self) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Padded weight and bias."""
-        bias = self._padded(self.bias, 0) if self.bias is not None and self.axis == 0 else self.bias
-        return self._padded(self.weight, self.axis), bias
-
-    def _weights_for_inference(self) -> tuple[torch.Tensor, torch.Tensor | None]:
-        owned = [self.weight] if self.bias is None else [self.weight, self.bias]
-        if any(tensor.is_inference() for tensor in owned):  # nothing tells when those change
-            return self._weights()
-        state = [(tensor.data_ptr(), tensor._version, tensor.dtype, tensor.device) for tensor in owned]
-        if self._kept is None or self._kept[0] != state:
-            self._kept = (state, self._weights())
-        return self._kept[1]
+        self.places, self.width, self.spread = places, width, spread
+        self._index: torch.Tensor | None = None
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if self.training or torch.is_grad_enabled():
-            self._kept = None
-            y = nn.functional.linear(x, *self._weights())
-        else:
-            y = nn.functional.linear(x, *self._weights_for_inference())
+        if len(self.places) < self.width:
+            if self._index is None or self._index.device != x.device:
+                self._index = _index(self.places, x.device)
+            x = x.index_select(-1, self._index)
+        y = super().forward(x)
         return y if self.spread is None else self.spread(y)  # type: ignore[no-any-return]
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_kept": None}  # copies pad for themselves
-
     def extra_repr(self) -> str:
-        return f"{super().extra_repr()}, {('rows', 'columns')[self.axis]} packed into {self.heads} heads of {self.size}"
+        return f"{super().extra_repr()}, {len(self.places)} of {self.width} inputs"
 
 
 class BlockLinear(nn.Module):
@@ -574,17 +555,24 @@ def _like(module: Any) -> tuple[list[int], dict[str, Any]]:
 
 
 def _pack(layer: nn.Module, family: dict[str, Any], heads: dict[str, list[int]], size: int) -> None:
-    """Let the linears of attention pad their heads to one size, where they are not of that size anyway."""
+    """Let the linears of attention give and take heads of one size, where heads are not of that size anyway."""
     for path, axes in family["layer"].items():
         axis, kind = next(((i, name) for i, name in enumerate(axes) if name in heads), (0, None))
         if kind is None or all(count == size for count in heads[kind]):
             continue
         module: Any = layer.get_submodule(path)
+        width = len(heads[kind]) * size
         if sum(heads[kind]) == 0:
-            _replace(layer, path, Zeros(len(heads[kind]) * size))
+            _replace(layer, path, Zeros(width))
             continue
+        places = [head * size + unit for head, count in enumerate(heads[kind]) for unit in range(count)]
         shape, options = _like(module)
-        _replace(layer, path, PackedLinear(shape, axis, heads[kind], size, getattr(module, "spread", None), **options))
+        packed: nn.Module = (
+            SpreadLinear(shape, Spread(places, width), **options)
+            if axis == 0
+            else GatherLinear(shape, places, width, getattr(module, "spread", None), **options)
+        )
+        _replace(layer, path, packed)
 
 
 def _rows(sizes: dict[str, Any], kind: str, hidden: int) -> Spread:
