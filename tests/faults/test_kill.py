@@ -187,7 +187,7 @@ def test_f05_hung_rank(place, undisturbed, tmp_path, monkeypatch):
             time.sleep(0.1)
         os.kill(pids[1], signal.SIGKILL)
 
-    ending = run_to_the_end(_hangs, 2, 3, *words(place, run), meddle=wake_for_the_end)
+    ending = run_to_the_end(_hangs, 2, 3, *words(place, run), "cluster.timeout_minutes=0.15", meddle=wake_for_the_end)
     assert ending.codes == [69, KILLED], ending.log
     assert "hung for longer than cluster.timeout_minutes" in status(run)["reason"]
     waited = status(run)["written"] - (run / "metrics.jsonl").stat().st_mtime
