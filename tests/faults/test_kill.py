@@ -120,6 +120,7 @@ def test_f03_random_kills(place, undisturbed, request, capsys, tmp_path):
     seed = request.config.getoption("kill_seed")
     seed = random.SystemRandom().randrange(10**6) if seed is None else seed
     rng = random.Random(seed)
+    print(f"seed {seed}")  # shown where the test fails
     fired = finished = unresumable = same = 0
     began = time.monotonic()
     while fired < kills:
