@@ -203,9 +203,9 @@ class PruneConfig(OptimConfig):
     """Length of the whole stage, the pre-pruning phase included."""
     start: Literal["pretrained", "teacher"] = "pretrained"
     """Weights that the student starts from (the paper: pretrained)."""
-    embedding_rank: int | None = Field(None, ge=1)
+    embedding_rank: int = Field(0, ge=0)
     """Factor the student's word embedding to this rank by a singular value decomposition, before pruning (GRAIN:
-    192); by default it stays whole."""
+    192); 0 leaves it whole."""
 
 
 class RecoverConfig(OptimConfig):

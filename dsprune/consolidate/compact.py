@@ -128,7 +128,7 @@ def compact_config(
         structure: of the dense model.
         selection: what is kept.
         method: name of the method, for the record.
-        head_multiple: heads of unequal size are padded, when they are used, to a multiple of this.
+        head_multiple: heads of unequal size are padded, when they run, to a multiple of this.
 
     Returns:
         A stock configuration where all that is left fits the stock class, else one that names the

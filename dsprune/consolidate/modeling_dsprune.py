@@ -5,12 +5,12 @@
 built as the stock class and its modules are then made smaller; a removed sublayer is bypassed and a
 layer without sublayers is not there at all.
 
-Attention heads that kept unequal numbers of query/key and value/output dimensions are packed: their
-weights are stored without padding and padded with zeros, when they are used, to one head size a layer,
-so that the stock attention runs all heads in one call. Zero query dimensions add nothing to a score,
-zero value dimensions nothing to an output; the scale stays that of the dense head. Under rotary positions
-the pairs of dimensions that any head of a layer kept have one place for all its heads, and turn at the
-speed that they had in the dense head.
+Attention heads that kept unequal numbers of query/key and value/output dimensions are packed: what their
+linears give is placed among zeros, to one head size a layer, so that the stock attention runs all heads in
+one call, and taken out of it again before the output linear. Zero query dimensions add nothing to a score,
+zero value dimensions nothing to an output; the scale stays that of the dense head. Only what was kept is
+stored and multiplied. Under rotary positions the pairs of dimensions that any head of a layer kept have one
+place for all its heads, and turn at the speed that they had in the dense head.
 
 A sublayer that writes only some coordinates of the residual stream computes those rows alone, and
 spreads them over the width with zeros between.
@@ -89,6 +89,12 @@ class Bypass(nn.Module):
         return self.rule
 
 
+def _index(places: list[int], device: torch.device) -> torch.Tensor:
+    """Places as an index; one that was made in inference could not serve training later."""
+    with torch.inference_mode(False):
+        return torch.tensor(places, device=device)
+
+
 class Spread(nn.Module):
     """Places values in a wider last axis, zeros between; nothing where they fill it.
 
@@ -106,7 +112,7 @@ class Spread(nn.Module):
         if len(self.places) == self.width:
             return x
         if self._index is None or self._index.device != x.device:
-            self._index = torch.tensor(self.places, device=x.device)
+            self._index = _index(self.places, x.device)
         return x.new_zeros(*x.shape[:-1], self.width).index_copy(-1, self._index, x)
 
     def extra_repr(self) -> str:
@@ -166,16 +172,13 @@ class SpreadLinear(nn.Linear):
         return rows
 
 
-class PackedLinear(nn.Linear):
-    """A linear [out, in] whose rows or columns belong to heads of unequal size, padded with zeros when it is used.
-
-    In inference the padded weights are kept from one call to the next, as long as the weights stay the same.
+class GatherLinear(nn.Linear):
+    """A linear [out, in] that reads only some places of its input.
 
     Args:
         shape: out and in, as stored.
-        axis: 0 where the rows belong to heads, 1 where the columns do.
-        places: index of each of those in the padded axis.
-        width: of the padded axis.
+        places: index of each place that is read.
+        width: of the input.
         spread: of the output, where only some of its rows are computed.
         transposed: whether the weight is held as [in, out].
     """
@@ -183,7 +186,6 @@ class PackedLinear(nn.Linear):
     def __init__(
         self,
         shape: list[int],
-        axis: int,
         places: list[int],
         width: int,
         spread: Spread | None = None,
@@ -192,44 +194,22 @@ class PackedLinear(nn.Linear):
         **options: Any,
     ) -> None:
         super().__init__(shape[1], shape[0], **options)
-        self.axis, self.places, self.width = axis, places, width
+        self.places, self.width = places, width
         self.spread, self.transposed = spread, transposed
         if transposed:
             _store_transposed(self)
-        self._kept: tuple[Any, tuple[torch.Tensor, torch.Tensor | None]] | None = None
-
-    def _padded(self, tensor: torch.Tensor, axis: int) -> torch.Tensor:
-        shape = list(tensor.shape)
-        shape[axis] = self.width
-        return tensor.new_zeros(shape).index_copy(axis, torch.tensor(self.places, device=tensor.device), tensor)
-
-    def _weights(self) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Padded weight [out, in] and bias."""
-        bias = self._padded(self.bias, 0) if self.bias is not None and self.axis == 0 else self.bias
-        return self._padded(self.weight.t() if self.transposed else self.weight, self.axis), bias
-
-    def _weights_for_inference(self) -> tuple[torch.Tensor, torch.Tensor | None]:
-        owned = [self.weight] if self.bias is None else [self.weight, self.bias]
-        if any(tensor.is_inference() for tensor in owned):  # nothing tells when those change
-            return self._weights()
-        state = [(tensor.data_ptr(), tensor._version, tensor.dtype, tensor.device) for tensor in owned]
-        if self._kept is None or self._kept[0] != state:
-            self._kept = (state, self._weights())
-        return self._kept[1]
+        self._index: torch.Tensor | None = None
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if self.training or torch.is_grad_enabled():
-            self._kept = None
-            y = nn.functional.linear(x, *self._weights())
-        else:
-            y = nn.functional.linear(x, *self._weights_for_inference())
+        if len(self.places) < self.width:
+            if self._index is None or self._index.device != x.device:
+                self._index = _index(self.places, x.device)
+            x = x.index_select(-1, self._index)
+        y = nn.functional.linear(x, self.weight.t() if self.transposed else self.weight, self.bias)
         return y if self.spread is None else self.spread(y)  # type: ignore[no-any-return]
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_kept": None}  # copies pad for themselves
-
     def extra_repr(self) -> str:
-        return f"{super().extra_repr()}, {('rows', 'columns')[self.axis]} padded to {self.width}"
+        return f"{super().extra_repr()}, {len(self.places)} of {self.width} inputs"
 
 
 class BlockLinear(nn.Module):
@@ -677,7 +657,7 @@ class RotaryChoice:
     def __call__(self, _module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
         rotations = kwargs["position_embeddings"]
         if self._index is None or self._index.device != rotations[0].device:
-            self._index = torch.tensor(self.dims, device=rotations[0].device)
+            self._index = _index(self.dims, rotations[0].device)
         chosen = tuple(part.index_select(-1, self._index) for part in rotations)
         return args, {**kwargs, "position_embeddings": chosen}
 
@@ -696,7 +676,7 @@ def _like(module: Any) -> tuple[list[int], dict[str, Any]]:
 
 
 def _pack(layer: nn.Module, family: dict[str, Any], layout: HeadLayout) -> None:
-    """Let the linears of attention pad their heads to one size, where they are not of that size anyway."""
+    """Let the linears of attention give and take heads of one size, where heads are not of that size anyway."""
     spec = family["attention"]
     for path, axes in family["layer"].items():
         axis = next((i for i, name in enumerate(axes) if name.split(" + ")[0] in layout.places), None)
@@ -708,8 +688,12 @@ def _pack(layer: nn.Module, family: dict[str, Any], layout: HeadLayout) -> None:
             _replace(layer, path, Zeros(width))
         elif places != list(range(width)):
             shape, options = _like(module)
-            spread = getattr(module, "spread", None)
-            _replace(layer, path, PackedLinear(shape, axis, places, width, spread, **options))
+            packed: nn.Module = (
+                SpreadLinear(shape, Spread(places, width), **options)
+                if axis == 0
+                else GatherLinear(shape, places, width, getattr(module, "spread", None), **options)
+            )
+            _replace(layer, path, packed)
     if layout.pairs:
         owner = layer.get_submodule(spec["query"].rpartition(".")[0])
         owner.register_forward_pre_hook(RotaryChoice(layout.pairs, layout.dense), with_kwargs=True)

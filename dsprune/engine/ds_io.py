@@ -38,7 +38,11 @@ def only_weights(engine: Any) -> Iterator[None]:
 
 @contextmanager
 def staying_in_step(engine: Any) -> Iterator[None]:
-    """While in force, an error while writing a shard is held back until the engine's own collectives are over."""
+    """While in force, an error while writing a shard is held back until the engine's own collectives are over.
+
+    The scripts that DeepSpeed puts beside its shards are not written: they know nothing of gates, and rank 0 would
+    leave over a full disk while it copies them.
+    """
     errors: list[Exception] = []
     write = engine.checkpoint_engine.save
 
@@ -49,9 +53,10 @@ def staying_in_step(engine: Any) -> Iterator[None]:
             errors.append(error)
 
     engine.checkpoint_engine.save = save
+    engine._copy_recovery_script = lambda path: None
     try:
         yield
     finally:
-        del engine.checkpoint_engine.save
+        del engine.checkpoint_engine.save, engine._copy_recovery_script
     if errors:
         raise errors[0]

@@ -128,8 +128,26 @@ def check_before_commit(trainer: Trainer, step: int) -> None:
 def _local_weights(engine: Any) -> Iterator[Tensor]:
     """The master weights that this rank holds."""
     optimizer = engine.optimizer
-    for name in ("single_partition_of_fp32_groups", "fp32_partitioned_groups_flat", "fp32_groups_flat_partition"):
+    if hasattr(optimizer, "fp32_partitioned_groups_flat"):
+        yield from _shares(optimizer)
+        return
+    for name in ("single_partition_of_fp32_groups", "fp32_groups_flat_partition"):
         if hasattr(optimizer, name):
             yield from (part.detach() for part in getattr(optimizer, name))
             return
     yield from (param.detach() for param in engine.module.parameters())
+
+
+def _shares(optimizer: Any) -> Iterator[Tensor]:
+    """This rank's part of every parameter under ZeRO-3, without what makes parts equally long.
+
+    DeepSpeed never writes that padding: it holds whatever was in memory before, infinities included.
+    """
+    rank = torch.distributed.get_rank()
+    for params, flat in zip(optimizer.fp16_groups, optimizer.fp32_partitioned_groups_flat, strict=True):
+        offset = 0
+        for param in params:
+            numel = param.ds_tensor.ds_numel
+            own = min(max(param.ds_numel - rank * numel, 0), numel)
+            yield flat.detach()[offset : offset + own]
+            offset += numel

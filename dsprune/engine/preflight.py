@@ -205,7 +205,7 @@ def preflight(config: RunConfig, world_size: int) -> Preflight:
     assert teacher_ds is not None
     check_output(Path(config.output))
     model = skeleton(config.model.name, task, config.model.revision)
-    if config.prune.embedding_rank is not None:
+    if config.prune.embedding_rank:
         check_rank(model, config.prune.embedding_rank)
         factor_embedding(model, family_for(model.config.model_type).as_dict(), config.prune.embedding_rank)
     structure = analyze(model)

@@ -228,7 +228,7 @@ class Run:
         source = self.teacher_source if config.start == "teacher" else self.config.model.name
         self._seed("head")
         model = self._load_student(source, ds_config)
-        if config.embedding_rank is not None:
+        if config.embedding_rank:
             factor_word_embedding(model, config.embedding_rank)
         student = Student(
             model,

@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 import torch
 import torch._dynamo  # before any model is built under ZeRO-3, whose patched constructors break its lazy import
 import torch.distributed as dist
+from torch.distributed import distributed_c10d
 
 from dsprune.engine.requirements import quiet_import
 from dsprune.errors import ConfigError, DspruneError
@@ -112,8 +113,12 @@ def start_world(timeout_minutes: float = 30.0) -> World:
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     if accelerator.device_name() != "cpu":
         accelerator.set_device(local_rank)
+    timeout = datetime.timedelta(minutes=timeout_minutes)
+    # The engines make process groups of their own, and name no time-out for them.
+    for default in ("default_pg_timeout", "default_pg_nccl_timeout"):
+        setattr(distributed_c10d, default, timeout)
     try:
-        deepspeed.init_distributed(timeout=datetime.timedelta(minutes=timeout_minutes), verbose=False)
+        deepspeed.init_distributed(timeout=timeout, verbose=False)
     except (dist.DistNetworkError, dist.DistStoreError) as error:
         where = f"{os.environ.get('MASTER_ADDR')}, port {os.environ.get('MASTER_PORT')}"
         reason = str(error).strip().splitlines()[0]

@@ -63,7 +63,7 @@ def _save(folder: Path, layers: int) -> int:
         Selection.from_gates(structure, gates).save(path / "selection.safetensors")
 
     store = CheckpointStore(folder / "prune" / "checkpoints", "prune", world, keep=1, method="random")
-    store.save(engine, Snapshot(1, {}, {}, None, describe), None)
+    store.save(engine, Snapshot(1, {}, {}, None, describe, {}), None)
     return count
 
 

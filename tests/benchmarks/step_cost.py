@@ -65,7 +65,7 @@ def _plain(options: argparse.Namespace, world: World, stage: int) -> tuple[Train
     return Trainer(stage="teacher", engine=engine, batches=batches, **common), teacher
 
 
-def _pruning(options: argparse.Namespace, world: World, stage: int, name: str) -> Trainer:
+def pruning_trainer(options: argparse.Namespace, world: World, stage: int, name: str) -> Trainer:
     method, method_options, distillation = METHODS[name]
     task, ds_config, common, teacher, batches = _common(options, world, stage)
     model = load_model(options.model, task, ds_config)
@@ -93,7 +93,7 @@ def _pruning(options: argparse.Namespace, world: World, stage: int, name: str) -
     )
 
 
-def _timed(call: Any) -> float:
+def timed(call: Any) -> float:
     if torch.cuda.is_available():
         torch.cuda.synchronize()
     began = time.perf_counter()
@@ -106,7 +106,7 @@ def _timed(call: Any) -> float:
 def measure(options: argparse.Namespace, world: World, stage: int) -> list[list[str]]:
     """Rows of a stage: method, the three medians in milliseconds, and the ratio."""
     plain, teacher = _plain(options, world, stage)
-    pruning = {name: _pruning(options, world, stage, name) for name in options.method}
+    pruning = {name: pruning_trainer(options, world, stage, name) for name in options.method}
     times: dict[str, list[float]] = {name: [] for name in ("plain", "teacher", *pruning)}
     for step in range(options.warmup + options.steps):
         batch = plain.batches.micro_batch(step, 0)
@@ -116,7 +116,7 @@ def measure(options: argparse.Namespace, world: World, stage: int) -> list[list[
             **{name: lambda step=step, trainer=trainer: trainer.step(step) for name, trainer in pruning.items()},
         }
         for name, call in calls.items():
-            elapsed = _timed(call)
+            elapsed = timed(call)
             if name == "teacher":
                 teacher.let_go()
             if step >= options.warmup:

@@ -120,6 +120,7 @@ def test_f03_random_kills(place, undisturbed, request, capsys, tmp_path):
     seed = request.config.getoption("kill_seed")
     seed = random.SystemRandom().randrange(10**6) if seed is None else seed
     rng = random.Random(seed)
+    print(f"seed {seed}")  # shown where the test fails
     fired = finished = unresumable = same = 0
     began = time.monotonic()
     while fired < kills:
@@ -187,7 +188,7 @@ def test_f05_hung_rank(place, undisturbed, tmp_path, monkeypatch):
             time.sleep(0.1)
         os.kill(pids[1], signal.SIGKILL)
 
-    ending = run_to_the_end(_hangs, 2, 3, *words(place, run), meddle=wake_for_the_end)
+    ending = run_to_the_end(_hangs, 2, 3, *words(place, run), "cluster.timeout_minutes=0.15", meddle=wake_for_the_end)
     assert ending.codes == [69, KILLED], ending.log
     assert "hung for longer than cluster.timeout_minutes" in status(run)["reason"]
     waited = status(run)["written"] - (run / "metrics.jsonl").stat().st_mtime

@@ -58,7 +58,8 @@ def test_f04_launcher_killed(place, undisturbed, tmp_path, victim):
     run = tmp_path / "run"
     launch = (*words(place, run), "--ranks", "2")
     process = _start("-m", "dsprune", "train", *launch)
-    _until(lambda: bool(checkpoints(run)), process)
+    # As early as there is something to lose: the run is over in seconds.
+    _until(lambda: (run / "status.json").exists() and status(run)["stage"] == "prune", process)
     killed = _of(run, victim)
     assert len(killed) == 1
     os.kill(killed[0], signal.SIGKILL)

@@ -5,6 +5,7 @@ A launch through the real launcher costs half a minute, mostly imports; a forked
 
 from __future__ import annotations
 
+import faulthandler
 import os
 import pickle
 import shutil
@@ -22,6 +23,8 @@ from typing import Any
 from tqdm import tqdm
 
 COLLECTIVE_TIMEOUT = 60.0
+HUNG_SECONDS = 100.0
+"""After which a rank says where it is: no test lets one run for longer than two minutes."""
 
 
 def preload() -> None:
@@ -47,6 +50,7 @@ def _be_rank(fn: Callable[..., Any], rank: int, world_size: int, folder: Path, a
         os.dup2(log, 2)
         sys.stdout = os.fdopen(1, "w", buffering=1, closefd=False)
         sys.stderr = os.fdopen(2, "w", buffering=1, closefd=False)
+        faulthandler.dump_traceback_later(HUNG_SECONDS, file=2)
         os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size), OMP_NUM_THREADS="1")
         # Only read by libraries that insist on them; ranks meet through the file.
         os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT="29999")
