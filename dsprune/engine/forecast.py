@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -98,7 +99,8 @@ class Forecast:
 
 def _config(source: str) -> PretrainedConfig:
     try:
-        return AutoConfig.from_pretrained(resolve_source(source.removesuffix("/config.json")))
+        # A single file will do, whatever its name.
+        return AutoConfig.from_pretrained(source if Path(source).is_file() else resolve_source(source))
     except (OSError, ValueError) as error:
         raise ConfigError(f"cannot load model '{source}': {str(error).strip().splitlines()[0]}") from error
 
