@@ -16,6 +16,7 @@ import torch._dynamo  # before any model is built under ZeRO-3, whose patched co
 import torch.distributed as dist
 from torch.distributed import distributed_c10d
 
+from dsprune.engine.operators import skip_shared_memory
 from dsprune.engine.requirements import quiet_import
 from dsprune.errors import ConfigError, DspruneError
 
@@ -113,6 +114,7 @@ def start_world(timeout_minutes: float = 30.0) -> World:
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     if accelerator.device_name() != "cpu":
         accelerator.set_device(local_rank)
+    skip_shared_memory()
     timeout = datetime.timedelta(minutes=timeout_minutes)
     # The engines make process groups of their own, and name no time-out for them.
     for default in ("default_pg_timeout", "default_pg_nccl_timeout"):

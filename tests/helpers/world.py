@@ -29,9 +29,9 @@ HUNG_SECONDS = 100.0
 
 def preload() -> None:
     """Import, once and before any fork, what every rank would import for itself."""
-    from dsprune.engine.requirements import quiet_import
+    from dsprune.engine.operators import skip_shared_memory
 
-    quiet_import()
+    skip_shared_memory()
     import torch
     import torch._dynamo
     from deepspeed.runtime.zero.muon import muon_optimizer  # noqa: F401 (imported lazily at engine start)

@@ -1,0 +1,54 @@
+"""What is compiled, what is not, and that nobody waits for the dead."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from dsprune.errors import ConfigError
+from tests.helpers.settings import ROWS
+from tests.helpers.training import Setup, trajectory
+from tests.helpers.world import run_world
+
+
+def test_nothing_is_compiled_where_nothing_is_offloaded(tmp_path):
+    code = "from dsprune.engine.world import start_world; start_world(); print('started')"
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env={**os.environ, "TORCH_EXTENSIONS_DIR": str(tmp_path), "PYTHONPATH": str(Path(__file__).parents[2])},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert "started" in done.stdout, done.stderr
+    assert "built" not in done.stdout
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_offloaded_optimizer_needs_a_compiler(monkeypatch):
+    from dsprune.engine import operators
+
+    monkeypatch.setattr(operators.shutil, "which", lambda tool: None)
+    with pytest.raises(ConfigError, match=r"compiled at first use and needs g\+\+ and ninja"):
+        operators.build_cpu_adam()
+
+
+def _after_a_kill(setup):
+    from deepspeed.ops.op_builder import CPUAdamBuilder
+
+    folder = Path(os.environ["TORCH_EXTENSIONS_DIR"]) / CPUAdamBuilder.NAME
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "lock").touch()
+    return trajectory(setup)["losses"]
+
+
+@pytest.mark.dist
+@pytest.mark.slow
+def test_an_offloaded_optimizer_trains_though_a_compilation_was_killed():
+    """The file that torch's compilation left would make every later launch wait for ever. Compiles for a minute."""
+    (ours,) = run_world(_after_a_kill, 1, Setup(ROWS[0], stage=3, precision="offload"))
+    (whole,) = run_world(trajectory, 1, Setup(ROWS[0], stage=3))
+    for step, other in zip(ours, whole["losses"], strict=True):
+        assert step["total"] == pytest.approx(other["total"], rel=1e-4)
