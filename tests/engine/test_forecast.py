@@ -81,7 +81,9 @@ def test_a_model_of_any_size_is_planned_without_weights(tmp_path):
     config = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "num_hidden_layers": 80, **sizes}
     (tmp_path / "large.json").write_text(json.dumps(config))
     arguments = {"teacher": None, "ranks": 64, "batch": 1, "length": 2048, "chunk": 512}
-    text = plan_model(str(tmp_path / "large.json"), student_ds="zero3_bf16", teacher_ds="teacher_zero3_bf16", **arguments)
+    text = plan_model(
+        str(tmp_path / "large.json"), student_ds="zero3_bf16", teacher_ds="teacher_zero3_bf16", **arguments
+    )
     assert "68,976,648,192 parameters" in text
     assert "checkpointing" in text
     assert "zero3_nvme" in text

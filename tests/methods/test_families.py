@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -113,3 +115,8 @@ def test_the_table_has_a_row_for_every_family_and_a_reason_for_every_gap():
     assert [line.split(" | ")[0].strip("| ") for line in table.splitlines()[2:]] == list_families()
     assert all(f"({i})" in table for i in range(1, 1 + len(notes.splitlines())))
     assert "no (1)" in table
+
+
+def test_the_readme_shows_the_table_that_the_code_gives():
+    readme = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
+    assert families_table().strip() in readme
