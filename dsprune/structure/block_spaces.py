@@ -101,13 +101,16 @@ def analyze_blocks(model: nn.Module, block: tuple[int, int]) -> BlockStructure:
     family = family_for(str(config.model_type).removeprefix("dsprune_"))
     base = f"{family.base}." if hasattr(model, family.base) else ""
     matrices = []
-    for layer in range(len(facts["layers"])):
+    for layer, sizes in enumerate(facts["layers"]):
+        if not sizes.keys().isdisjoint(("qk_dims", "vo_dims")):
+            raise ArchitectureError(
+                f"layer {layer} holds heads of unequal size: blocks are removed from heads of one size only"
+            )
         root = f"{base}{family.layers}.{layer}"
         for place in family.layer:
             module = _module(model, f"{root}.{place}")
             if isinstance(module, nn.Linear):
                 rows, columns = param_shape(module.weight)
-                _refuse_packed(f"{root}.{place}", module)
                 if rows >= block[0] and columns >= block[1]:
                     matrices.append(BlockMatrix(f"{root}.{place}", layer, place, (rows, columns), block))
     if not matrices:
@@ -126,11 +129,6 @@ def _module(model: nn.Module, path: str) -> nn.Module | None:
         return model.get_submodule(path)
     except AttributeError:
         return None
-
-
-def _refuse_packed(path: str, module: nn.Module) -> None:
-    if hasattr(module, "places"):
-        raise ArchitectureError(f"{path} holds heads of unequal size: blocks are removed from heads of one size only")
 
 
 def block_magnitudes(structure: BlockStructure, read: Callable[[str], Tensor]) -> dict[str, Tensor]:
