@@ -73,7 +73,7 @@ CASES = {
     "fp16 on CPU": (64, "no GPU", lambda f: ("deepspeed.student=zero2_fp16",)),
     "teacher at stage 2": (64, "use stage 0", lambda f: ("deepspeed.teacher=zero2",)),
     "prune before teacher": (64, "run stage 'teacher' first", lambda f: ('stages=["prune"]',)),
-    "unknown family": (65, "gpt2", lambda f: (_other_family(f),)),
+    "unknown family": (65, "mpnet", lambda f: (_other_family(f),)),
     "teacher with other labels": (
         65,
         "label",
@@ -160,9 +160,9 @@ def _empty(folder: Path) -> Path:
 
 
 def _other_family(folder: Path) -> str:
-    path = Path(shutil.copytree(folder / "dense", folder / "gpt2"))
+    path = Path(shutil.copytree(folder / "dense", folder / "mpnet"))
     config = json.loads((path / "config.json").read_text())
-    (path / "config.json").write_text(json.dumps({**config, "model_type": "gpt2", "architectures": ["GPT2Model"]}))
+    (path / "config.json").write_text(json.dumps({**config, "model_type": "mpnet", "architectures": ["MPNetModel"]}))
     return f"model.name={path}"
 
 

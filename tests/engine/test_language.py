@@ -8,7 +8,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 from dsprune.config import load_config
 from dsprune.errors import ArchitectureError, ConfigError, DspruneError
 from dsprune.methods import method_options
-from tests.helpers.folders import language_recipe
+from tests.helpers.folders import language_recipe, tiny_recipe
 from tests.helpers.world import run_world
 
 pytestmark = pytest.mark.dist
@@ -49,12 +49,16 @@ def _preflight(recipe, *overrides):
         (("prune.start=pretrained",), "there are no pretrained weights for the student"),
         (("task.max_length=100",), "task.max_length = 100: the model has 64 positions"),
         (("distill.top_k=100000",), "give fewer, or leave it out"),
-        (("task.name=order", "data.path=none", "distill.top_k=2"), r"distill.top_k: for logits over a vocabulary"),
     ],
 )
 def test_what_cannot_be_is_told_before_anything_runs(tmp_path, overrides, message):
     with pytest.raises(DspruneError, match=message):
         _preflight(language_recipe(tmp_path), *overrides)
+
+
+def test_logits_over_labels_have_no_top(tmp_path):
+    with pytest.raises(ConfigError, match=r"distill\.top_k: for logits over a vocabulary"):
+        _preflight(tiny_recipe(tmp_path), "distill.top_k=2")
 
 
 def test_random_weights_are_asked_for_or_refused(tmp_path):
