@@ -76,6 +76,7 @@ def test_activations_of_a_linear_layer_by_hand():
     assert 2 * 4 * 4096 <= per_row <= 6 * 4 * 4096
 
 
+@pytest.mark.slow
 def test_a_model_of_any_size_is_planned_without_weights(tmp_path):
     sizes = {"hidden_size": 8192, "intermediate_size": 28672, "num_attention_heads": 64, "num_key_value_heads": 8}
     config = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "num_hidden_layers": 80, **sizes}
