@@ -59,6 +59,7 @@ def _rise(folder: Path, num_layers: int) -> float:
     return int(subprocess.run(command, env=env, capture_output=True, text=True, check=True).stdout) / 1000
 
 
+@pytest.mark.slow
 def test_memory_does_not_grow_with_the_number_of_layers(tmp_path):
     layer = 12.6  # MB of one layer
     few, many = _rise(tmp_path / "few", 2), _rise(tmp_path / "many", 12)

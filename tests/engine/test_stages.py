@@ -142,6 +142,7 @@ def test_a_resumed_run_is_the_run_that_was_never_stopped(finished, tmp_path, met
         assert torch.equal(weights[0].read(name), weights[1].read(name)), name
 
 
+@pytest.mark.slow
 def test_pruning_blocks_resumes_bitwise(finish, tmp_path):
     """From the compact model of a finished run, stopped between two checkpoints of the blocks stage."""
     runs = {}
