@@ -110,8 +110,8 @@ class TaskConfig(Section):
     """What the model is to do."""
 
     name: str
-    """Task: one of the nine of GLUE, `squad`, `squad_v2`, `conll2003`, `lm` (causal language modelling), `seq2seq`, or
-    `order`, the generated one."""
+    """Task: one of the nine of GLUE, `squad`, `squad_v2`, `conll2003`, `lm` (causal language modelling), `seq2seq`,
+    `span_corruption` (the missing spans of a text, for encoder-decoders), or `order`, the generated one."""
     max_length: int = Field(128, ge=8)
     """Longest sequence in tokens; longer ones are cut."""
     metric: str | None = None
@@ -125,7 +125,11 @@ class TaskConfig(Section):
     null_threshold: float = 0.0
     """SQuAD v2: how much the score of no answer must exceed the best answer's to be given."""
     text_column: str = "text"
-    """lm: column of the texts, a document a row; blank rows are passed over."""
+    """lm, span_corruption: column of the texts, a document a row; blank rows are passed over."""
+    noise_density: float = Field(0.15, gt=0, lt=1)
+    """span_corruption: share of the tokens that are dropped."""
+    mean_span: float = Field(3.0, ge=1)
+    """span_corruption: tokens of a dropped span, on average."""
     source_column: str = "source"
     """seq2seq: column of the texts that are read."""
     target_column: str = "target"
@@ -135,7 +139,7 @@ class TaskConfig(Section):
     max_target_length: int = Field(64, ge=2)
     """seq2seq: longest target in tokens; longer ones are cut in training, and never written in evaluation."""
     logits_chunk: int = Field(512, ge=1)
-    """lm, seq2seq: tokens of a rank whose logits over the vocabulary exist at a time."""
+    """lm, seq2seq, span_corruption: tokens of a rank whose logits over the vocabulary exist at a time."""
 
 
 class DataConfig(Section):
@@ -146,11 +150,11 @@ class DataConfig(Section):
     revision: str | None = None
     """Hub revision of the data set to pin."""
     dataset: str | None = None
-    """lm, seq2seq: data set of the hub; for lm by default WikiText-2."""
+    """lm, seq2seq, span_corruption: data set of the hub; by default WikiText-2, which seq2seq cannot use."""
     subset: str | None = None
-    """lm, seq2seq: subset of that data set, where it has several."""
+    """lm, seq2seq, span_corruption: subset of that data set, where it has several."""
     evals: tuple[str, ...] = ("validation",)
-    """lm, seq2seq: evaluation splits; figures of `test` are reported, and never picked by."""
+    """lm, seq2seq, span_corruption: evaluation splits; figures of `test` are reported, and never picked by."""
     max_train_examples: int | None = Field(None, ge=1)
     """Use only the first so many training examples."""
     max_eval_examples: int | None = Field(None, ge=1)

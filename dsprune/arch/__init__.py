@@ -1,5 +1,5 @@
 """Model families as data."""
 
-from dsprune.arch.spec import FamilySpec, SublayerSpec, family_for, list_families, load_family
+from dsprune.arch.spec import FamilySpec, StackSpec, SublayerSpec, family_for, list_families, load_family
 
-__all__ = ["FamilySpec", "SublayerSpec", "family_for", "list_families", "load_family"]
+__all__ = ["FamilySpec", "StackSpec", "SublayerSpec", "family_for", "list_families", "load_family"]

@@ -15,16 +15,18 @@ from typing import Any, Literal
 
 from dsprune.errors import ArchitectureError
 
-__all__ = ["FamilySpec", "SublayerSpec", "family_for", "list_families", "load_family"]
+__all__ = ["FamilySpec", "StackSpec", "SublayerSpec", "family_for", "list_families", "load_family"]
 
 Axes = tuple[str, ...]
-StockHeads = Literal["equal", "divides", "free"]
+StockHeads = Literal["equal", "divides", "free", "all"]
 
 
 @dataclass(frozen=True)
 class SublayerSpec:
     """The parts of an attention or FFN sublayer, as paths inside a layer."""
 
+    name: str
+    """What it is called among the sublayers of a layer."""
     output: str
     """Linear whose rows write the residual stream and whose columns read the sublayer's units."""
     norm: str
@@ -40,11 +42,44 @@ class SublayerSpec:
     """Linear of the queries; attention only. Where queries share a weight with keys and values, they come first."""
     members: tuple[str, ...] = ()
     """Other modules of the sublayer that hold parameters of no unit, and go when its last unit goes."""
+    root: str = ""
+    """What the paths of its modules begin with, where a layer has several sublayers of a kind."""
+    bias: Mapping[str, str] = field(default_factory=dict)
+    """How attention is given what it adds to its scores, and hands it to the next layer as its second result:
+    `argument` is its name as an argument. Where it comes from an embedding with a column for each head, which
+    stands in the first layer of the stack and serves all its layers: `table`, its path; `flag`, the attribute by
+    which attention knows that it holds the table; `compute`, the method that reads it."""
+
+    @property
+    def kind(self) -> Literal["attn", "ffn"]:
+        return "attn" if self.query else "ffn"
+
+
+@dataclass(frozen=True)
+class StackSpec:
+    """Layers of one make, one after the other; an encoder-decoder has two such stacks."""
+
+    name: str
+    """Empty where there is but one."""
+    layers: str
+    """List of layers, inside the base."""
+    count: str
+    """Which of the sizes is the number of layers."""
+    layer: Mapping[str, Axes]
+    sublayers: tuple[SublayerSpec, ...]
+    """In the order in which they run; one of them is the FFN."""
+    final_norm: str | None = None
+    """Norm of the residual stream after the last layer, inside the base."""
+    embedding: str | None = None
+    """Module that looks up the word embedding for this stack, where that is not the module which owns it."""
 
 
 @dataclass(frozen=True)
 class FamilySpec:
     """One model family: where its layers are and which space each weight axis lives in.
+
+    A TOML file with one stack of layers, of one attention and one FFN each, has the keys of the stack (`layers`,
+    `layer`, `attention`, `ffn`, `final_norm`) at its top.
 
     The mappings give the axes of each module's weight, output axis first; `"-"` is an axis that
     pruning leaves alone, `"a + b"` one that holds the entries of two spaces, one after the other. A
@@ -54,13 +89,11 @@ class FamilySpec:
     name: str
     model_types: tuple[str, ...]
     base: str
-    layers: str
+    """Attribute of a model with a head that holds everything else; empty where the parts stand beside the head."""
+    stacks: tuple[StackSpec, ...]
     sizes: Mapping[str, str]
     word_embeddings: str
     embeddings: Mapping[str, Axes]
-    layer: Mapping[str, Axes]
-    attention: SublayerSpec
-    ffn: SublayerSpec
     pooler: Mapping[str, Axes]
     heads: Mapping[str, Mapping[str, Axes]]
     embedding_projection: str | None = None
@@ -68,8 +101,6 @@ class FamilySpec:
     """Module that gives out the summed embeddings, where the owner of the word embedding does not."""
     pre_norm: bool = False
     """Whether sublayers read the normed residual stream and add to the bare one, instead of norming the sum."""
-    final_norm: str | None = None
-    """Norm of the residual stream after the last layer."""
     rotary: bool = False
     """Whether queries and keys are rotated, dimension i of a head together with i + head_dim / 2."""
     transposed: frozenset[str] = frozenset()
@@ -84,7 +115,10 @@ class FamilySpec:
     """Kinds of gates that cannot be exported exactly, each with the reason."""
     stock_heads: StockHeads = "equal"
     """What the stock class demands of heads times head size: the hidden size ("equal"), a hidden size that the
-    number of heads divides ("divides"), or nothing ("free")."""
+    number of heads divides ("divides"), nothing ("free"), or that none is missing ("all")."""
+    scaled_head: str | None = None
+    """Key of the configuration by which the stock class scales what the head reads by hidden size ** -0.5, and the
+    head is the word embedding; where it is false, neither."""
 
     def refusal(self, kinds: Iterable[str]) -> str | None:
         """Why gates of these kinds cannot be exported exactly; None where they can."""
@@ -109,18 +143,32 @@ _OPTIONAL = (
     "embedding_projection",
     "embedding_output",
     "pre_norm",
-    "final_norm",
     "rotary",
     "every_token",
     "defaults",
     "requires",
     "refused",
     "stock_heads",
+    "scaled_head",
 )
+_FIRST_STACK = ("attention", "ffn")
+"""Sublayers of the only stack, where there is one."""
 
 
-def _sublayer(table: Mapping[str, Any]) -> SublayerSpec:
-    return SublayerSpec(**{**table, "members": tuple(table.get("members", ()))})
+def _sublayer(name: str, table: Mapping[str, Any]) -> SublayerSpec:
+    return SublayerSpec(**{**table, "name": name, "members": tuple(table.get("members", ()))})
+
+
+def _stack(name: str, table: Mapping[str, Any]) -> StackSpec:
+    return StackSpec(
+        name=name,
+        layers=table["layers"],
+        count=table.get("count", "num_layers"),
+        layer=_axes(table["layer"]),
+        sublayers=tuple(_sublayer(key, table[key]) for key in table.get("sublayers", _FIRST_STACK)),
+        final_norm=table.get("final_norm"),
+        embedding=table.get("embedding"),
+    )
 
 
 def _axes(table: Mapping[str, list[str]]) -> dict[str, Axes]:
@@ -146,13 +194,10 @@ def load_family(name: str) -> FamilySpec:
         name=name,
         model_types=tuple(data["model_types"]),
         base=data["base"],
-        layers=data["layers"],
+        stacks=tuple(_stack(stack, table) for stack, table in data.get("stacks", {"": data}).items()),
         sizes=data["sizes"],
         word_embeddings=data["word_embeddings"],
         embeddings=_axes(data["embeddings"]),
-        layer=_axes(data["layer"]),
-        attention=_sublayer(data["attention"]),
-        ffn=_sublayer(data["ffn"]),
         pooler=_axes(data.get("pooler", {})),
         heads={kind: _axes(table) for kind, table in data["heads"].items()},
         transposed=frozenset(data.get("transposed", ())),

@@ -10,6 +10,7 @@ from dsprune.consolidate.compact import (
     load_compact,
 )
 from dsprune.consolidate.export import ConsolidationReport, consolidate, open_checkpoint
+from dsprune.consolidate.heads import auto_with_own_head, with_own_head
 from dsprune.consolidate.manifest import FORMAT, check_files, find_checkpoint, read_manifest, render_manifest, sha256
 from dsprune.consolidate.modeling_dsprune import factor_embedding
 from dsprune.consolidate.shards import ShardedTensors, open_moments, open_shards
@@ -24,6 +25,7 @@ __all__ = [
     "ShardedTensors",
     "apply_blocks",
     "apply_selection",
+    "auto_with_own_head",
     "check_files",
     "consolidate",
     "factor_embedding",
@@ -37,4 +39,5 @@ __all__ = [
     "read_manifest",
     "render_manifest",
     "sha256",
+    "with_own_head",
 ]

@@ -16,6 +16,7 @@ from transformers.initialization import no_init_weights
 
 from dsprune.arch import family_for
 from dsprune.consolidate import modeling_dsprune
+from dsprune.consolidate.heads import with_own_head
 from dsprune.errors import ArchitectureError, CheckpointError
 from dsprune.structure import (
     BlockSelection,
@@ -58,10 +59,13 @@ NOT_KEPT = ("transformers_version", "_name_or_path", EMBEDDING_RANK)
 
 def surviving(structure: Structure, selection: Selection) -> Iterator[tuple[str, ParamSpec]]:
     """Parameters of the compact model: its name there, and its place in the dense one."""
-    place = {source: i for i, source in enumerate(kept_layers(structure, selection))}
+    place: dict[int, int] = {}
+    for source in kept_layers(structure, selection):
+        start = structure.stack_of(source).start
+        place[source] = sum(start <= other for other in place)
     for param in structure.params.values():
         if not is_removed(param, selection):
-            yield compact_name(structure, param, place), param
+            yield compact_name(structure, param, place, selection), param
 
 
 def kept_layers(structure: Structure, selection: Selection) -> list[int]:
@@ -70,13 +74,21 @@ def kept_layers(structure: Structure, selection: Selection) -> list[int]:
     return sorted(left)
 
 
-def compact_name(structure: Structure, param: ParamSpec, place: dict[int, int]) -> str:
-    """Name of a parameter once layers without sublayers are gone and the others have moved up."""
-    if param.sublayer is None:
+def compact_name(structure: Structure, param: ParamSpec, place: dict[int, int], selection: Selection) -> str:
+    """Name of a parameter once layers without sublayers are gone and the others have moved up.
+
+    Args:
+        structure: of the dense model.
+        param: that is left.
+        place: of each layer that is left, in its stack.
+        selection: what is left.
+    """
+    if param.sublayer is None and not param.users:
         return param.name
-    dense = structure.layer_paths[param.sublayer.layer]
-    root = dense.rpartition(".")[0]
-    return f"{root}.{place[param.sublayer.layer]}{param.name.removeprefix(dense)}"
+    old = param.sublayer or param.users[0]
+    new = param.sublayer or next(user for user in param.users if selection.has_units(user.kind, user.index))
+    dense = structure.layer_paths[old.layer]
+    return f"{dense.rpartition('.')[0]}.{place[new.layer]}{param.name.removeprefix(dense)}"
 
 
 def _facts(structure: Structure, selection: Selection, method: str | None, head_multiple: int) -> dict[str, Any]:
@@ -84,7 +96,10 @@ def _facts(structure: Structure, selection: Selection, method: str | None, head_
     sizes = structure.sizes
     cost = CostModel(structure, empty=selection.empty)
     by_layer = selection.layer_sizes(structure)
-    layers = [{"source": i, **by_layer[i]} for i in kept_layers(structure, selection)]
+    layers: list[dict[str, Any]] = []
+    for i in kept_layers(structure, selection):
+        stack = structure.stack_of(i).spec.name
+        layers.append({"source": i, **({"stack": stack} if stack else {}), **by_layer[i]})
     hard = selection.hard()
     return {
         "format": modeling_dsprune.FORMAT,
@@ -134,19 +149,20 @@ def compact_config(
         A stock configuration where all that is left fits the stock class, else one that names the
         compact classes. Either way `dsprune` tells sizes and parameter counts.
     """
-    facts = _facts(structure, selection, method, head_multiple)
+    facts, family = _facts(structure, selection, method, head_multiple), structure.family
     layers = facts["layers"]
     config = {key: value for key, value in dense.items() if key not in NOT_KEPT}
     groups = max((layer["heads"] for layer in layers), default=0)
+    counts = {stack.count: sum(layer.get("stack", "") == stack.name for layer in layers) for stack in family.stacks}
     sizes = {
-        "num_layers": len(layers),
+        **counts,
         "num_heads": groups * structure.sizes.heads_per_group,
         "num_groups": groups,
         "head_dim": structure.sizes.head_dim,
         "ffn_dim": max((layer["ffn_dim"] for layer in layers), default=0),
         "hidden": facts["hidden"],
     }
-    config |= {theirs: sizes[ours] for ours, theirs in structure.family.sizes.items()}
+    config |= {theirs: sizes[ours] for ours, theirs in family.sizes.items()}
     config["dsprune"] = facts
     if config.get("layer_types"):
         config["layer_types"] = [config["layer_types"][layer["source"]] for layer in layers]
@@ -196,6 +212,8 @@ def _fits_stock(config: dict[str, Any], structure: Structure, selection: Selecti
     heads, hidden = config[names["num_heads"]], config[names["hidden"]]
     if not stock_heads_fit(structure, heads, hidden) or not config["architectures"]:
         return False
+    if hidden != structure.sizes.hidden and structure.scales_head:
+        return False
     ours = {name: compact_shape(param, selection) for name, param in surviving(structure, selection)}
     theirs = without_weights(config)
     return ours == {name: tuple(param.shape) for name, param in theirs.named_parameters()}
@@ -237,7 +255,7 @@ def without_weights(config: dict[str, Any]) -> nn.Module:
     cls = model_class(config)
     built = cls.config_class.from_dict(dict(config))  # type: ignore[attr-defined]
     with no_init_weights(), init_empty_weights(include_buffers=False):
-        model = cls(built).eval()
+        model = with_own_head(cls, built, lambda: cls(built)).eval()
         if EMBEDDING_RANK in config:
             modeling_dsprune.factor_embedding(model, family_for(built.model_type).as_dict(), config[EMBEDDING_RANK])
     # Parameters on the meta device are new ones, which nothing has tied.
@@ -325,4 +343,6 @@ def load_compact(folder: str | Path, **options: Any) -> nn.Module:
         raise CheckpointError(f"{folder} is not a model folder: {path} cannot be read") from error
     if "dsprune" not in config:
         raise CheckpointError(f"{folder} was not made by dsprune: load it with transformers")
-    return model_class(config).from_pretrained(str(folder), use_safetensors=True, **options)  # type: ignore[attr-defined, no-any-return]
+    cls: Any = model_class(config)
+    built = cls.config_class.from_dict(dict(config))
+    return with_own_head(cls, built, lambda: cls.from_pretrained(str(folder), use_safetensors=True, **options))

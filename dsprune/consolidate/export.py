@@ -399,7 +399,7 @@ class _Export:
         gating.set(selection.gates)
         hidden = selection.kept(structure.hidden)
         # A bare encoder hands out the residual stream itself.
-        return self._verify(lambda masked: masked if structure.base else masked[..., hidden])
+        return self._verify(lambda masked: masked if structure.has_head else masked[..., hidden])
 
     def _verify(self, kept: Callable[[Tensor], Tensor]) -> float:
         """The gated model against the written one; `kept` picks what of the first the second still has."""

@@ -12,6 +12,10 @@ zero value dimensions nothing to an output; the scale stays that of the dense he
 stored and multiplied. Under rotary positions the pairs of dimensions that any head of a layer kept have one
 place for all its heads, and turn at the speed that they had in the dense head.
 
+Attention that adds to its scores what an embedding with a column for each head gives, one for all layers of a
+stack: the first attention that is left holds that embedding, whole, every layer takes the columns of its own
+heads and hands on all of them.
+
 A sublayer that writes only some coordinates of the residual stream computes those rows alone, and
 spreads them over the width with zeros between.
 
@@ -44,6 +48,8 @@ HEADS = {
     "ForQuestionAnswering": "AutoModelForQuestionAnswering",
     "ForCausalLM": "AutoModelForCausalLM",
     "LMHeadModel": "AutoModelForCausalLM",
+    "ForConditionalGeneration": "AutoModelForSeq2SeqLM",
+    "EncoderModel": "AutoModelForTextEncoding",
 }
 ENCODER_HEADS = ("Model", "ForSequenceClassification", "ForTokenClassification", "ForQuestionAnswering")
 DECODER_HEADS = ("Model", "ForSequenceClassification", "ForCausalLM")
@@ -58,6 +64,7 @@ FAMILIES = {
     "qwen2": ("Qwen2", DECODER_HEADS),
     "qwen3": ("Qwen3", DECODER_HEADS),
     "gpt2": ("GPT2", ("Model", "ForSequenceClassification", "LMHeadModel")),
+    "t5": ("T5", ("Model", "EncoderModel", "ForConditionalGeneration")),
 }
 """By model type: what class names begin with, and what they end with."""
 
@@ -66,14 +73,14 @@ class Bypass(nn.Module):
     """Stands where a removed sublayer's module stood and returns one of its arguments, or zero.
 
     Args:
-        rule: "first", "second", "zero" or the name of a child that answers; with ", none" where the module also
-            returns attention weights.
+        rule: "first", "second", "zero" or the name of a child that answers; then, where the module returns more than
+            one thing, what else: "none", or the name of an argument that it hands on.
     """
 
     def __init__(self, rule: str) -> None:
         super().__init__()
         self.rule = rule
-        self.what, _, self.more = rule.partition(", ")
+        self.what, *self.more = rule.split(", ")
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         arguments = [*args, *kwargs.values()]
@@ -83,7 +90,8 @@ class Bypass(nn.Module):
             result = getattr(self, self.what)(arguments[0])
         else:
             result = arguments[("first", "second").index(self.what)]
-        return (result, None) if self.more else result
+        more = (None if name == "none" else kwargs.get(name) for name in self.more)
+        return (result, *more) if self.more else result
 
     def extra_repr(self) -> str:
         return self.rule
@@ -602,6 +610,10 @@ class HeadLayout:
         places: for `qk_dim` and `vo_dim`, head by head (or group by group), place of each kept dimension in a head.
         pairs: under rotary positions, the dense pair at each place of half a head; empty where heads are as before.
         copies: query heads that share one key and value head.
+
+    Args:
+        sizes: of the attention.
+        facts: of the model.
     """
 
     def __init__(self, sizes: dict[str, Any], facts: dict[str, Any]) -> None:
@@ -662,6 +674,44 @@ class RotaryChoice:
         return args, {**kwargs, "position_embeddings": chosen}
 
 
+class HeadBias:
+    """Gives attention what its own heads add to their scores, and hands on what it was given for all heads.
+
+    Args:
+        attention: the module; this listens to its calls.
+        spec: `bias` of the sublayer: the argument, and where a table makes it the method that reads the table.
+            Without a table nothing is handed on, and each layer begins anew.
+        heads: which of the dense heads are left.
+    """
+
+    def __init__(self, attention: Any, spec: dict[str, str], heads: list[int]) -> None:
+        self.argument, self.heads, self.shared = spec["argument"], heads, "table" in spec
+        self._index: torch.Tensor | None = None
+        self._whole: torch.Tensor | None = None
+        attention.register_forward_pre_hook(self._before, with_kwargs=True)
+        attention.register_forward_hook(self._after)
+        if self.shared:
+            setattr(attention, spec["compute"], functools.partial(self._computed, getattr(attention, spec["compute"])))
+
+    def _choose(self, whole: torch.Tensor) -> torch.Tensor:
+        self._whole = whole
+        if self._index is None or self._index.device != whole.device:
+            self._index = _index(self.heads, whole.device)
+        return whole.index_select(1, self._index)
+
+    def _computed(self, compute: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
+        return self._choose(compute(*args, **kwargs))
+
+    def _before(self, _module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
+        given = kwargs.get(self.argument) if self.shared else None
+        return args, {**kwargs, self.argument: None if given is None else self._choose(given)}
+
+    def _after(self, _module: nn.Module, _args: Any, output: Any) -> Any:
+        result, _, *more = output
+        whole, self._whole = self._whole, None
+        return (result, whole, *more)
+
+
 def _ones(text: str, width: int) -> list[int]:
     """Which bits of a hexadecimal number are set, the first the most significant."""
     return [i for i, bit in enumerate(f"{int(text, 16):0{width}b}") if bit == "1"]
@@ -675,10 +725,9 @@ def _like(module: Any) -> tuple[list[int], dict[str, Any]]:
     return (shape[::-1], {**options, "transposed": True}) if transposed else (shape, options)
 
 
-def _pack(layer: nn.Module, family: dict[str, Any], layout: HeadLayout) -> None:
+def _pack(layer: nn.Module, weights: dict[str, list[str]], spec: dict[str, Any], layout: HeadLayout) -> None:
     """Let the linears of attention give and take heads of one size, where heads are not of that size anyway."""
-    spec = family["attention"]
-    for path, axes in family["layer"].items():
+    for path, axes in weights.items():
         axis = next((i for i, name in enumerate(axes) if name.split(" + ")[0] in layout.places), None)
         if axis is None:
             continue
@@ -713,32 +762,69 @@ def _make_block_sparse(layer: nn.Module, path: str, block: list[int], kept: int)
     _replace(layer, path, BlockLinear(shape, block, kept, spread=getattr(linear, "spread", None), **options))
 
 
-def _shrink_layer(layer: nn.Module, family: dict[str, Any], sizes: dict[str, Any], facts: dict[str, Any]) -> None:
+def _stacks(family: dict[str, Any]) -> list[dict[str, Any]]:
+    """The stacks of layers; a family with one has the keys of the stack at its top."""
+    if "stacks" in family:
+        return [{"name": name, **stack} for name, stack in family["stacks"].items()]
+    return [{"name": None, "count": "num_layers", "sublayers": ["attention", "ffn"], **family}]
+
+
+def _layers_of(stack: dict[str, Any], facts: dict[str, Any]) -> list[dict[str, Any]]:
+    """Sizes of the layers of a stack."""
+    return [sizes for sizes in facts["layers"] if sizes.get("stack") == stack["name"]]
+
+
+def _sizes_of(sizes: dict[str, Any], name: str) -> dict[str, Any]:
+    """Sizes of one sublayer of a layer: in a table of its own, or beside the others."""
+    own: dict[str, Any] = sizes.get(name, sizes)
+    return own
+
+
+def _weights_of(stack: dict[str, Any], name: str) -> dict[str, list[str]]:
+    """Modules of a layer that may belong to a sublayer, and their axes."""
+    root = stack[name].get("root", "")
+    return {path: axes for path, axes in stack["layer"].items() if path.startswith(root)}
+
+
+def _shrink_layer(layer: nn.Module, stack: dict[str, Any], sizes: dict[str, Any], facts: dict[str, Any]) -> None:
     """Give one layer its own sizes."""
-    layout = HeadLayout(sizes, facts)
-    attention = family["attention"]
-    kept = {"hidden": facts["hidden"], "ffn_dim": sizes["ffn_dim"], **layout.widths()}
-    for path, axes in family["layer"].items():
-        widths = dict(kept)
-        if path == attention["query"]:
-            widths["qk_dim"] *= layout.copies
-        if path == attention["output"]:
-            widths["vo_dim"] *= layout.copies
-        _resize(layer, path, axes, widths)
-    for kind, count in (("attention", sizes["heads"]), ("ffn", sizes["ffn_dim"])):
-        spec = family[kind]
-        spread = _rows(sizes, "attn" if kind == "attention" else "ffn", facts["hidden"])
-        if count == 0:
+    attentions = [name for name in stack["sublayers"] if "query" in stack[name]]
+    layouts = {name: HeadLayout(_sizes_of(sizes, name), facts) for name in attentions}
+    _resize_layer(layer, stack, layouts, {"hidden": facts["hidden"], "ffn_dim": sizes["ffn_dim"]})
+    for name in stack["sublayers"]:
+        spec, own, kind = stack[name], _sizes_of(sizes, name), "attn" if name in layouts else "ffn"
+        spread = _rows(own, kind, facts["hidden"])
+        if own["heads" if name in layouts else "ffn_dim"] == 0:
             _empty_sublayer(layer, spec, facts["empty"], spread)
             continue
         if len(spread.places) < spread.width:
             (_, columns), options = _like(layer.get_submodule(spec["output"]))
             _replace(layer, spec["output"], SpreadLinear([len(spread.places), columns], spread, **options))
-        if kind == "attention":
-            _pack(layer, family, layout)
-            _tell_sizes(layer, spec, {"heads": count * layout.copies, "head_dim": layout.size})
+        if name in layouts:
+            layout = layouts[name]
+            _pack(layer, _weights_of(stack, name), spec, layout)
+            _tell_sizes(layer, spec, {"heads": own["heads"] * layout.copies, "head_dim": layout.size})
+            if spec.get("bias") and "kept_heads" in own:
+                HeadBias(layer.get_submodule(spec["query"].rpartition(".")[0]), spec["bias"], own["kept_heads"])
     for path, stored in sizes.get("blocks", {}).items():
         _make_block_sparse(layer, path, stored["block"], stored["kept"])
+
+
+def _resize_layer(
+    layer: nn.Module, stack: dict[str, Any], layouts: dict[str, HeadLayout], widths: dict[str, int]
+) -> None:
+    """Cut the weights of one layer down to the units that are left."""
+    for path, axes in stack["layer"].items():
+        kept = dict(widths)
+        for name, layout in layouts.items():
+            if path not in _weights_of(stack, name):
+                continue
+            kept |= layout.widths()
+            if path == stack[name]["query"]:
+                kept["qk_dim"] *= layout.copies
+            if path == stack[name]["output"]:
+                kept["vo_dim"] *= layout.copies
+        _resize(layer, path, axes, kept)
 
 
 def _tell_sizes(layer: nn.Module, spec: dict[str, Any], known: dict[str, int]) -> None:
@@ -760,14 +846,31 @@ def _empty_sublayer(layer: nn.Module, spec: dict[str, Any], empty: str, spread: 
         _stand_in(layer, path, rule)
 
 
-def _number_caches(layers: Any, family: dict[str, Any], facts: dict[str, Any]) -> None:
-    """Give the attentions that are left consecutive places in the key/value cache, whose first one tells its length."""
-    owner = family["attention"]["query"].rpartition(".")[0]
-    place = 0
-    for layer, sizes in zip(layers, facts["layers"], strict=True):
-        if sizes["heads"] > 0 and hasattr(layer.get_submodule(owner), "layer_idx"):
-            layer.get_submodule(owner).layer_idx = place
-            place += 1
+def _number_caches(layers: Any, stack: dict[str, Any], sizes: list[dict[str, Any]]) -> None:
+    """Give the attentions that are left consecutive places in the key/value cache, whose first one tells its length.
+
+    Cross attention has a cache of its own.
+    """
+    for name in stack["sublayers"]:
+        owner, place = stack[name].get("query", "").rpartition(".")[0], 0
+        for layer, own in zip(layers, sizes, strict=True):
+            if owner and _sizes_of(own, name)["heads"] > 0 and hasattr(layer.get_submodule(owner), "layer_idx"):
+                layer.get_submodule(owner).layer_idx = place
+                place += 1
+
+
+def _move_tables(layers: Any, stack: dict[str, Any], sizes: list[dict[str, Any]]) -> None:
+    """Put an embedding that attentions share, and that the first layer holds, where the first one is left."""
+    for name in stack["sublayers"]:
+        bias = stack[name].get("bias", {})
+        users = [i for i, own in enumerate(sizes) if "table" in bias and _sizes_of(own, name)["heads"] > 0]
+        if users and users[0] > 0:
+            path, _, leaf = bias["table"].rpartition(".")
+            old, new = (layers[i].get_submodule(path) for i in (0, users[0]))
+            setattr(new, leaf, getattr(old, leaf))
+            delattr(old, leaf)
+            setattr(old, bias["flag"], False)
+            setattr(new, bias["flag"], True)
 
 
 def factor_embedding(model: Any, family: dict[str, Any], rank: int) -> None:
@@ -787,13 +890,15 @@ def _shrink_around(model: Any, base: Any, family: dict[str, Any], facts: dict[st
         _resize(base, path, axes, widths)
     if facts.get("embedding_rank"):
         factor_embedding(model, family, facts["embedding_rank"])
-    if family.get("final_norm"):
-        _resize(base, family["final_norm"], ["hidden"], widths)
+    for stack in _stacks(family):
+        for path, axes in ((stack.get("embedding"), ["-", "hidden"]), (stack.get("final_norm"), ["hidden"])):
+            if path and hasattr(base, path.split(".")[0]):
+                _resize(base, path, axes, widths)
     for path, axes in family.get("pooler", {}).items():
         if getattr(base, path.split(".")[0], None) is not None:
             _resize(base, path, axes, widths)
     for kind, table in family["heads"].items():
-        if base is not model and type(model).__name__.endswith(kind):
+        if (base is not model or not family["base"]) and type(model).__name__.endswith(kind):
             for path, axes in table.items():
                 _resize(model, path, axes, widths)
 
@@ -803,10 +908,13 @@ def shrink(model: Any, facts: dict[str, Any]) -> None:
     family = facts["family"]
     base = getattr(model, family["base"], model)
     _shrink_around(model, base, family, facts)
-    layers: Any = base.get_submodule(family["layers"])
-    for layer, sizes in zip(layers, facts["layers"], strict=True):
-        _shrink_layer(layer, family, sizes, facts)
-    _number_caches(layers, family, facts)
+    for stack in _stacks(family):
+        sizes = _layers_of(stack, facts)
+        layers: Any = base.get_submodule(stack["layers"]) if hasattr(base, stack["layers"].split(".")[0]) else []
+        _move_tables(layers, stack, sizes)
+        for layer, own in zip(layers, sizes, strict=True):
+            _shrink_layer(layer, stack, own, facts)
+        _number_caches(layers, stack, sizes)
     use_calibration(base, facts.get("calibration", ()))
 
 
@@ -816,10 +924,20 @@ def dense_view(config: Any) -> Any:
     view = copy.deepcopy(config)
     # Some constructors look up the class of the base model by that of the configuration.
     view.__class__ = next(base for base in type(config).__mro__ if base.__module__.startswith("transformers."))
-    sizes = {**facts["dense"], "num_layers": len(facts["layers"])}
+    counts = {stack["count"]: len(_layers_of(stack, facts)) for stack in _stacks(facts["family"])}
+    sizes = {**facts["dense"], **counts}
     for ours, theirs in facts["family"]["sizes"].items():
         setattr(view, theirs, sizes[ours])
     return view
+
+
+def tied_weights(cls: Any, family: dict[str, Any], config: Any) -> dict[str, str]:
+    """What a class ties to what; a head with a weight of its own keeps it, though the class may tie every head."""
+    tied: dict[str, str] = cls._tied_weights_keys or {}
+    if getattr(config, family.get("scaled_head", ""), True):
+        return tied
+    heads = {f"{path}.weight" for table in family["heads"].values() for path in table}
+    return {path: source for path, source in tied.items() if path not in heads}
 
 
 class CompactMixin:
@@ -830,6 +948,7 @@ class CompactMixin:
         if not facts or facts.get("format") != FORMAT:
             raise ValueError(f"{type(self).__name__} needs a config.json with a `dsprune` table of format {FORMAT}")
         view = dense_view(config)
+        self._tied_weights_keys = tied_weights(type(self), facts["family"], view)
         super().__init__(view, *args, **kwargs)
         shrink(self, facts)
         # The new modules are no longer those that the stock constructor tied.
@@ -837,7 +956,8 @@ class CompactMixin:
         # The stock constructor chose the attention implementation, on the view.
         config._attn_implementation = view._attn_implementation
         for module in self.modules():
-            if type(getattr(module, "config", None)) is type(view):
+            # Others are copies for a part of the model, and say things that hold for that part alone.
+            if getattr(module, "config", None) is view:
                 module.config = config
 
 

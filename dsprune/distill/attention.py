@@ -31,7 +31,7 @@ class AttentionTap:
 
     def _hook(self, index: int) -> Any:
         def catch(_module: nn.Module, _args: Any, output: Any) -> None:
-            self._caught[index] = output[1]
+            self._caught[index] = output[-1]
 
         return catch
 

@@ -10,9 +10,12 @@ from torch import Tensor
 from dsprune.engine.ds_config import BatchPlan
 from dsprune.engine.world import World
 from dsprune.tasks import Encoded
+from dsprune.tasks.losses import IGNORED
 from dsprune.tasks.sampling import epoch_order, micro_batch, steps_per_epoch
 
 __all__ = ["Batches", "MicroBatch", "to_device"]
+
+NOTHING = torch.zeros(0, dtype=torch.int64)
 
 
 @dataclass
@@ -23,6 +26,7 @@ class MicroBatch:
         inputs: the model's arguments, [batch, length] each.
         labels: [batch], or [batch, length] where tokens are labelled.
         token_index: [tokens] positions of real tokens in the flattened [batch * length].
+        target_index: [targets] positions of what is predicted in the flattened labels; empty for labels of examples.
         num_tokens: [] real tokens of a mean micro-batch of this step, over all ranks and accumulation steps.
         num_targets: [] what is predicted (examples, or labelled tokens) in a mean micro-batch, likewise.
         num_pairs: [] pairs of real tokens (squared lengths) in a mean micro-batch, likewise.
@@ -31,6 +35,7 @@ class MicroBatch:
     inputs: dict[str, Tensor]
     labels: Tensor
     token_index: Tensor
+    target_index: Tensor
     num_tokens: Tensor
     num_targets: Tensor
     num_pairs: Tensor
@@ -84,10 +89,13 @@ class Batches:
 
     def micro_batch(self, step: int, micro_step: int) -> MicroBatch:
         """This rank's micro-batch of a step."""
-        inputs, labels, token_index = to_device(self.data.collate(self._mine(step, micro_step)), self.world)
+        data = self.data.in_epoch(step // self.steps_per_epoch)
+        batch = data.collate(self._mine(step, micro_step))
+        written = (batch["labels"] != IGNORED).flatten().nonzero().flatten() if batch["labels"].dim() == 2 else NOTHING
+        inputs, labels, token_index = to_device(batch, self.world)
         shares = self.plan.world_size * self.plan.accumulation
         indices = self.indices(step)
         lengths = self.data.lengths[indices]
         totals = (int(lengths.sum()), int(self.data.targets[indices].sum()), int(lengths.square().sum()))
         means = torch.tensor([total / shares for total in totals], device=self.world.device)
-        return MicroBatch(inputs, labels, token_index, *means)
+        return MicroBatch(inputs, labels, token_index, written.to(self.world.device, non_blocking=True), *means)

@@ -14,7 +14,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_N
 from dsprune.engine.activations import Build, Lecture, MicroStep, trace_step, trace_teacher
 from dsprune.engine.ds_config import check_teacher_stage, load_ds_config, precision, zero_stage
 from dsprune.engine.memory import States, engine_states
-from dsprune.engine.models import AUTO_CLASSES, resolve_source
+from dsprune.engine.models import AUTO_CLASSES, from_config, resolve_source
 from dsprune.errors import ArchitectureError, ConfigError
 from dsprune.measure.tables import render_table
 
@@ -121,7 +121,7 @@ def _builder(source: str) -> Build:
 
     def build() -> PreTrainedModel:
         try:
-            return AUTO_CLASSES[head_of(config)].from_config(config)  # type: ignore[no-any-return]
+            return from_config(head_of(config), config)
         except ValueError as error:
             raise ArchitectureError(f"model '{source}': {str(error).splitlines()[0]}") from error
 

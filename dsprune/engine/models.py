@@ -27,8 +27,8 @@ from transformers import (
 from transformers.integrations import HfDeepSpeedConfig, unset_hf_deepspeed_config
 from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
-from dsprune.arch import family_for
-from dsprune.consolidate import load_compact
+from dsprune.arch import FamilySpec, StackSpec, family_for
+from dsprune.consolidate import auto_with_own_head, load_compact
 from dsprune.engine.ds_config import precision, zero_stage
 from dsprune.engine.requirements import quiet_import
 from dsprune.errors import ArchitectureError, ConfigError
@@ -40,9 +40,11 @@ __all__ = [
     "check_reads_forward",
     "checkpoint_activations",
     "encoder_layers",
+    "from_config",
     "gathered",
     "hidden_states",
     "is_compact",
+    "layer_stacks",
     "load_model",
     "load_tokenizer",
     "release",
@@ -161,7 +163,7 @@ def load_model(
         family_for(config.model_type)
         if from_scratch:
             config = AutoConfig.from_pretrained(source, revision=revision, **label_config(task))
-            return AUTO_CLASSES[task.head].from_config(config, **options)  # type: ignore[no-any-return]
+            return from_config(task.head, config, **options)
         return _load_dense(source, task, config, revision, options)
 
 
@@ -177,8 +179,8 @@ def _load_dense(
         options |= label_config(task)
     try:
         # Weights that are pickled are refused: opening them could run whatever they hold.
-        model, found = AUTO_CLASSES[task.head].from_pretrained(
-            source, revision=revision, use_safetensors=True, output_loading_info=True, **options
+        model, found = _with_info(
+            AUTO_CLASSES[task.head], config, source, revision=revision, use_safetensors=True, **options
         )
     except (OSError, ValueError) as error:
         raise ConfigError(f"cannot load model '{source}': {_first_line(error)}{_scratch_hint(error)}") from error
@@ -189,6 +191,27 @@ def _load_dense(
             f"is {missing[0]}"
         )
     return model  # type: ignore[no-any-return]
+
+
+def from_config(head: str, config: PretrainedConfig, **options: Any) -> PreTrainedModel:
+    """A model with random weights, on the device that is the default."""
+    auto = AUTO_CLASSES[head]
+    model: PreTrainedModel = auto_with_own_head(auto, config, lambda: auto.from_config(config, **options))
+    return model
+
+
+def _with_info(
+    auto: Any, config: PretrainedConfig, source: str, **options: Any
+) -> tuple[PreTrainedModel, dict[str, Any]]:
+    """A model with its weights, and what is to be said of them."""
+    found: dict[str, Any] = {}
+
+    def make() -> PreTrainedModel:
+        model, info = auto.from_pretrained(source, output_loading_info=True, **options)
+        found.update(info)
+        return model  # type: ignore[no-any-return]
+
+    return auto_with_own_head(auto, config, make), found
 
 
 def _scratch_hint(error: Exception) -> str:
@@ -239,20 +262,38 @@ def label_config(task: Task) -> dict[str, Any]:
     return labels | {"problem_type": "regression" if regression else "single_label_classification"}
 
 
-def encoder_layers(model: PreTrainedModel) -> list[str]:
-    """Paths of the encoder layers of a dense or compact model, from its root."""
-    family = family_for(str(model.config.model_type).removeprefix("dsprune_"))
+def _stacks(model: PreTrainedModel) -> list[tuple[StackSpec, list[str]]]:
+    """The stacks that a dense or compact model has, and the paths of their layers from its root."""
+    family = _family(model)
     base = family.base if hasattr(model, family.base) else ""
-    root = f"{base}.{family.layers}" if base else family.layers
-    layers = model.get_submodule(root)
-    return [f"{root}.{i}" for i in range(len(list(layers.children())))]
+    found = []
+    for stack in family.stacks:
+        root = f"{base}.{stack.layers}" if base else stack.layers
+        if hasattr(model.get_submodule(base), stack.layers.split(".")[0]):
+            count = len(list(model.get_submodule(root).children()))
+            found.append((stack, [f"{root}.{i}" for i in range(count)]))
+    return found
+
+
+def _family(model: PreTrainedModel) -> FamilySpec:
+    return family_for(str(model.config.model_type).removeprefix("dsprune_"))
+
+
+def encoder_layers(model: PreTrainedModel) -> list[str]:
+    """Paths of the layers of a dense or compact model, from its root; stack after stack."""
+    return [path for _, paths in _stacks(model) for path in paths]
+
+
+def layer_stacks(model: PreTrainedModel) -> tuple[int, ...]:
+    """For each layer, which stack it stands in: 0 for those that read the inputs, 1 for a decoder beside an encoder."""
+    return tuple(i for i, (_, paths) in enumerate(_stacks(model)) for _ in paths)
 
 
 def hidden_states(model: PreTrainedModel, *, embeddings: bool) -> list[str]:
     """Modules whose outputs are the hidden states: the layers, and after them the embeddings if wanted."""
-    family = family_for(str(model.config.model_type).removeprefix("dsprune_"))
+    family = _family(model)
     base = getattr(model, family.base, model)
-    module = family.embedding_output or family.word_embeddings.split(".")[0]
+    module = family.stacks[0].embedding or family.embedding_output or family.word_embeddings.split(".")[0]
     if family.embedding_projection is not None and hasattr(base, family.embedding_projection):
         module = family.embedding_projection
     path = f"{family.base}.{module}" if base is not model else module
@@ -260,10 +301,9 @@ def hidden_states(model: PreTrainedModel, *, embeddings: bool) -> list[str]:
 
 
 def attention_modules(model: PreTrainedModel) -> list[str]:
-    """Modules that hand out attention maps, one a layer."""
-    family = family_for(str(model.config.model_type).removeprefix("dsprune_"))
-    owner = family.attention.query.rpartition(".")[0]
-    return [f"{layer}.{owner}" for layer in encoder_layers(model)]
+    """Modules that hand out attention maps, one a layer: cross attention is not among them."""
+    owners = {stack.name: stack.sublayers[0].query.rpartition(".")[0] for stack in _family(model).stacks}
+    return [f"{path}.{owners[stack.name]}" for stack, paths in _stacks(model) for path in paths]
 
 
 @contextmanager

@@ -16,7 +16,7 @@ from dsprune.consolidate import factor_embedding, is_stock
 from dsprune.distill import check_teacher_layers, default_teacher_layers
 from dsprune.engine.ds_config import BatchPlan, load_ds_config, plan_batch, student_config, teacher_config
 from dsprune.engine.factoring import check_rank
-from dsprune.engine.models import AUTO_CLASSES, check_reads_forward, label_config, load_tokenizer, resolve_source
+from dsprune.engine.models import check_reads_forward, from_config, label_config, load_tokenizer, resolve_source
 from dsprune.errors import ArchitectureError, ConfigError, OutputError
 from dsprune.methods import Method, Plan, method_class
 from dsprune.methods.shapes import aimed_sparsity
@@ -57,7 +57,7 @@ def skeleton(source: str, task: Task, revision: str | None = None) -> PreTrained
         check_reads_forward(source, config)
     try:
         with torch.device("meta"):
-            return AUTO_CLASSES[task.head].from_config(config)  # type: ignore[no-any-return]
+            return from_config(task.head, config)
     except ValueError as error:
         raise ArchitectureError(f"model '{source}': {str(error).splitlines()[0]}") from error
 
@@ -117,6 +117,16 @@ def _check_text(config: RunConfig, task: Task, vocab_size: int) -> None:
         raise ConfigError(
             "model.from_scratch = true: there are no pretrained weights for the student to start from; set "
             "prune.start = 'teacher'"
+        )
+
+
+def _check_attentions(config: RunConfig, structure: Structure) -> None:
+    """Attention maps are compared over one sequence of tokens."""
+    if config.distill.attentions > 0 and len(structure.stacks) > 1:
+        raise ConfigError(
+            f"distill.attentions = {config.distill.attentions:g}: the layers of an encoder-decoder "
+            f"('{structure.family.name}') attend over different sequences, and their maps are not distilled: set it to "
+            "0; distill.layers compares hidden states"
         )
 
 
@@ -214,6 +224,7 @@ def preflight(config: RunConfig, world_size: int) -> Preflight:
     _check_padding(model, task)
     _check_teacher(config, task, vocab_size)
     _check_text(config, task, vocab_size)
+    _check_attentions(config, structure)
     layers = config.distill.teacher_layers or default_teacher_layers(structure.sizes.num_layers)
     layers = check_teacher_layers(layers, structure.sizes.num_layers)
     method = build_method(config, structure, total_steps=0, steps_per_epoch=0)

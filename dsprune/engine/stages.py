@@ -50,7 +50,7 @@ from dsprune.structure import (
     block_magnitudes,
     unit_magnitudes,
 )
-from dsprune.tasks import TaskData
+from dsprune.tasks import TaskData, TextTask
 
 __all__ = ["Run"]
 
@@ -397,7 +397,7 @@ class Run:
         matcher = None
         if teacher is not None and teacher.has_taps:
             layers = self.ready.teacher_layers if layers is None else layers
-            matcher = LayerMatcher(self.config.distill.match, layers, sources)
+            matcher = LayerMatcher(self.config.distill.match, layers, sources, teacher.layer_stacks)
         return Trainer(
             stage=stage,
             engine=engine,
@@ -517,7 +517,10 @@ class Run:
             self.ready.tokenizer.save_pretrained(model)
         first = next(iter(self.data.evals.values()))
         batch = first.collate(list(range(min(VERIFY_EXAMPLES, len(first)))))
-        save_verification_batch(folder / "verify.safetensors", {k: v for k, v in batch.items() if k != "labels"})
+        labels = batch.pop("labels")
+        if isinstance(self.task, TextTask):
+            batch = self.task.arguments(trainer.engine.module.model, batch, labels)
+        save_verification_batch(folder / "verify.safetensors", batch)
         if "method" in about:
             about["method"].select().save(folder / "selection.safetensors")
         write_json(folder / "figures.json", self._figures(trainer.stage, scores))

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from dsprune.config import DistillConfig
 from dsprune.distill import UNMATCHED, AttentionTap, HiddenTap, attention_loss, layer_distances, layer_loss
 from dsprune.engine.ds_config import zero_stage
-from dsprune.engine.models import attention_modules, encoder_layers, hidden_states
+from dsprune.engine.models import attention_modules, hidden_states, layer_stacks
 from dsprune.engine.operators import build_cpu_adam
 from dsprune.engine.requirements import quiet_import
 from dsprune.engine.scoring import Taught, make_scorer
@@ -34,9 +34,10 @@ class Lesson:
 
     Attributes:
         taught: what the teacher says of the outputs.
-        hidden: [teacher layers, tokens, width], or None where no layers teach.
-        token_index: [tokens] positions of real tokens in the flattened [batch * length].
-        num_tokens: [] real tokens of a mean micro-batch of this step.
+        hidden: [tokens, width] of each teacher layer, or None where no layers teach.
+        stacks: for each teacher layer, which stack of layers it stands in.
+        token_index: for each stack, [tokens] positions of real tokens in the flattened [batch * length].
+        num_tokens: for each stack, [] real tokens of a mean micro-batch of this step.
         match: for each teacher layer the student layer that learns from it, the number of layers for the
             embeddings, or `UNMATCHED`.
         search: whether the distances of all pairs are wanted.
@@ -45,9 +46,10 @@ class Lesson:
     """
 
     taught: Taught
-    hidden: Tensor | None
-    token_index: Tensor
-    num_tokens: Tensor
+    hidden: Sequence[Tensor] | None
+    stacks: Sequence[int]
+    token_index: Sequence[Tensor]
+    num_tokens: Sequence[Tensor]
     match: Sequence[int]
     search: bool
     attentions: Sequence[Tensor | None] | None
@@ -88,7 +90,8 @@ class Student(nn.Module):
         self.head_sources = head_sources
         self.projections = nn.ModuleList()
         by_layers = distill is not None and (distill.layers > 0 or distill.attentions > 0)
-        self.num_layers = len(encoder_layers(model)) if by_layers else 0
+        self.stacks = layer_stacks(model) if by_layers else ()
+        self.num_layers = len(self.stacks)
         if distill is not None and distill.layers > 0 and teacher is not None:
             width, layers = teacher
             count = {"separate": len(layers), "shared": 1, "none": 0}[distill.projection]
@@ -96,7 +99,9 @@ class Student(nn.Module):
                 nn.Linear(int(model.config.hidden_size), width, dtype=model.dtype) for _ in range(count)
             )
             self._start_projections(projections)
-            self.tap = HiddenTap(model, hidden_states(model, embeddings=0 in layers))
+            with_embeddings = 0 in layers
+            stacks = (*self.stacks, 0) if with_embeddings else self.stacks
+            self.tap = HiddenTap(model, hidden_states(model, embeddings=with_embeddings), stacks)
         self.attention_tap: AttentionTap | None = None
         if distill is not None and distill.attentions > 0 and teacher is not None:
             model.set_attn_implementation("eager")
@@ -182,29 +187,39 @@ class Student(nn.Module):
 
     @torch.no_grad()
     def _distances(self, states: Sequence[Tensor], lesson: Lesson) -> Tensor:
-        """Distance of every student layer to every teacher layer: [teacher layers, student layers]."""
-        teacher = lesson.hidden
-        assert teacher is not None
-        if len(self.projections) <= 1:
-            return layer_distances(self._project(states, ()), teacher, num_tokens=lesson.num_tokens)
-        rows = [
-            layer_distances(self._project(states, [i] * len(states)), teacher[i : i + 1], num_tokens=lesson.num_tokens)
-            for i in range(len(teacher))
-        ]
-        return torch.cat(rows)
+        """Distance of every student layer to every teacher layer of its stack: [teacher layers, student layers].
+
+        It is 0 between layers of unlike stacks, which nobody reads.
+        """
+        taught = lesson.hidden
+        assert taught is not None
+        distances = taught[0].new_zeros((len(taught), len(states)), dtype=torch.float32)
+        for stack, num_tokens in enumerate(lesson.num_tokens):
+            ours = [j for j, other in enumerate(self.stacks) if other == stack]
+            theirs = [i for i, other in enumerate(lesson.stacks) if other == stack]
+            # With one projection for all, all teacher layers of a stack are compared at once.
+            for rows in [theirs] if len(self.projections) <= 1 else [[i] for i in theirs]:
+                if rows and ours:
+                    projected = self._project([states[j] for j in ours], rows * len(ours))
+                    block = layer_distances(projected, torch.stack([taught[i] for i in rows]), num_tokens=num_tokens)
+                    distances[torch.tensor(rows)[:, None], torch.tensor(ours)] = block
+        return distances
 
     def _layerwise(self, lesson: Lesson) -> tuple[Tensor | None, Tensor | None]:
         if self.tap is None or lesson.hidden is None:
             return None, None
-        states = self.tap.take(lesson.token_index)
+        states = self.tap.take(*lesson.token_index)
         layers = [state.detach() for state in states[: self.num_layers]]
         distances = self._distances(layers, lesson) if lesson.search else None
-        pairs = [(i, j) for i, j in enumerate(lesson.match) if j != UNMATCHED]
-        if not pairs:
-            return None, distances
-        learned = self._project([states[j] for _, j in pairs], [i for i, _ in pairs])
-        target = lesson.hidden[[i for i, _ in pairs]]
-        return layer_loss(learned, target, num_tokens=lesson.num_tokens), distances
+        losses = []
+        for stack, num_tokens in enumerate(lesson.num_tokens):
+            matched = zip(lesson.match, lesson.stacks, strict=True)
+            pairs = [(i, j) for i, (j, other) in enumerate(matched) if j != UNMATCHED and other == stack]
+            if pairs:
+                learned = self._project([states[j] for _, j in pairs], [i for i, _ in pairs])
+                target = torch.stack([lesson.hidden[i] for i, _ in pairs])
+                losses.append(layer_loss(learned, target, num_tokens=num_tokens))
+        return (torch.stack(losses).sum() if losses else None), distances
 
     def _by_attentions(self, lesson: Lesson, mask: Tensor, gates: Gates | None) -> Tensor | None:
         """Sum over matched layers of the loss between attention maps, over the heads that are left."""

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 from dsprune.config import DistillConfig
 from dsprune.distill import AttentionTap, HiddenTap
 from dsprune.engine.ds_config import precision
-from dsprune.engine.models import attention_modules, hidden_states, load_model
+from dsprune.engine.models import attention_modules, hidden_states, layer_stacks, load_model
 from dsprune.engine.requirements import quiet_import
 from dsprune.engine.scoring import Taught, make_scorer
 from dsprune.tasks import Task
@@ -43,6 +43,10 @@ class Teacher:
         layers: layers whose hidden states are wanted, counted from 1; 0 stands for the embeddings.
         attentions: whether their attention maps are wanted as well.
 
+    Attributes:
+        layer_stacks: for each layer, which stack it stands in.
+        stacks: likewise for the layers that teach.
+
     Raises:
         ArchitectureError: the model's labels are not the task's.
     """
@@ -61,8 +65,10 @@ class Teacher:
         order = label_permutation(model.config.id2label, task.labels) if task.labels else None
         self.scorer = make_scorer(task, model, order)
         model.to(_DTYPES[precision(ds_config)])
+        self.layer_stacks = layer_stacks(model)
+        self.stacks = tuple(self.layer_stacks[i - 1] if i > 0 else 0 for i in layers)
         self.has_taps = bool(layers)
-        self.tap = HiddenTap(model, _tapped(model, layers))
+        self.tap = HiddenTap(model, _tapped(model, layers), self.stacks)
         self.attention_tap: AttentionTap | None = None
         if attentions:
             model.set_attn_implementation("eager")
@@ -78,16 +84,16 @@ class Teacher:
 
     @torch.no_grad()
     def teach(
-        self, inputs: Mapping[str, Tensor], labels: Tensor, token_index: Tensor, distill: DistillConfig
-    ) -> tuple[Taught, Tensor | None, list[Tensor | None] | None]:
+        self, inputs: Mapping[str, Tensor], labels: Tensor, token_index: Sequence[Tensor], distill: DistillConfig
+    ) -> tuple[Taught, list[Tensor] | None, list[Tensor | None] | None]:
         """What is wanted of the teacher. Collective under ZeRO-3.
 
         Returns:
-            What it says of the outputs; the hidden states of the chosen layers, [layers, tokens, width], or
-            None; their attention maps (embeddings have none), [batch, heads, length, length] each, or None.
+            What it says of the outputs; the hidden states of the chosen layers, [tokens, width] each, or None; their
+            attention maps (embeddings have none), [batch, heads, length, length] each, or None.
         """
         taught = self.scorer.teach(self.engine, inputs, labels, distill)
-        hidden = torch.stack(self.tap.take(token_index)) if self.has_taps else None
+        hidden = self.tap.take(*token_index) if self.has_taps else None
         return taught, hidden, self.attention_tap.take() if self.attention_tap else None
 
     def let_go(self) -> None:

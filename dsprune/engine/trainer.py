@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from dsprune.config import OptimConfig
-from dsprune.distill import match_layers
+from dsprune.distill import UNMATCHED, match_layers
 from dsprune.engine import guard
 from dsprune.engine.batches import Batches, MicroBatch
 from dsprune.engine.journal import Journal
@@ -59,12 +59,15 @@ class LayerMatcher:
         rule: fixed, free or monotone.
         teacher_layers: counted from 1; 0 stands for the embeddings.
         sources: per student layer, the dense layer that it was (from 0).
+        stacks: per dense layer, the stack that it stands in, where there is more than one: layers of an encoder and
+            of a decoder are never matched.
         distances: [teacher layers, student layers] of the last step, globally reduced.
     """
 
     rule: Any
     teacher_layers: Sequence[int]
     sources: Sequence[int]
+    stacks: Sequence[int] = ()
     distances: Tensor | None = None
 
     @property
@@ -79,15 +82,26 @@ class LayerMatcher:
         live = [True] * len(self.sources)
         if gates is not None and "ffn" in gates and "ffn_dim" in gates:
             live = ffn_alive(gates).tolist()
-        first = int(self.teacher_layers[0] == 0)
-        match = match_layers(
-            self.rule,
-            teacher_layers=self.teacher_layers[first:],
-            live=live,
-            sources=self.sources,
-            distances=None if self.distances is None else self.distances[first:],
-        )
-        return [len(self.sources)] * first + match
+        match = [UNMATCHED] * len(self.teacher_layers)
+        if self.teacher_layers[0] == 0:
+            match[0] = len(self.sources)
+        for stack in sorted(set(self.stacks)) or [0]:
+            theirs = [i for i, layer in enumerate(self.teacher_layers) if layer > 0 and self._stack(layer - 1) == stack]
+            ours = [j for j, source in enumerate(self.sources) if self._stack(source) == stack]
+            found = match_layers(
+                self.rule,
+                teacher_layers=[self.teacher_layers[i] for i in theirs],
+                live=[live[j] for j in ours],
+                sources=[self.sources[j] for j in ours],
+                distances=None if self.distances is None else self.distances[theirs][:, ours],
+            )
+            for i, j in zip(theirs, found, strict=True):
+                match[i] = UNMATCHED if j == UNMATCHED else ours[j]
+        return match
+
+    def _stack(self, layer: int) -> int:
+        """Stack of a dense layer, counted from 0."""
+        return self.stacks[layer] if self.stacks else 0
 
 
 @dataclass
@@ -216,9 +230,14 @@ class Trainer:
         if self.teacher is None:
             return None
         distill = self.engine.module.distill
-        taught, hidden, attentions = self.teacher.teach(batch.inputs, batch.labels, batch.token_index, distill)
+        # A decoder beside an encoder reads what it is to write, one place later.
+        stacks = max(self.teacher.layer_stacks, default=0) + 1
+        index = (batch.token_index, batch.target_index)[:stacks]
+        counts = (batch.num_tokens, batch.num_targets)[:stacks]
+        taught, hidden, attentions = self.teacher.teach(batch.inputs, batch.labels, index, distill)
         search = self.matcher is not None and self.matcher.searches
-        return Lesson(taught, hidden, batch.token_index, batch.num_tokens, match, search, attentions, batch.num_pairs)
+        about = (self.teacher.stacks, index, counts, match, search)
+        return Lesson(taught, hidden, *about, attentions, batch.num_pairs)
 
     @staticmethod
     def _gate_gradients(gates: dict[str, Tensor] | None, scale: float) -> dict[str, Tensor]:

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from dsprune.consolidate import auto_with_own_head, with_own_head
 from dsprune.errors import ConfigError
 from dsprune.measure.tables import render_table
 from dsprune.structure import CostModel, Structure, analyze, gate_shapes
@@ -38,12 +39,18 @@ def describe_spaces(structure: Structure) -> str:
     total = cost.dense("total")
     lines = [
         render_table(["gate", "shape", "one gate removes", "parameters", "of the encoder"], rows),
-        f"{structure.family.name}: {sizes.num_layers} layers, {sizes.num_heads} heads of {sizes.head_dim}"
+        f"{structure.family.name}: {_layers(structure)}, {sizes.num_heads} heads of {sizes.head_dim}"
         f"{f' in {sizes.num_groups} groups' if sizes.heads_per_group > 1 else ''}, FFN "
         f"{sizes.ffn_dim}, hidden {sizes.hidden}",
         f"parameters: encoder {encoder:,}, total {total:,}; the rest ({total - encoder:,}) is embeddings and task head",
     ]
     return "\n".join(lines)
+
+
+def _layers(structure: Structure) -> str:
+    """How many layers there are, stack by stack."""
+    counts = [f"{len(stack.layers)} {stack.spec.name} layers".replace("  ", " ") for stack in structure.stacks]
+    return " and ".join(counts)
 
 
 def _saved_by_one(structure: Structure, cost: CostModel, kind: str) -> int:
@@ -63,11 +70,11 @@ def describe_compact(config: Mapping[str, Any]) -> str:
     rows = []
     for i in range(dense["num_layers"]):
         layer = by_source.get(i, {"heads": 0, "ffn_dim": 0})
-        heads, ffn = layer["heads"], layer["ffn_dim"]
-        sizes = [_head_sizes(layer, name, facts["head_dim"]) for name in ("qk_dims", "vo_dims")]
-        rows.append(
-            [str(i), f"{heads} / {dense.get('num_groups', dense['num_heads'])}", *sizes, f"{ffn} / {dense['ffn_dim']}"]
-        )
+        name = " ".join(filter(None, (layer.get("stack"), str(i))))
+        rows.append([name, *_attention_cells(layer, facts), f"{layer['ffn_dim']} / {dense['ffn_dim']}"])
+        for other, sizes in layer.items():
+            if isinstance(sizes, dict) and "heads" in sizes:
+                rows.append([f"{name} {other}", *_attention_cells(sizes, facts), ""])
     counted = facts["parameters"]
     lines = [
         render_table(["layer", "heads", "query sizes", "value sizes", "FFN size"], rows),
@@ -79,6 +86,13 @@ def describe_compact(config: Mapping[str, Any]) -> str:
         ),
     ]
     return "\n".join(lines)
+
+
+def _attention_cells(sizes: Mapping[str, Any], facts: Mapping[str, Any]) -> list[str]:
+    """Heads that are left, and the sizes of their queries and values."""
+    dense = facts["dense"]
+    dims = [_head_sizes(sizes, name, facts["head_dim"]) for name in ("qk_dims", "vo_dims")]
+    return [f"{sizes['heads']} / {dense.get('num_groups', dense['num_heads'])}", *dims]
 
 
 def _head_sizes(layer: Mapping[str, Any], name: str, head_dim: int) -> str:
@@ -120,5 +134,7 @@ def inspect_dense(source: str) -> Structure:
     name = (config.architectures or [""])[0]
     cls = getattr(transformers, name, transformers.AutoModel)
     with torch.device("meta"):
-        model = cls._from_config(config) if hasattr(cls, "_from_config") else cls.from_config(config)
+        direct = hasattr(cls, "_from_config")
+        build, own_head = (cls._from_config, with_own_head) if direct else (cls.from_config, auto_with_own_head)
+        model = own_head(cls, config, lambda: build(config))
     return analyze(model)

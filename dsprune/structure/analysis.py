@@ -5,11 +5,10 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from types import MappingProxyType
-from typing import Literal
 
 from torch import nn
 
-from dsprune.arch import FamilySpec, SublayerSpec, family_for
+from dsprune.arch import FamilySpec, StackSpec, SublayerSpec, family_for
 from dsprune.errors import ArchitectureError
 from dsprune.structure.spaces import (
     Axis,
@@ -18,9 +17,9 @@ from dsprune.structure.spaces import (
     Segment,
     Sizes,
     Space,
+    Stack,
     Structure,
     Sublayer,
-    SublayerKind,
     gate_shapes,
     join,
     param_shape,
@@ -29,7 +28,8 @@ from dsprune.structure.spaces import (
 __all__ = ["analyze"]
 
 
-def _read_sizes(family: FamilySpec, config: object) -> Sizes:
+def _read_sizes(family: FamilySpec, stacks: tuple[StackSpec, ...], config: object) -> tuple[Sizes, tuple[int, ...]]:
+    """The dense sizes, and the number of layers of each stack."""
     size: dict[str, int] = {}
     for ours, theirs in family.sizes.items():
         value = getattr(config, theirs, None)
@@ -37,16 +37,20 @@ def _read_sizes(family: FamilySpec, config: object) -> Sizes:
             size[ours] = int(value)
     for name, formula in family.defaults.items():
         size.setdefault(name, math.prod(int(f) if f.isdigit() else size[f] for f in formula.split(" * ")))
-    missing = [
-        f"'{family.sizes[name]}'" for name in ("num_layers", "num_heads", "hidden", "ffn_dim") if name not in size
-    ]
+    needed = (*(stack.count for stack in stacks), "num_heads", "hidden", "ffn_dim")
+    missing = [f"'{family.sizes[name]}'" for name in needed if name not in size]
     if missing:
         raise ArchitectureError(
             f"family '{family.name}': the model's configuration lacks a size: it has no {', '.join(missing)}"
         )
     size.setdefault("head_dim", size["hidden"] // size["num_heads"])
     size.setdefault("num_groups", size["num_heads"])
-    return Sizes(pair=2 if family.rotary else 1, **size)
+    layers = tuple(size[stack.count] for stack in stacks)
+    kinds = [sub.kind for stack, count in zip(stacks, layers, strict=True) for sub in stack.sublayers * count]
+    counted = {"num_layers": sum(layers), **{f"num_{kind}": kinds.count(kind) for kind in ("attn", "ffn")}}
+    for stack in family.stacks:
+        size.pop(stack.count, None)
+    return Sizes(pair=2 if family.rotary else 1, **counted, **size), layers
 
 
 def _check_config(family: FamilySpec, config: object) -> None:
@@ -71,10 +75,13 @@ class _Analysis:
         self.family = family
         self.shapes = dict(shapes)
         self.class_name = class_name
-        self.sizes = _read_sizes(family, config)
         self.may_tie = bool(getattr(config, "tie_word_embeddings", False))
+        self.scales_head = family.scaled_head is not None and bool(getattr(config, family.scaled_head, True))
         self.tied = False
         self.base = family.base if any(name.startswith(f"{family.base}.") for name in shapes) else ""
+        stacks = tuple(stack for stack in family.stacks if self._is_there(join(self.base, stack.layers)))
+        self.sizes, counts = _read_sizes(family, stacks or family.stacks, config)
+        self.stacks = self._place_stacks(stacks or family.stacks, counts)
         self.hidden = Space("hidden", None, self.sizes.hidden)
         projection = family.embedding_projection
         self.projected = projection is not None and join(self.base, projection, "weight") in self.shapes
@@ -86,7 +93,8 @@ class _Analysis:
     def run(self) -> Structure:
         self.tied = self._is_tied()
         self._walk_embeddings()
-        sublayers = [self._walk_sublayer(kind, i) for i in range(self.sizes.num_layers) for kind in ("attn", "ffn")]
+        sublayers = self._walk_stacks()
+        self._walk_biases(sublayers)
         self._walk_heads()
         self._check()
         return Structure(
@@ -94,18 +102,32 @@ class _Analysis:
             base=self.base,
             sizes=self.sizes,
             params=self.params,
+            stacks=self.stacks,
             sublayers=tuple(sublayers),
             hidden=self.hidden,
             embedding_norm=None if self.projected else self._embedding_norm(),
             embedding_rank=self.shapes[f"{self.table}.weight"][1] if self.factored else None,
-            final_norm=join(self.base, self.family.final_norm) if self.family.final_norm else None,
             tied=self.tied,
+            has_head=bool(self._heads()),
+            scales_head=self.scales_head and bool(self._heads()),
         )
+
+    def _is_there(self, path: str) -> bool:
+        return any(name.startswith(f"{path}.") for name in self.shapes)
+
+    def _place_stacks(self, stacks: tuple[StackSpec, ...], counts: tuple[int, ...]) -> tuple[Stack, ...]:
+        placed, start = [], 0
+        for stack, count in zip(stacks, counts, strict=True):
+            layers = tuple(join(self.base, stack.layers, str(i)) for i in range(count))
+            norm, words = (path and join(self.base, path) for path in (stack.final_norm, stack.embedding))
+            placed.append(Stack(stack, layers, start, norm, words))
+            start += count
+        return tuple(placed)
 
     def _heads(self) -> Mapping[str, tuple[str, ...]]:
         """The modules beside the base, by path: their axes."""
         tables = (table for kind, table in self.family.heads.items() if self.class_name.endswith(kind))
-        return next(tables, {}) if self.base else {}
+        return next(tables, {}) if self.base or not self.family.base else {}
 
     def _is_tied(self) -> bool:
         """Whether the head is the word embedding: it has no weight of its own, and the configuration says so."""
@@ -139,6 +161,7 @@ class _Analysis:
         units: Mapping[str, tuple[Space, int]] = MappingProxyType({}),
         gated: tuple[bool, ...] = (),
         transposed: bool = False,
+        users: tuple[Sublayer, ...] = (),
         **facts: bool,
     ) -> None:
         """Claim a module's weight and, if it has one, its bias, which follows the first axis.
@@ -157,7 +180,7 @@ class _Analysis:
             order = slice(None, None, -1 if transposed and leaf == "weight" else 1)
             stored = zip(axes[:width][order], shape, gated[:width][order], strict=True)
             parts = tuple(self._segments(axis, extent, units, on) for axis, extent, on in stored)
-            spec = ParamSpec(name, shape, parts, part, sublayer, **facts)
+            spec = ParamSpec(name, shape, parts, part, sublayer, users=users, **facts)
             if self._fits(spec):
                 self.params[name] = spec
 
@@ -194,22 +217,30 @@ class _Analysis:
         self._add(f"{path}.table", ("-", "-"), "embeddings", lookup=True)
         self._add(f"{path}.projection", (axis, "-"), "embeddings", gated=(not self.projected, False))
 
-    def _walk_sublayer(self, kind: Literal["attn", "ffn"], layer: int) -> Sublayer:
-        root = join(self.base, self.family.layers, str(layer))
-        spec: SublayerSpec = self.family.attention if kind == "attn" else self.family.ffn
+    def _walk_stacks(self) -> list[Sublayer]:
+        sublayers: list[Sublayer] = []
+        for stack in self.stacks:
+            for i, root in enumerate(stack.layers):
+                for spec in stack.spec.sublayers:
+                    index = sum(sublayer.kind == spec.kind for sublayer in sublayers)
+                    sublayers.append(self._walk_sublayer(stack.spec, spec, root, stack.start + i, index))
+        return sublayers
+
+    def _walk_sublayer(self, stack: StackSpec, spec: SublayerSpec, root: str, layer: int, index: int) -> Sublayer:
         output, norm = join(root, spec.output), join(root, spec.norm)
-        rows = Space(f"{kind}_row", layer, self.sizes.hidden)
-        spaces = self._unit_spaces(kind, layer)
-        if kind == "attn":
+        rows = Space(f"{spec.kind}_row", index, self.sizes.hidden)
+        spaces = self._unit_spaces(spec, index)
+        place = (spec.name, spec.kind, index, layer)
+        if spec.kind == "attn":
             query = join(root, spec.query)
-            sublayer = Sublayer(kind, layer, spaces["vo_dim"], rows, output, norm, query, spaces["qk_dim"])
+            sublayer = Sublayer(*place, spaces["vo_dim"], rows, output, norm, query, spaces["qk_dim"])
         else:
-            sublayer = Sublayer(kind, layer, spaces["ffn_dim"], rows, output, norm)
-        for path, axes in self.family.layer.items():
+            sublayer = Sublayer(*place, spaces["ffn_dim"], rows, output, norm)
+        for path, axes in stack.layer.items():
             of_units = any(name in spaces for axis in axes for name in axis.split(" + "))
-            if not of_units and path != spec.norm and path not in spec.members:
+            if not path.startswith(spec.root) or not (of_units or path == spec.norm or path in spec.members):
                 continue
-            units = {name: (space, self._copies(name, path)) for name, space in spaces.items()}
+            units = {name: (space, self._copies(spec, name, path)) for name, space in spaces.items()}
             writes = path in (spec.output, spec.norm)
             if path == spec.output:
                 axes, units = (rows.kind, axes[1]), {**units, rows.kind: (rows, 1)}
@@ -227,21 +258,31 @@ class _Analysis:
             )
         return sublayer
 
-    def _unit_spaces(self, kind: SublayerKind, layer: int) -> dict[str, Space]:
-        if kind == "ffn":
-            return {"ffn_dim": Space("ffn_dim", layer, self.sizes.ffn_dim)}
-        shapes, groups = gate_shapes(self.sizes), self.sizes.num_groups
-        return {axis: Space(axis, layer, shapes[axis][1], groups) for axis in ("qk_dim", "vo_dim")}
+    def _walk_biases(self, sublayers: list[Sublayer]) -> None:
+        """Tables of what attention adds to its scores: whole, since layers that share one lose unlike heads."""
+        for stack in self.stacks:
+            of_stack = range(stack.start, stack.start + len(stack.layers))
+            for spec in stack.spec.sublayers:
+                if "table" in spec.bias and stack.layers:
+                    users = tuple(sub for sub in sublayers if sub.name == spec.name and sub.layer in of_stack)
+                    path = join(stack.layers[0], spec.bias["table"])
+                    self._add(path, ("-", "-"), "encoder", lookup=True, users=users)
 
-    def _copies(self, axis: str, path: str) -> int:
+    def _unit_spaces(self, spec: SublayerSpec, index: int) -> dict[str, Space]:
+        if spec.kind == "ffn":
+            return {"ffn_dim": Space("ffn_dim", index, self.sizes.ffn_dim)}
+        shapes, groups = gate_shapes(self.sizes), self.sizes.num_groups
+        return {axis: Space(axis, index, shapes[axis][1], groups) for axis in ("qk_dim", "vo_dim")}
+
+    def _copies(self, spec: SublayerSpec, axis: str, path: str) -> int:
         """Entries that a unit has in a module: queries and outputs have those of every head of a group."""
-        attention = self.family.attention
-        per_head = {"qk_dim": attention.query, "vo_dim": attention.output}.get(axis) == path
+        per_head = {"qk_dim": spec.query, "vo_dim": spec.output}.get(axis) == path
         return (self.sizes.heads_per_group if per_head else 1) * (self.sizes.pair if axis == "qk_dim" else 1)
 
     def _walk_heads(self) -> None:
-        if self.family.final_norm is not None:
-            self._add(join(self.base, self.family.final_norm), ("hidden",), "head", gated=(True,))
+        for stack in self.stacks:
+            if stack.final_norm is not None:
+                self._add(stack.final_norm, ("hidden",), "head", gated=(True,))
         for path, axes in self.family.pooler.items():
             self._add(join(self.base, path), axes, "head", per_sequence=True)
         by_sequence = self.class_name.endswith("ForSequenceClassification") and not self.family.every_token
@@ -255,12 +296,12 @@ class _Analysis:
         if unmatched:
             shown = ", ".join(unmatched[:5]) + (f" and {len(unmatched) - 5} more" if len(unmatched) > 5 else "")
             self.mistakes.append(f"no place in the spec for {shown}")
-        for kind in ("attn", "ffn"):
-            spec = self.family.attention if kind == "attn" else self.family.ffn
-            root = join(self.base, self.family.layers, "0")
-            for part in filter(None, (spec.output, spec.norm, spec.query)):
-                if f"{join(root, part)}.weight" not in self.params:
-                    self.mistakes.append(f"{join(root, part)}.weight is missing")
+        for stack in self.stacks:
+            for spec in stack.spec.sublayers:
+                root = stack.layers[0] if stack.layers else join(self.base, stack.spec.layers, "0")
+                for part in filter(None, (spec.output, spec.norm, spec.query)):
+                    if f"{join(root, part)}.weight" not in self.params:
+                        self.mistakes.append(f"{join(root, part)}.weight is missing")
         if self.mistakes:
             raise ArchitectureError(
                 f"{self.class_name} does not match family '{self.family.name}': " + "; ".join(self.mistakes)

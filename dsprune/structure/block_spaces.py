@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -13,7 +14,7 @@ from dsprune.arch import family_for
 from dsprune.errors import ArchitectureError, ConfigError
 from dsprune.structure.blocks import block_areas, block_grid
 from dsprune.structure.kernels import sum_blocks
-from dsprune.structure.spaces import param_shape
+from dsprune.structure.spaces import join, param_shape
 
 __all__ = ["BlockMatrix", "BlockStructure", "analyze_blocks", "block_magnitudes"]
 
@@ -101,15 +102,20 @@ def analyze_blocks(model: nn.Module, block: tuple[int, int]) -> BlockStructure:
     family = family_for(str(config.model_type).removeprefix("dsprune_"))
     if family.blocks_refusal is not None:
         raise ArchitectureError(family.blocks_refusal)
-    base = f"{family.base}." if hasattr(model, family.base) else ""
+    base = family.base if hasattr(model, family.base) else ""
+    stacks = {stack.name: stack for stack in family.stacks}
+    numbers: Counter[str] = Counter()
     matrices = []
     for layer, sizes in enumerate(facts["layers"]):
-        if not sizes.keys().isdisjoint(("qk_dims", "vo_dims")):
+        stack = stacks[sizes.get("stack", "")]
+        attentions = (sizes.get(spec.name, sizes) for spec in stack.sublayers if spec.kind == "attn")
+        if any(not own.keys().isdisjoint(("qk_dims", "vo_dims")) for own in attentions):
             raise ArchitectureError(
                 f"layer {layer} holds heads of unequal size: blocks are removed from heads of one size only"
             )
-        root = f"{base}{family.layers}.{layer}"
-        for place in family.layer:
+        root = join(base, stack.layers, str(numbers[stack.name]))
+        numbers[stack.name] += 1
+        for place in stack.layer:
             module = _module(model, f"{root}.{place}")
             if isinstance(module, nn.Linear):
                 rows, columns = param_shape(module.weight)

@@ -10,7 +10,6 @@ out, here all are counted).
 from __future__ import annotations
 
 import math
-from collections import defaultdict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Literal
@@ -30,9 +29,10 @@ Scope = Literal["encoder", "total"]
 class _Term:
     """Sum of all parameters of one form: `weight * alive(sublayer) * units * rows * hidden ** num_hidden`.
 
-    `units` is the kind of the units that the parameters belong to, one for each layer's sublayer; None
-    where they only belong to the sublayer, or to none. `rows`: whether they belong to its output rows.
-    `inner`: whether they are gone with the last unit, even where the sublayer keeps its output bias.
+    `sublayer` is the kind of sublayer that the parameters belong to, and `units` that of the units, one for each
+    such sublayer; None where they only belong to the sublayer, or to none. `rows`: whether they belong to its output
+    rows. `inner`: whether they are gone with the last unit, even where the sublayer keeps its output bias. `users`:
+    places of the attentions that share them, which are there while one of those is.
     """
 
     sublayer: str | None
@@ -40,6 +40,7 @@ class _Term:
     rows: bool
     inner: bool
     num_hidden: int
+    users: tuple[int, ...] = ()
 
     @classmethod
     def of(cls, param: ParamSpec, spaces: tuple[Space, ...]) -> _Term:
@@ -47,7 +48,7 @@ class _Term:
         units = next((kind for kind in kinds if kind in ("qk_dim", "vo_dim", "ffn_dim")), None)
         rows = any(kind in ("attn_row", "ffn_row") for kind in kinds)
         sublayer = param.sublayer.kind if param.sublayer else None
-        return cls(sublayer, units, rows, param.inner, kinds.count("hidden"))
+        return cls(sublayer, units, rows, param.inner, kinds.count("hidden"), tuple(user.index for user in param.users))
 
 
 class CostModel:
@@ -69,15 +70,17 @@ class CostModel:
         self._sequence_macs = self._terms(lambda p: p.numel if _is_matmul(p) and p.per_sequence else 0)
 
     def _terms(self, count: Callable[[ParamSpec], int]) -> Mapping[_Term, Tensor]:
-        """Counts per form and layer; each form's count is divided by the dense widths it is multiplied by."""
+        """Counts per form and sublayer; each form's count is divided by the dense widths it is multiplied by."""
         sizes = self.structure.sizes
-        terms: dict[_Term, Tensor] = defaultdict(lambda: torch.zeros(sizes.num_layers, dtype=torch.float64))
+        places = {"attn": sizes.num_attn, "ffn": sizes.num_ffn, None: 1}
+        terms: dict[_Term, Tensor] = {}
         for param in self.structure.params.values():
             share = count(param) / param.numel
             for numel, spaces in param.tiles():
                 width = math.prod(space.size for space in spaces)
-                layer = param.sublayer.layer if param.sublayer else 0
-                terms[_Term.of(param, spaces)][layer] += share * numel / width
+                term, index = _Term.of(param, spaces), param.sublayer.index if param.sublayer else 0
+                weights = terms.setdefault(term, torch.zeros(places[term.sublayer], dtype=torch.float64))
+                weights[index] += share * numel / width
         return {term: weights for term, weights in terms.items() if weights.any()}
 
     def _sum(self, terms: Mapping[_Term, Tensor], gates: Gates) -> Tensor:
@@ -95,6 +98,8 @@ class CostModel:
                 count = count * full[term.sublayer]
             if term.rows and term.sublayer is not None:
                 count = count * rows[term.sublayer].sum(-1)
+            if term.users:
+                count = count * (1 - (1 - alive["attn"][list(term.users)]).prod())
             total = total + count.sum()
         return total
 
@@ -125,12 +130,15 @@ class CostModel:
             for numel, spaces in param.tiles():
                 for space in spaces:
                     if space.kind in prices:
-                        layer = slice(None) if space.layer is None else space.layer
-                        prices[space.kind][layer] += numel / space.size
+                        index = slice(None) if space.index is None else space.index
+                        prices[space.kind][index] += numel / space.size
         return prices
 
     def macs(self, gates: Gates, *, length: int) -> Tensor:
-        """Multiply-adds of one sequence of `length` tokens: linears, attention scores and their sums; [] float64."""
+        """Multiply-adds of one sequence of `length` tokens: linears, attention scores and their sums; [] float64.
+
+        An encoder-decoder reads so many tokens, and writes as many.
+        """
         full = {kind: gate.double() for kind, gate in complete(self.structure, gates).items()}
         units, sizes = _expected_units(full), self.structure.sizes
         dims = units["qk_dim"] * sizes.pair + units["vo_dim"]

@@ -187,9 +187,10 @@ class Gating:
             self._add_norm(model, sublayer.norm)
         if structure.embedding_norm is not None:
             self._add_norm(model, structure.embedding_norm, gate_input=True)
-        if structure.final_norm is not None:
+        for path in structure.final_norms:
             # A head that is the word embedding has the gates of that weight on what it reads, once more.
-            self._add_norm(model, structure.final_norm, gate_output=structure.tied)
+            read_by_head = path == structure.final_norms[-1]
+            self._add_norm(model, path, gate_output=structure.tied and read_by_head)
         for path in structure.tables:
             self._add_table(model, path)
         self._projection = self._find_projection(model)
@@ -198,7 +199,7 @@ class Gating:
         """The linear that writes the residual stream from embeddings of another width, if there is one."""
         family = self.structure.family
         path = family.embedding_projection if self.structure.embedding_norm is None else None
-        if self.structure.final_norm is not None and self.structure.embedding_rank is not None:
+        if self.structure.final_norms and self.structure.embedding_rank is not None:
             path = f"{family.word_embeddings}.projection"
         if path is None:
             return None
@@ -250,10 +251,10 @@ class Gating:
         always = torch.ones((), dtype=torch.bool, device=hidden.device)
         units = unit_gates(full)
         for sublayer in self.structure.sublayers:
-            lives = alive[sublayer.kind][sublayer.layer] if self.empty == "identity" else always
+            lives = alive[sublayer.kind][sublayer.index] if self.empty == "identity" else always
             self._set_linears(sublayer, full, units, lives, with_queries="qk_dim" in gates)
             # After the residual add a norm is skipped with its sublayer; before, nobody sees what it gives out.
-            if self.structure.final_norm is not None:
+            if self.structure.final_norms:
                 lives = always
             # Norms see the hidden gates, and whether they are there at all; without either they are left alone.
             if "hidden" in gates or (self.empty == "identity" and lives is not always):
@@ -271,20 +272,20 @@ class Gating:
             table.gate = None
 
     def _set_linears(self, sublayer: Sublayer, full: Gates, units: Gates, lives: Tensor, *, with_queries: bool) -> None:
-        layer = sublayer.layer
+        index = sublayer.index
         rows, columns = self.structure.linear_axes(sublayer.output)
         linear = self._linears[sublayer.output]
-        linear.rows = _entry_gates(rows, units[sublayer.rows.kind][layer] * lives)
-        linear.columns = _entry_gates(columns, units[sublayer.units.kind][layer])
+        linear.rows = _entry_gates(rows, units[sublayer.rows.kind][index] * lives)
+        linear.columns = _entry_gates(columns, units[sublayer.units.kind][index])
         if sublayer.query is not None and with_queries:
             rows, _ = self.structure.linear_axes(sublayer.query)
             linear = self._linears[sublayer.query]
-            linear.rows = _entry_gates(rows, full["qk_dim"][layer])
+            linear.rows = _entry_gates(rows, full["qk_dim"][index])
             linear.columns = torch.ones_like(full["hidden"])
 
     def _set_stream(self, hidden: Tensor, always: Tensor) -> None:
         """Gate what writes the residual stream first, and what reads it last."""
-        for path in (self.structure.embedding_norm, self.structure.final_norm):
+        for path in (self.structure.embedding_norm, *self.structure.final_norms):
             if path is not None:
                 self._norms[path].gate, self._norms[path].alive = hidden, always
         for table in self._tables:

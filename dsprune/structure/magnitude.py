@@ -34,7 +34,7 @@ def unit_magnitudes(structure: Structure, read: Callable[[str], Tensor]) -> dict
             for segment, part in zip(axis, parts, strict=True):
                 if segment.space is not None:
                     place = squares[segment.space.kind]
-                    place = place if segment.space.layer is None else place[segment.space.layer]
+                    place = place if segment.space.index is None else place[segment.space.index]
                     place += segment.gather(part)
     groups = structure.sizes.num_groups
     squares["head"] = by_head(squares["qk_dim"], groups).sum(-1) + by_head(squares["vo_dim"], groups).sum(-1)

@@ -58,9 +58,9 @@ class Selection:
 
     def gate(self, space: Space) -> Tensor:
         """What multiplies each unit of a space, coarser gates over it included: [size] fp64."""
-        if space.layer is None:
+        if space.index is None:
             return self.gates[space.kind].double()
-        return self._units[space.kind][space.layer]
+        return self._units[space.kind][space.index]
 
     @cached_property
     def _units(self) -> dict[str, Tensor]:
@@ -75,13 +75,13 @@ class Selection:
         """Indices of the kept units of a space, ascending: [kept] int64. Units of a removed sublayer are gone."""
         return self.gate(space).nonzero().flatten()
 
-    def alive(self, kind: str, layer: int) -> bool:
-        """Whether the `attn` or `ffn` sublayer of a layer still exists in the exported model."""
-        return self.empty == "bias" or self.has_units(kind, layer)
+    def alive(self, kind: str, index: int) -> bool:
+        """Whether a sublayer, by its place among those of its kind, still exists in the exported model."""
+        return self.empty == "bias" or self.has_units(kind, index)
 
-    def has_units(self, kind: str, layer: int) -> bool:
-        """Whether the `attn` or `ffn` sublayer of a layer has a unit left, and a row to write."""
-        return self._alive[kind][layer]
+    def has_units(self, kind: str, index: int) -> bool:
+        """Whether a sublayer, by its place among those of its kind, has a unit left, and a row to write."""
+        return self._alive[kind][index]
 
     def hard(self) -> dict[str, Tensor]:
         """The same choice with every scale at 1."""
@@ -94,24 +94,27 @@ class Selection:
             `heads` (or groups of them) and `ffn_dim`. Where heads are gone, `kept_heads`; where a kept head lost
             dimensions, `qk_dims` and `vo_dims`, one number a kept head; where those are rotary pairs, `qk_pairs`
             as well: a bit for each pair of a head, as a hexadecimal number. Where a sublayer writes only some of
-            the kept hidden dimensions, `attn_rows` or `ffn_rows`: a bit for each of those, likewise.
+            the kept hidden dimensions, `attn_rows` or `ffn_rows`: a bit for each of those, likewise. What a layer has
+            beside its first attention and its FFN (cross attention) stands in a table by its name.
         """
         by_layer: list[dict[str, Any]] = [{} for _ in range(structure.sizes.num_layers)]
         hidden = self.kept(structure.hidden)
         for sublayer in structure.sublayers:
             sizes = by_layer[sublayer.layer]
+            if sublayer.name not in ("attention", "ffn"):
+                sizes = sizes.setdefault(sublayer.name, {})
             if sublayer.kind == "ffn":
                 sizes["ffn_dim"] = len(self.kept(sublayer.units))
             else:
                 sizes |= self._head_sizes(structure.sizes, sublayer)
             written = (self.gate(sublayer.rows) != 0)[hidden]
-            if self.alive(sublayer.kind, sublayer.layer) and not written.all():
+            if self.alive(sublayer.kind, sublayer.index) and not written.all():
                 sizes[f"{sublayer.kind}_rows"] = _hex(written)
         return by_layer
 
     def _head_sizes(self, sizes: Sizes, sublayer: Sublayer) -> dict[str, Any]:
         writes = (self.gate(sublayer.rows) != 0).any()
-        alive = head_alive(self.gates)[sublayer.layer] & writes
+        alive = head_alive(self.gates)[sublayer.index] & writes
         assert sublayer.queries is not None
         queries, values = (
             by_head(self.gate(space) != 0, sizes.num_groups)[alive] for space in (sublayer.queries, sublayer.units)

@@ -25,6 +25,8 @@ def stock_heads_fit(structure: Structure, num_heads: int, hidden: int) -> bool:
     rule = structure.family.stock_heads
     if num_heads == 0:
         return False
+    if rule == "all":
+        return num_heads == structure.sizes.num_heads
     if rule == "equal":
         return num_heads * structure.sizes.head_dim == hidden
     return rule == "free" or hidden % num_heads == 0
@@ -43,10 +45,11 @@ def shape_kinds(shape: Mapping[str, int]) -> tuple[str, ...]:
 
 def sharable_kinds(structure: Structure, kinds: tuple[str, ...]) -> tuple[str, ...]:
     """Those kinds of gates whose sizes all layers of a stock model can share, while the others stay open."""
-    widths = () if structure.keeps_width else ("hidden",)
+    widths = () if structure.keeps_width or structure.scales_head else ("hidden",)
     sharable = [kind for kind in kinds if kind in ("ffn_dim", *widths)]
     # Heads alone cannot go where a stock model wants them to fill the hidden size.
-    if "hidden" in sharable or structure.family.stock_heads != "equal":
+    rule = structure.family.stock_heads
+    if rule in ("divides", "free") or (rule == "equal" and "hidden" in sharable):
         sharable += [kind for kind in kinds if kind == "head"]
     return tuple(sharable)
 
@@ -73,6 +76,11 @@ def check_shape(structure: Structure, shape: Mapping[str, int], kinds: tuple[str
     heads, hidden = (shape.get(name, dense[name]) for name in ("heads", "hidden"))
     if hidden < dense["hidden"] and structure.keeps_width:
         mistakes.append(f"shape.hidden = {hidden}: pooler or head stay {dense['hidden']} wide, as in no stock model")
+    if hidden < dense["hidden"] and structure.scales_head:
+        mistakes.append(f"shape.hidden = {hidden}: a stock '{structure.family.name}' scales its output by its own width")
+    if "layers" in shape and len(structure.stacks) > 1:
+        stacks = " and ".join(stack.spec.name for stack in structure.stacks)
+        mistakes.append(f"shape.layers = {shape['layers']}: {stacks} have layers of their own")
     if heads % sizes.heads_per_group:
         mistakes.append(
             f"shape.heads = {heads}: heads go in groups of {sizes.heads_per_group}, which share their keys and values"
@@ -81,6 +89,7 @@ def check_shape(structure: Structure, shape: Mapping[str, int], kinds: tuple[str
         wants = {
             "equal": f"heads of {sizes.head_dim} dimensions to fill the hidden size",
             "divides": "a hidden size that the number of heads divides",
+            "all": f"{dense['heads']} heads in every layer, whose columns of one table they are",
         }[structure.family.stock_heads]
         mistakes.append(f"shape: {heads} heads and hidden size {hidden}: a stock '{structure.family.name}' has {wants}")
     if mistakes:
@@ -144,7 +153,7 @@ def _candidates(cost: CostModel, wanted: Mapping[str, float], target: float, of:
 def _widths(structure: Structure, heads: int, wanted: Mapping[str, float]) -> list[int]:
     """Hidden sizes that a stock class can have with so many heads, the nearest to what is wanted on either side."""
     dense = structure.sizes.hidden
-    if "hidden" not in wanted or structure.keeps_width:
+    if "hidden" not in wanted or structure.keeps_width or structure.scales_head:
         return [dense] if stock_heads_fit(structure, heads, dense) else []
     fitting = [width for width in range(1, dense + 1) if stock_heads_fit(structure, heads, width)]
     return sorted(fitting, key=lambda width: abs(width - wanted["hidden"] * dense))[:2]

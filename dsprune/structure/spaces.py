@@ -14,7 +14,7 @@ from typing import Literal
 
 import torch
 
-from dsprune.arch import FamilySpec
+from dsprune.arch import FamilySpec, StackSpec
 
 __all__ = [
     "GATE_KINDS",
@@ -25,6 +25,7 @@ __all__ = [
     "Segment",
     "Sizes",
     "Space",
+    "Stack",
     "Structure",
     "Sublayer",
     "gate_shapes",
@@ -41,13 +42,17 @@ GATE_KINDS = ("head", "attn", "ffn", "ffn_dim", "hidden", "qk_dim", "vo_dim", "a
 
 @dataclass(frozen=True)
 class Sizes:
-    """Dense sizes: L layers, H heads of D dimensions, F FFN neurons, d hidden dimensions.
+    """Dense sizes: A attention sublayers of H heads of D dimensions, B FFN sublayers of F neurons, d hidden dimensions.
+
+    A and B are the number of layers, L, unless layers have cross attention as well.
 
     K groups of query heads share their keys and values; a group lives and dies as one. `pair` is how many
     dimensions make one query unit: 2 where rotary positions turn dimensions by twos.
     """
 
     num_layers: int
+    num_attn: int
+    num_ffn: int
     num_heads: int
     head_dim: int
     ffn_dim: int
@@ -66,18 +71,19 @@ class Space:
 
     `kind` is also the kind of the gate that decides over it, together with the coarser gates over it:
     query/key and value/output dimensions go with their head, output rows with the coordinate of the
-    residual stream that they write. `layer` is None for a space that the whole model shares. Units of heads
-    stand in `groups`, head after head.
+    residual stream that they write. `index` is the place of its sublayer among those of its kind, which is the row
+    of the gate tensor; None for a space that the whole model shares. Units of heads stand in `groups`, head after
+    head.
     """
 
     kind: str
-    layer: int | None
+    index: int | None
     size: int
     groups: int = 1
 
     @property
     def name(self) -> str:
-        return self.kind if self.layer is None else f"{self.kind}.{self.layer}"
+        return self.kind if self.index is None else f"{self.kind}.{self.index}"
 
 
 @dataclass(frozen=True)
@@ -120,11 +126,14 @@ Axis = tuple[Segment, ...]
 class Sublayer:
     """One attention or FFN sublayer: paths from the root of the model, and the spaces of its units.
 
-    `units` are what the output linear reads: value dimensions or neurons; `rows` is what it writes.
-    Attention also has the linear of its queries, whose rows are the units `queries`.
+    `name` is that of the family's spec. `index` is its place among the sublayers of its kind, `layer` that of its
+    layer among those of all stacks. `units` are what the output linear reads: value dimensions or neurons; `rows` is
+    what it writes. Attention also has the linear of its queries, whose rows are the units `queries`.
     """
 
+    name: str
     kind: SublayerKind
+    index: int
     layer: int
     units: Space
     rows: Space
@@ -139,7 +148,8 @@ class ParamSpec:
     """One parameter: its dense shape, what each axis is made of, and when it is there at all.
 
     `inner`: of no use to a sublayer without units, even where such a one keeps its output bias. `lookup`: read
-    by index and never multiplied.
+    by index and never multiplied. `users` share it: it goes with the last of them, and until then stands with the
+    first that is left.
     """
 
     name: str
@@ -150,6 +160,7 @@ class ParamSpec:
     inner: bool = False
     per_sequence: bool = False
     lookup: bool = False
+    users: tuple[Sublayer, ...] = ()
 
     @property
     def numel(self) -> int:
@@ -163,6 +174,25 @@ class ParamSpec:
 
 
 @dataclass(frozen=True)
+class Stack:
+    """Where one stack of layers stands in a model, from its root.
+
+    Attributes:
+        spec: of the family.
+        layers: path of each layer.
+        start: place of the first one among the layers of all stacks.
+        final_norm: norm after the last layer, in a pre-norm model.
+        embedding: module that looks up its words, where that is not the one which owns the word embedding.
+    """
+
+    spec: StackSpec
+    layers: tuple[str, ...]
+    start: int
+    final_norm: str | None
+    embedding: str | None
+
+
+@dataclass(frozen=True)
 class Structure:
     """The prunable structure of one model. Built by `analyze`."""
 
@@ -170,16 +200,24 @@ class Structure:
     base: str
     sizes: Sizes
     params: Mapping[str, ParamSpec]
+    stacks: tuple[Stack, ...]
     sublayers: tuple[Sublayer, ...]
     hidden: Space
     embedding_norm: str | None
     """Norm over the summed embeddings, where those live in the hidden space."""
     embedding_rank: int | None = None
     """Rank of the factored word embedding; None where it is one table."""
-    final_norm: str | None = None
-    """Norm of the residual stream after the last layer, in a pre-norm model."""
     tied: bool = False
     """Whether an output head multiplies by the word embedding."""
+    has_head: bool = True
+    """Whether something reads the residual stream in the end; a bare model hands it out."""
+    scales_head: bool = False
+    """Whether what the head reads is scaled by the hidden size, which has to stay that of the dense model."""
+
+    @property
+    def final_norms(self) -> tuple[str, ...]:
+        """Norms of the residual stream after the last layer of each stack, in a pre-norm model."""
+        return tuple(stack.final_norm for stack in self.stacks if stack.final_norm is not None)
 
     @property
     def factored_away(self) -> int:
@@ -192,8 +230,12 @@ class Structure:
 
     @property
     def layer_paths(self) -> tuple[str, ...]:
-        """Path of each encoder layer, from the root of the model."""
-        return tuple(join(self.base, self.family.layers, str(i)) for i in range(self.sizes.num_layers))
+        """Path of each layer of each stack, from the root of the model."""
+        return tuple(path for stack in self.stacks for path in stack.layers)
+
+    def stack_of(self, layer: int) -> Stack:
+        """The stack that a layer stands in."""
+        return next(stack for stack in reversed(self.stacks) if stack.start <= layer)
 
     @property
     def keeps_width(self) -> bool:
@@ -204,8 +246,11 @@ class Structure:
     @property
     def tables(self) -> tuple[str, ...]:
         """Embeddings that write the residual stream as it is, without a norm between."""
-        if self.final_norm is None:
+        if not self.final_norms:
             return ()
+        readers = tuple(stack.embedding for stack in self.stacks if stack.embedding is not None)
+        if readers:
+            return readers
         paths = (join(self.base, path) for path in self.family.embeddings)
         return tuple(path for path in paths if f"{path}.weight" in self.params)
 
@@ -222,7 +267,7 @@ class Structure:
         return tuple(sublayer for sublayer in self.sublayers if sublayer.kind == kind)
 
     def spaces(self) -> Iterator[Space]:
-        """All spaces: each layer's units, then the hidden space."""
+        """All spaces: each sublayer's units, then the hidden space."""
         for sublayer in self.sublayers:
             if sublayer.queries is not None:
                 yield sublayer.queries
@@ -232,18 +277,18 @@ class Structure:
 
 
 def gate_shapes(sizes: Sizes) -> dict[str, tuple[int, ...]]:
-    """Shape of the gate tensor of each kind (design: L layers, K groups of heads, F neurons, d hidden)."""
-    layers, width = sizes.num_layers, sizes.num_groups * sizes.head_dim
+    """Shape of the gate tensor of each kind (A attention and B FFN sublayers, K groups of heads, F neurons, d hidden)."""
+    attn, ffn, width = sizes.num_attn, sizes.num_ffn, sizes.num_groups * sizes.head_dim
     return {
-        "head": (layers, sizes.num_groups),
-        "attn": (layers,),
-        "ffn": (layers,),
-        "ffn_dim": (layers, sizes.ffn_dim),
+        "head": (attn, sizes.num_groups),
+        "attn": (attn,),
+        "ffn": (ffn,),
+        "ffn_dim": (ffn, sizes.ffn_dim),
         "hidden": (sizes.hidden,),
-        "qk_dim": (layers, width // sizes.pair),
-        "vo_dim": (layers, width),
-        "attn_row": (layers, sizes.hidden),
-        "ffn_row": (layers, sizes.hidden),
+        "qk_dim": (attn, width // sizes.pair),
+        "vo_dim": (attn, width),
+        "attn_row": (attn, sizes.hidden),
+        "ffn_row": (ffn, sizes.hidden),
     }
 
 

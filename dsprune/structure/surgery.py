@@ -17,9 +17,11 @@ __all__ = ["compact_shape", "cut", "is_removed"]
 def is_removed(param: ParamSpec, selection: Selection) -> bool:
     """Whether the parameter is gone from the exported model: its sublayer is removed, or nothing of it is left."""
     if param.sublayer is not None:
-        kind, layer = param.sublayer.kind, param.sublayer.layer
-        if not (selection.has_units(kind, layer) if param.inner else selection.alive(kind, layer)):
+        kind, index = param.sublayer.kind, param.sublayer.index
+        if not (selection.has_units(kind, index) if param.inner else selection.alive(kind, index)):
             return True
+    if param.users and not any(selection.has_units(user.kind, user.index) for user in param.users):
+        return True
     return 0 in compact_shape(param, selection)
 
 

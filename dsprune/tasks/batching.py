@@ -86,6 +86,10 @@ class Encoded:
         """All that a split holds, for a digest of it."""
         return [self.lengths, self.labels, self.targets, *(flat for flat, _ in self._streams.values())]
 
+    def in_epoch(self, epoch: int) -> Encoded:
+        """The split as an epoch of training has it: the same in each, but where noise is part of the task."""
+        return self
+
     def collate(self, indices: Sequence[int] | Tensor, pad_multiple: int = 1) -> dict[str, Tensor]:
         """The model's arguments for some features, and their labels.
 
@@ -170,10 +174,15 @@ class Tokeniser:
             joined.pop("token_type_ids", None),
             int(self.tokenizer.pad_token_type_id),
         )
-        self._check_ids(tokens.input_ids)
+        self.check_ids(tokens.input_ids)
         return tokens, joined
 
-    def _check_ids(self, input_ids: Tensor) -> None:
+    def check_ids(self, input_ids: Tensor) -> None:
+        """See that the model has embeddings for token ids.
+
+        Raises:
+            ArchitectureError: it has not.
+        """
         known = len(self.tokenizer) if self.vocab_size is None else self.vocab_size
         largest = int(input_ids.max())
         if largest >= known:

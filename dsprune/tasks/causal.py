@@ -16,17 +16,22 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from dsprune.config import DataConfig, TaskConfig
-from dsprune.distill import VocabularyHead, surprisals
-from dsprune.errors import DataError
+from dsprune.distill import VocabularyHead
 from dsprune.tasks.base import Head, choose_metric
-from dsprune.tasks.batching import Encoded, Flat, Tokeniser, Tokens, flatten
-from dsprune.tasks.checks import check_columns, check_text
-from dsprune.tasks.losses import IGNORED
+from dsprune.tasks.batching import Encoded, Tokeniser, Tokens
 from dsprune.tasks.metrics import check_finite
 from dsprune.tasks.sources import HubData, Split, Splits, split_reader
-from dsprune.tasks.text import TextTask, end_of_text, eval_splits, named_data
+from dsprune.tasks.text import (
+    TextTask,
+    check_documents,
+    end_of_text,
+    eval_splits,
+    named_data,
+    summed_surprisals,
+    text_stream,
+)
 
-__all__ = ["PERPLEXITIES", "CausalTask", "PackedText", "build_causal"]
+__all__ = ["PERPLEXITIES", "WIKITEXT", "CausalTask", "PackedText", "build_causal"]
 
 WIKITEXT = HubData("Salesforce/wikitext", "wikitext-2-v1")
 PERPLEXITIES = ("perplexity", "word_perplexity")
@@ -62,15 +67,7 @@ class CausalTask(TextTask):
 
     def predict(self, model: Any, head: VocabularyHead, inputs: Mapping[str, Tensor], labels: Tensor) -> Tensor:
         """Summed surprisal of each sequence's labels: [batch, 1]."""
-
-        def question(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-            where = labels != IGNORED
-            found = hidden.new_zeros(labels.shape, dtype=torch.float32)
-            found[where] = surprisals(hidden[where], weight, bias, labels[where], chunk=self.chunk)
-            return found.sum(1, keepdim=True)
-
-        answer: Tensor = head.ask(question, model, **inputs)
-        return answer
+        return summed_surprisals(model, head, inputs, labels, chunk=self.chunk)
 
     def score(self, predictions: Tensor, data: Encoded) -> dict[str, float]:
         """Perplexity per token and per word.
@@ -93,32 +90,18 @@ class CausalTask(TextTask):
         return end_of_text(tokenizer) if tokenizer.pad_token_id is None else int(tokenizer.pad_token_id)
 
     def _check(self, splits: Splits) -> Splits:
-        for split in splits:
-            check_columns(split, (self.column,), self.name)
-            check_text(split, (self.column,))
-            if not any(text.strip() for text in split.columns[self.column]):
-                raise DataError(f"{split.origin}: column '{self.column}' holds no text, only blank rows")
-        return splits
+        return check_documents(splits, self.column, self.name)
 
     def _encode(self, split: Split, tokeniser: Tokeniser) -> PackedText:
-        tokenizer = tokeniser.tokenizer
-        end = end_of_text(tokenizer)
-        texts = [text for text in split.columns[self.column] if text.strip()]
-
-        def chunk(rows: slice) -> Flat:
-            # Documents are longer than the model's positions before they are cut: no cause for a warning.
-            ids = tokenizer(texts[rows], add_special_tokens=False, return_attention_mask=False, verbose=False)
-            return flatten({"input_ids": [[*document, end] for document in ids["input_ids"]]})
-
-        documents, _ = tokeniser.run(split.name, len(texts), chunk)
-        labels = documents.input_ids
+        tokenizer, end = tokeniser.tokenizer, end_of_text(tokeniser.tokenizer)
+        labels, num_words = text_stream(split, self.column, tokeniser)
         # What the first token follows is what any other document's first token follows.
         begin = end if tokenizer.bos_token_id is None else int(tokenizer.bos_token_id)
         inputs = torch.cat([labels.new_tensor([begin]), labels[:-1]])
         whole, rest = divmod(len(labels), self.max_length)
         lengths = torch.tensor([self.max_length] * whole + [rest] * (rest > 0))
         tokens = Tokens(inputs, lengths, tokeniser.pad_token_id)
-        return PackedText(split.name, tokens, labels, num_words=sum(len(text.split()) for text in texts))
+        return PackedText(split.name, tokens, labels, num_words=num_words)
 
 
 def build_causal(task: TaskConfig, data: DataConfig, seed: int) -> CausalTask:

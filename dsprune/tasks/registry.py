@@ -10,6 +10,7 @@ from dsprune.errors import ConfigError
 from dsprune.tasks.base import Task
 from dsprune.tasks.causal import build_causal
 from dsprune.tasks.conll import build_conll
+from dsprune.tasks.corruption import build_corruption
 from dsprune.tasks.glue import GLUE, build_glue
 from dsprune.tasks.order import build_order
 from dsprune.tasks.seq2seq import build_seq2seq
@@ -19,7 +20,11 @@ __all__ = ["TASKS", "build_task", "task_names"]
 
 Builder = Callable[[TaskConfig, DataConfig, int], Task]
 
-ANY_DATA: dict[str, Builder] = {"lm": build_causal, "seq2seq": build_seq2seq}
+ANY_DATA: dict[str, Builder] = {
+    "lm": build_causal,
+    "seq2seq": build_seq2seq,
+    "span_corruption": build_corruption,
+}
 """Tasks on whatever data set is named; the others have their own."""
 TASKS: dict[str, Builder] = {
     **dict.fromkeys(GLUE, build_glue),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -14,13 +14,13 @@ from transformers import PreTrainedTokenizerBase
 
 from dsprune.config import DataConfig, TaskConfig
 from dsprune.distill import VocabularyHead
-from dsprune.tasks.base import Head, choose_metric
+from dsprune.tasks.base import choose_metric
 from dsprune.tasks.batching import Encoded, Flat, Tokeniser, Tokens, flatten
 from dsprune.tasks.checks import check_columns, check_text, refuse_first
 from dsprune.tasks.losses import IGNORED
 from dsprune.tasks.metrics import check_finite
 from dsprune.tasks.sources import Split, Splits, split_reader
-from dsprune.tasks.text import TextTask, end_of_text, eval_splits, named_data
+from dsprune.tasks.text import DecodedTask, end_of_text, eval_splits, named_data
 
 __all__ = ["TEXT_METRICS", "Seq2SeqTask", "TextPairs", "build_seq2seq", "text_scores"]
 
@@ -56,7 +56,7 @@ class TextPairs(Encoded):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Seq2SeqTask(TextTask):
+class Seq2SeqTask(DecodedTask):
     """A target written for a source; evaluated on what the model writes by itself, greedily.
 
     Attributes:
@@ -68,12 +68,6 @@ class Seq2SeqTask(TextTask):
     columns: tuple[str, str]
     prefix: str
     max_target_length: int
-
-    head: ClassVar[Head] = "ForConditionalGeneration"
-
-    def arguments(self, model: Any, inputs: Mapping[str, Tensor], labels: Tensor) -> dict[str, Tensor]:
-        """The decoder is given the targets, shifted to the right."""
-        return {**inputs, "decoder_input_ids": model.prepare_decoder_input_ids_from_labels(labels)}
 
     def predict(self, model: Any, head: VocabularyHead, inputs: Mapping[str, Tensor], labels: Tensor) -> Tensor:
         """Token ids that the model writes: [batch, max_target_length], padded."""

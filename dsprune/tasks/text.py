@@ -5,18 +5,31 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
+import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from dsprune.config import DataConfig
-from dsprune.distill import VocabularyHead
-from dsprune.errors import ArchitectureError, ConfigError
-from dsprune.tasks.base import Problem, Task
-from dsprune.tasks.sources import HubData
+from dsprune.distill import VocabularyHead, surprisals
+from dsprune.errors import ArchitectureError, ConfigError, DataError
+from dsprune.tasks.base import Head, Problem, Task
+from dsprune.tasks.batching import Flat, Tokeniser, flatten
+from dsprune.tasks.checks import check_columns, check_text
+from dsprune.tasks.losses import IGNORED
+from dsprune.tasks.sources import HubData, Split, Splits
 
-__all__ = ["TextTask", "end_of_text", "eval_splits", "named_data"]
+__all__ = [
+    "DecodedTask",
+    "TextTask",
+    "check_documents",
+    "end_of_text",
+    "eval_splits",
+    "named_data",
+    "summed_surprisals",
+    "text_stream",
+]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,6 +67,72 @@ class TextTask(Task):
             inputs: of a batch, as `Encoded.collate` gives them.
             labels: of the batch.
         """
+
+
+@dataclass(frozen=True, kw_only=True)
+class DecodedTask(TextTask):
+    """A task whose answers a decoder writes, beside an encoder that reads the inputs."""
+
+    head: ClassVar[Head] = "ForConditionalGeneration"
+
+    def arguments(self, model: Any, inputs: Mapping[str, Tensor], labels: Tensor) -> dict[str, Tensor]:
+        """The decoder is given the targets, shifted to the right."""
+        return {**inputs, "decoder_input_ids": model.prepare_decoder_input_ids_from_labels(labels)}
+
+
+def summed_surprisals(
+    model: Any, head: VocabularyHead, arguments: Mapping[str, Tensor], labels: Tensor, *, chunk: int
+) -> Tensor:
+    """-log p of each row's labels, added: [batch, 1]. Collective under ZeRO-3.
+
+    Args:
+        model: or what runs it.
+        head: of the model.
+        arguments: of the model.
+        labels: [batch, length], `IGNORED` where there is no target.
+        chunk: tokens whose logits exist at a time.
+    """
+
+    def question(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        where = labels != IGNORED
+        found = hidden.new_zeros(labels.shape, dtype=torch.float32)
+        found[where] = surprisals(hidden[where], weight, bias, labels[where], chunk=chunk)
+        return found.sum(1, keepdim=True)
+
+    answer: Tensor = head.ask(question, model, **arguments)
+    return answer
+
+
+def check_documents(splits: Splits, column: str, task: str) -> Splits:
+    """See that a column holds text in every split.
+
+    Raises:
+        DataError: no such column, something else than text, or blank rows alone.
+    """
+    for split in splits:
+        check_columns(split, (column,), task)
+        check_text(split, (column,))
+        if not any(text.strip() for text in split.columns[column]):
+            raise DataError(f"{split.origin}: column '{column}' holds no text, only blank rows")
+    return splits
+
+
+def text_stream(split: Split, column: str, tokeniser: Tokeniser) -> tuple[Tensor, int]:
+    """All documents of a split as one stream, each closed by the end-of-sequence token.
+
+    Returns:
+        token ids [tokens] int32; and the words of the raw text, as whitespace separates them.
+    """
+    tokenizer, end = tokeniser.tokenizer, end_of_text(tokeniser.tokenizer)
+    texts = [text for text in split.columns[column] if text.strip()]
+
+    def chunk(rows: slice) -> Flat:
+        # Documents are longer than the model's positions before they are cut: no cause for a warning.
+        ids = tokenizer(texts[rows], add_special_tokens=False, return_attention_mask=False, verbose=False)
+        return flatten({"input_ids": [[*document, end] for document in ids["input_ids"]]})
+
+    documents, _ = tokeniser.run(split.name, len(texts), chunk)
+    return documents.input_ids, sum(len(text.split()) for text in texts)
 
 
 def end_of_text(tokenizer: PreTrainedTokenizerBase) -> int:

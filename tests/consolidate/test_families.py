@@ -9,7 +9,7 @@ import sys
 import pytest
 import torch
 from safetensors.torch import save_file
-from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
+from transformers import AutoConfig, AutoModelForSeq2SeqLM, AutoModelForSequenceClassification, AutoTokenizer
 
 from dsprune.consolidate import apply_selection, consolidate, load_compact
 from dsprune.consolidate.manifest import FORMAT, render_manifest
@@ -17,7 +17,7 @@ from dsprune.errors import CheckpointError
 from dsprune.structure import Selection, analyze, ones
 from tests.helpers.checkpoints import write_manifest, write_run
 from tests.helpers.folders import tiny_tokenizer
-from tests.helpers.models import DECODERS, FAMILIES, HEADS, tiny_batch, tiny_model
+from tests.helpers.models import BARE_T5, DECODERS, ENCODER_DECODERS, FAMILIES, HEADS, batch_for, tiny_batch, tiny_model
 from tests.helpers.selections import random_gates
 
 
@@ -28,10 +28,12 @@ def _selection(model, seed=1, *, soft=True):
 
 def _output(model):
     with torch.no_grad():
-        return model.eval()(**tiny_batch())[0]
+        return model.eval()(**batch_for(model))[0]
 
 
-@pytest.mark.parametrize("name", [*FAMILIES, *HEADS, *DECODERS, "qwen2-sequence", "gpt2-sequence"])
+@pytest.mark.parametrize(
+    "name", [*FAMILIES, *HEADS, *DECODERS, "qwen2-sequence", "gpt2-sequence", *ENCODER_DECODERS, *BARE_T5]
+)
 def test_what_is_exported_is_what_surgery_makes(name, tmp_path):
     model = tiny_model(name)
     selection = _selection(model)
@@ -42,7 +44,7 @@ def test_what_is_exported_is_what_surgery_makes(name, tmp_path):
     assert sum(param.numel() for param in loaded.parameters()) == report.parameters
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", [*FAMILIES, *ENCODER_DECODERS])
 def test_a_recovered_model_keeps_its_shapes(name, tmp_path):
     model = tiny_model(name)
     compact = apply_selection(model, _selection(model))
@@ -51,16 +53,18 @@ def test_a_recovered_model_keeps_its_shapes(name, tmp_path):
     assert report.difference is None
     assert report.parameters < report.dense_parameters
     assert torch.equal(_output(load_compact(tmp_path / "out")), _output(compact))
-    assert "AutoModelForSequenceClassification" in (tmp_path / "out" / "README.md").read_text()
+    auto = "AutoModelForSequenceClassification" if name in FAMILIES else "AutoModelForSeq2SeqLM"
+    assert auto in (tmp_path / "out" / "README.md").read_text()
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", [*FAMILIES, *ENCODER_DECODERS])
 def test_a_teacher_becomes_a_stock_folder(name, tmp_path):
     model = tiny_model(name)
     report = consolidate(write_run(tmp_path / "run", model, stage="teacher"), tmp_path / "out", stage="teacher")
     assert report.stock
     assert report.total_sparsity == 0
-    stock = AutoModelForSequenceClassification.from_pretrained(tmp_path / "out")
+    auto = AutoModelForSequenceClassification if name in FAMILIES else AutoModelForSeq2SeqLM
+    stock = auto.from_pretrained(tmp_path / "out")
     assert type(stock) is type(model)
     assert torch.equal(_output(stock), _output(model))
 

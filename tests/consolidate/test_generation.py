@@ -13,10 +13,10 @@ from safetensors.torch import load_file, save_file
 from dsprune.consolidate import apply_selection, consolidate, load_compact
 from dsprune.structure import Selection, analyze, attach_gates
 from tests.helpers.checkpoints import write_run
-from tests.helpers.models import DECODERS, tiny_batch, tiny_model
+from tests.helpers.models import DECODERS, ENCODER_DECODERS, tiny_batch, tiny_model
 from tests.helpers.selections import awkward_gates, random_gates
 
-CASES = ("a whole layer gone", "coarse gates off", "a head without queries", "everything gone", "hard 1", "soft 2")
+CASES = ("a whole layer gone", "only the last attention left", "coarse gates off", "a head without queries", "everything gone", "hard 1", "soft 2")
 LENGTH = 8
 
 
@@ -41,7 +41,7 @@ def _write(model, **options):
 
 
 @pytest.mark.parametrize("empty", ["identity", "bias"])
-@pytest.mark.parametrize("name", DECODERS)
+@pytest.mark.parametrize("name", [*DECODERS, *ENCODER_DECODERS])
 def test_masked_and_compact_decoders_write_the_same(name, empty):
     model = tiny_model(name)
     structure = analyze(model)
@@ -61,7 +61,7 @@ def test_masked_and_compact_decoders_write_the_same(name, empty):
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
-@pytest.mark.parametrize("name", DECODERS)
+@pytest.mark.parametrize("name", [*DECODERS, *ENCODER_DECODERS])
 def test_every_attention_implementation_writes_the_same(name, attention, tmp_path):
     model = tiny_model(name)
     structure = analyze(model)

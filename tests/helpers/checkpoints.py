@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 from dsprune.consolidate import FORMAT, render_manifest
 from dsprune.structure import Selection
-from tests.helpers.models import tiny_batch
+from tests.helpers.models import batch_for, tiny_batch
 from tests.helpers.training import Setup, build_trainer
 from tests.helpers.world import run_world
 
@@ -68,7 +68,7 @@ def write_run(
     (checkpoint / "model").mkdir()
     config = {**model.config.to_dict(), "architectures": [type(model).__name__]}
     (checkpoint / "model" / "config.json").write_text(json.dumps(config))
-    save_file(tiny_batch(), checkpoint / "verify.safetensors")
+    save_file(batch_for(model), checkpoint / "verify.safetensors")
     if selection is not None:
         selection.save(checkpoint / "selection.safetensors")
     write_manifest(checkpoint, stage)

@@ -32,13 +32,19 @@ from transformers import (
     Qwen3ForCausalLM,
     RobertaConfig,
     RobertaForSequenceClassification,
+    T5Config,
+    T5EncoderModel,
+    T5ForConditionalGeneration,
+    T5Model,
 )
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 from transformers.models.mistral.modeling_mistral import MistralRMSNorm
 from transformers.models.qwen2.modeling_qwen2 import Qwen2RMSNorm
 from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm
+from transformers.models.t5.modeling_t5 import T5LayerNorm
 
 from dsprune.arch import family_for
+from dsprune.consolidate import with_own_head
 from dsprune.consolidate.modeling_dsprune import factor_embedding
 
 SIZES = {
@@ -61,6 +67,9 @@ DISTIL_SIZES = {
 GROUPED_SIZES = {**SIZES, "num_key_value_heads": 2, "pad_token_id": 0}
 GPT2_SIZES = {"vocab_size": 50, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_inner": 64, "n_positions": 40}
 GPT2_SIZES |= {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
+T5_SIZES = {"vocab_size": 50, "d_model": 32, "d_kv": 12, "d_ff": 64, "num_layers": 2, "num_heads": 4}
+T5_SIZES |= {"relative_attention_num_buckets": 8, "relative_attention_max_distance": 12, "decoder_start_token_id": 0}
+FLAN_SIZES = {**T5_SIZES, "num_decoder_layers": 3, "feed_forward_proj": "gated-gelu", "tie_word_embeddings": False}
 
 FAMILIES = {
     "bert": lambda: BertForSequenceClassification(BertConfig(**SIZES)),
@@ -87,6 +96,16 @@ CLASSIFIERS = {
     "qwen2-base": lambda: Qwen2Model(Qwen2Config(**GROUPED_SIZES)),
 }
 """The same families under other heads."""
+ENCODER_DECODERS = {
+    "t5": lambda: T5ForConditionalGeneration(T5Config(**T5_SIZES)),
+    "flan-t5": lambda: _flan(),
+}
+"""One with plain FFNs and a head that is the word embedding, one with gated FFNs, a head of its own, and a decoder
+deeper than its encoder."""
+BARE_T5 = {
+    "t5-base": lambda: T5Model(T5Config(**T5_SIZES)),
+    "t5-encoder": lambda: T5EncoderModel(T5Config(**T5_SIZES)),
+}
 HEADS = {
     "base": lambda: BertModel(BertConfig(**SIZES)),
     "token": lambda: BertForTokenClassification(BertConfig(**SIZES, num_labels=9)),
@@ -94,12 +113,17 @@ HEADS = {
 }
 
 
+def _flan() -> nn.Module:
+    config = T5Config(**FLAN_SIZES)
+    return with_own_head(T5ForConditionalGeneration, config, lambda: T5ForConditionalGeneration(config))
+
+
 def tiny_model(
     name: str, *, dtype: torch.dtype = torch.float32, seed: int = 0, embedding_rank: int | None = None
 ) -> nn.Module:
     """A model of a family (or a BERT with another head) in eval mode, its weights drawn anew."""
     torch.manual_seed(seed)
-    model = (FAMILIES | HEADS | DECODERS | CLASSIFIERS)[name]()
+    model = (FAMILIES | HEADS | DECODERS | CLASSIFIERS | ENCODER_DECODERS | BARE_T5)[name]()
     if embedding_rank is not None:
         factor_embedding(model, family_for(model.config.model_type).as_dict(), embedding_rank)
     model.to(dtype).eval()
@@ -115,8 +139,16 @@ def _norm_in_own_precision(module: Any, x: Tensor) -> Tensor:
     return module.weight * normed.to(x.dtype)
 
 
-for _norm in (LlamaRMSNorm, MistralRMSNorm, Qwen2RMSNorm, Qwen3RMSNorm):
+for _norm in (LlamaRMSNorm, MistralRMSNorm, Qwen2RMSNorm, Qwen3RMSNorm, T5LayerNorm):
     _norm.forward = _norm_in_own_precision
+
+
+def batch_for(model: Any, **sizes: int) -> dict[str, Tensor]:
+    """`tiny_batch`, and for an encoder-decoder what its decoder reads."""
+    batch = tiny_batch(**sizes)
+    if not model.config.is_encoder_decoder:
+        return batch
+    return {**batch, "decoder_input_ids": batch["input_ids"].flip(0, 1).contiguous()}
 
 
 def tiny_batch(*, batch: int = 3, length: int = 9, seed: int = 1) -> dict[str, Tensor]:

@@ -60,6 +60,9 @@ def awkward_gates(structure: Structure) -> Iterator[tuple[str, dict[str, Tensor]
         "no rows": [("attn_row", 0), ("ffn_row", 1)],
         "rows of an empty sublayer": [("vo_dim", 0), ("attn_row", (0, slice(20))), ("hidden", slice(5, 25))],
         "an empty layer": [("vo_dim", 0), ("ffn_dim", 0)],
+        "only the last attention left": [("attn", slice(-1))],
+        "the last attention gone, the first of one head": [("attn", -1), ("head", (0, slice(1)))],
+        "a layer's head and another's": [("head", (0, 0)), ("head", (slice(1, None), sizes.num_groups - 1))],
     }
     for name, closings in closed.items():
         gates = {kind: torch.ones(shape) for kind, shape in gate_shapes(structure.sizes).items()}

@@ -68,6 +68,9 @@ class RandomExamples:
     def __len__(self) -> int:
         return len(self.lengths)
 
+    def in_epoch(self, epoch: int) -> RandomExamples:
+        return self
+
     def collate(self, indices: Any) -> dict[str, Tensor]:
         chosen = torch.as_tensor(indices)
         width = int(self.lengths[chosen].max())

@@ -24,7 +24,7 @@ from dsprune.structure import (
     ones,
     unit_magnitudes,
 )
-from tests.helpers.models import DECODERS, FAMILIES, tiny_batch, tiny_model
+from tests.helpers.models import DECODERS, ENCODER_DECODERS, FAMILIES, batch_for, tiny_model
 from tests.helpers.settings import ROWS
 
 OPTIONS = {row.name: row.options for row in ROWS}
@@ -59,7 +59,7 @@ def _largest_unit(method):
 
 
 def _check_method(variant, model):
-    batch = tiny_batch()
+    batch = batch_for(model)
     selection, sparsity, unit = _prune(variant, model, batch)
     assert sparsity == pytest.approx(TARGET, abs=max(unit, 0.01))
     compact = apply_selection(model, selection)
@@ -87,8 +87,9 @@ def _check_blocks(model):
     gating = BlockGating(compact, structure)
     gating.set(selection.masks)
     with torch.no_grad():
-        masked = compact(**tiny_batch())[0]
-        torch.testing.assert_close(apply_blocks(compact, selection)(**tiny_batch())[0], masked, rtol=0, atol=1e-5)
+        batch = batch_for(model)
+        masked = compact(**batch)[0]
+        torch.testing.assert_close(apply_blocks(compact, selection)(**batch)[0], masked, rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("variant", VARIANTS, ids=lambda variant: variant.title)
@@ -103,11 +104,11 @@ def test_a_cell_says_what_happens(name, variant):
             analyze_blocks(_compact(model), (8, 8))
     else:
         with pytest.raises(ConfigError, match="cannot lose units of"):
-            _prune(variant, model, tiny_batch())
+            _prune(variant, model, batch_for(model))
 
 
 def test_every_family_has_a_tiny_model():
-    assert set(list_families()) <= set(FAMILIES) | set(DECODERS)
+    assert set(list_families()) <= set(FAMILIES) | set(DECODERS) | set(ENCODER_DECODERS)
 
 
 def test_the_table_has_a_row_for_every_family_and_a_reason_for_every_gap():

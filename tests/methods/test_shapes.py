@@ -13,7 +13,7 @@ from dsprune.errors import ConfigError
 from dsprune.methods import Plan, method_class, method_options
 from dsprune.methods.shapes import SizeConstraints, aimed_sparsity
 from dsprune.structure import CostModel, analyze, attach_gates, find_shape, shape_gates
-from tests.helpers.models import tiny_batch, tiny_model
+from tests.helpers.models import batch_for, tiny_model
 from tests.helpers.settings import ROWS
 
 OPTIONS = {row.name: row.options for row in ROWS}
@@ -27,8 +27,10 @@ SHAPES = {
     "mistral": {"hidden": 21, "heads": 2},
     "qwen2": {"hidden": 21, "ffn": 20, "heads": 2},
     "qwen3": {"hidden": 13, "layers": 1},
+    "t5": {"ffn": 40},
+    "flan-t5": {"hidden": 21, "ffn": 20},
 }
-RANKED = {"bert": {"ffn": 40}, "llama": {"heads": 2, "ffn": 20}, "qwen3": {"heads": 2}, "gpt2": {"ffn": 10}}
+RANKED = {"bert": {"ffn": 40}, "llama": {"heads": 2, "ffn": 20}, "qwen3": {"heads": 2}, "gpt2": {"ffn": 10}, "t5": {"ffn": 20}}
 
 
 def _method(name, model, shape, target=0.4, **options):
@@ -64,7 +66,7 @@ def _export(method, model, folder):
     gating = attach_gates(model, method.structure, empty=method.empty)
     gating.set(selection.gates)
     with torch.no_grad():
-        masked, ours = model(**tiny_batch())[0], stock(**tiny_batch())[0]
+        masked, ours = model(**batch_for(model))[0], stock(**batch_for(model))[0]
     gating.remove()
     torch.testing.assert_close(ours, masked, rtol=0, atol=1e-5)
     return stock, selection
@@ -89,7 +91,7 @@ def test_grain_lands_on_a_shape(name, tmp_path):
 
 
 @pytest.mark.parametrize("method_name", ["cofi", "grain"])
-@pytest.mark.parametrize("name", ["bert", "token", "gpt2", "llama", "qwen2", "qwen3"])
+@pytest.mark.parametrize("name", ["bert", "token", "gpt2", "llama", "qwen2", "qwen3", "t5", "flan-t5"])
 def test_uniform_sizes_meet_the_target(name, method_name, tmp_path):
     model = tiny_model(name)
     options = {"units": "heads"} if method_name == "grain" else {}
@@ -156,6 +158,9 @@ def test_the_nearest_shape_is_found():
         ("llama", "grain", {"ffn": 10}, {}, r'GRAIN needs method.units = "heads"'),
         ("llama", "grain", {"layers": 1}, {"units": "heads"}, r"shape.layers = 1: the method has no gates of"),
         ("llama", "grain", {"heads": 2}, {"units": "heads", "attention_density": 0.5}, "leave it out"),
+        ("t5", "cofi", {"hidden": 16}, {}, "a stock 't5' scales its output by its own width"),
+        ("flan-t5", "cofi", {"heads": 2}, {}, "a stock 't5' has 4 heads in every layer"),
+        ("t5", "cofi", {"layers": 1}, {}, "shape.layers = 1: encoder and decoder have layers of their own"),
         ("llama", "mlpruning", {"uniform": True}, {}, "MLPruning finds a size for every layer"),
     ],
 )

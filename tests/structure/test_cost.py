@@ -5,7 +5,16 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from dsprune.structure import CostModel, Selection, analyze, compact_shape, is_removed, ones
-from tests.helpers.models import CLASSIFIERS, DECODERS, FAMILIES, HEADS, tiny_batch, tiny_model
+from tests.helpers.models import (
+    BARE_T5,
+    CLASSIFIERS,
+    DECODERS,
+    ENCODER_DECODERS,
+    FAMILIES,
+    HEADS,
+    batch_for,
+    tiny_model,
+)
 from tests.helpers.selections import awkward_gates, random_gates
 
 
@@ -18,7 +27,7 @@ def _counted(structure, selection, *, encoder):
 
 
 @pytest.mark.parametrize("empty", ["identity", "bias"])
-@pytest.mark.parametrize("name", [*FAMILIES, *HEADS, *DECODERS, *CLASSIFIERS])
+@pytest.mark.parametrize("name", [*FAMILIES, *HEADS, *DECODERS, *CLASSIFIERS, *ENCODER_DECODERS, *BARE_T5])
 def test_hard_gates_cost_what_is_left(name, empty):
     structure = analyze(tiny_model(name))
     cost = CostModel(structure, empty=empty)
@@ -49,11 +58,13 @@ def test_cost_is_differentiable_and_every_gate_has_a_price():
     assert all((gate.grad < 0).all() for gate in keep.values())
 
 
-@pytest.mark.parametrize("name", [*FAMILIES, "token", "span", *DECODERS, "qwen2-sequence", "gpt2-sequence"])
+@pytest.mark.parametrize(
+    "name", [*FAMILIES, "token", "span", *DECODERS, "qwen2-sequence", "gpt2-sequence", *ENCODER_DECODERS, "t5-encoder"]
+)
 def test_multiply_adds_are_those_of_a_real_forward_pass(name):
     model = tiny_model(name)
     model.set_attn_implementation("eager")
-    batch = tiny_batch(batch=1, length=8)
+    batch = batch_for(model, batch=1, length=8)
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         model(**batch)
     structure = analyze(model)

@@ -5,9 +5,19 @@ import torch
 
 from dsprune.errors import ArchitectureError, ConfigError
 from dsprune.structure import CostModel, analyze, attach_gates, gate_shapes, ones
-from tests.helpers.models import CLASSIFIERS, DECODERS, FAMILIES, HEADS, tiny_batch, tiny_model
+from tests.helpers.models import (
+    BARE_T5,
+    CLASSIFIERS,
+    DECODERS,
+    ENCODER_DECODERS,
+    FAMILIES,
+    HEADS,
+    batch_for,
+    tiny_batch,
+    tiny_model,
+)
 
-ALL = [*FAMILIES, *HEADS, *DECODERS, *CLASSIFIERS]
+ALL = [*FAMILIES, *HEADS, *DECODERS, *CLASSIFIERS, *ENCODER_DECODERS, *BARE_T5]
 
 
 def _output(model, batch):
@@ -27,9 +37,9 @@ def _taylor(model, structure):
             for segment, part in zip(axis, per_entry.split([s.extent for s in axis]), strict=True):
                 if segment.space is not None and segment.gated:
                     place = sums[segment.space.kind]
-                    (place if segment.space.layer is None else place[segment.space.layer]).add_(segment.gather(part))
+                    (place if segment.space.index is None else place[segment.space.index]).add_(segment.gather(part))
         if param.sublayer is not None and param.name.startswith(f"{param.sublayer.output}."):
-            sums[param.sublayer.kind][param.sublayer.layer] += score.sum()
+            sums[param.sublayer.kind][param.sublayer.index] += score.sum()
     sums["hidden"] += sums["attn_row"].sum(0) + sums["ffn_row"].sum(0)
     sums["head"] = sums["vo_dim"].unflatten(-1, (structure.sizes.num_groups, -1)).sum(-1)
     return sums
@@ -42,7 +52,7 @@ def test_gate_gradient_is_the_taylor_sum(name):
     gating = attach_gates(model, structure)
     gates = {kind: gate.requires_grad_() for kind, gate in ones(structure, dtype=torch.float64).items()}
     gating.set(gates)
-    _output(model, tiny_batch()).square().sum().backward()
+    _output(model, batch_for(model)).square().sum().backward()
     for kind, expected in _taylor(model, structure).items():
         assert expected.abs().max() > 1e-5, f"{kind}: nothing to compare"
         torch.testing.assert_close(gates[kind].grad, expected, rtol=1e-10, atol=1e-12)
@@ -51,7 +61,7 @@ def test_gate_gradient_is_the_taylor_sum(name):
 @pytest.mark.parametrize("name", ALL)
 def test_open_gates_change_nothing_and_come_off_without_a_trace(name):
     model = tiny_model(name)
-    batch = tiny_batch()
+    batch = batch_for(model)
     before = _output(model, batch)
     gating = attach_gates(model, analyze(model))
     assert torch.equal(_output(model, batch), before)
