@@ -214,6 +214,9 @@ def _fits_stock(config: dict[str, Any], structure: Structure, selection: Selecti
         return False
     if hidden != structure.sizes.hidden and structure.scales_head:
         return False
+    depths = [config[names[stack.count]] for stack in structure.family.stacks]
+    if depths[-1] > depths[0]:  # transformers makes the cache of a decoder as deep as the encoder
+        return False
     ours = {name: compact_shape(param, selection) for name, param in surviving(structure, selection)}
     theirs = without_weights(config)
     return ours == {name: tuple(param.shape) for name, param in theirs.named_parameters()}

@@ -277,6 +277,11 @@ class BlockLinear(nn.Module):
         self._prepared: _Prepared | None = None
 
     @property
+    def weight(self) -> Any:
+        """What is stored of it, for those who ask a linear of which dtype it is; None where that is nothing."""
+        return self.values
+
+    @property
     def density(self) -> float:
         """Share of the blocks that is stored."""
         return self.kept / math.prod(self.grid)
@@ -961,12 +966,26 @@ class CompactMixin:
                 module.config = config
 
 
+class CompactConfigMixin:
+    """A stock configuration that says how many layers the decoder of an encoder-decoder has.
+
+    `transformers` makes the key/value cache from it, and takes the number of encoder layers, of which more may be gone.
+    """
+
+    def get_text_config(self, decoder: Any = None, encoder: Any = None) -> Any:
+        text = super().get_text_config(decoder=decoder, encoder=encoder)
+        key = getattr(self, "dsprune", {}).get("family", {}).get("sizes", {}).get("num_decoder_layers")
+        if decoder and key and text is not self:
+            text.num_hidden_layers = getattr(self, key)
+        return text
+
+
 def _make_config(model_type: str, stem: str) -> Any:
     stock = getattr(transformers, f"{stem}Config")
     name = f"Compact{stem}Config"
     # Sizes of layers stand under `dsprune`: what stock sizes must be to each other does not hold here.
     members = {"model_type": f"dsprune_{model_type}", "_auto_class": "AutoConfig", "validate": lambda self: None}
-    return type(name, (stock,), {**members, "__module__": __name__})
+    return type(name, (CompactConfigMixin, stock), {**members, "__module__": __name__})
 
 
 def _make_model(stem: str, head: str, auto_class: str, config_class: Any) -> Any:

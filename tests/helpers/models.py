@@ -69,7 +69,7 @@ GPT2_SIZES = {"vocab_size": 50, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_inne
 GPT2_SIZES |= {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
 T5_SIZES = {"vocab_size": 50, "d_model": 32, "d_kv": 12, "d_ff": 64, "num_layers": 2, "num_heads": 4}
 T5_SIZES |= {"relative_attention_num_buckets": 8, "relative_attention_max_distance": 12, "decoder_start_token_id": 0}
-FLAN_SIZES = {**T5_SIZES, "num_decoder_layers": 3, "feed_forward_proj": "gated-gelu", "tie_word_embeddings": False}
+FLAN_SIZES = {**T5_SIZES, "num_layers": 3, "num_decoder_layers": 2, "feed_forward_proj": "gated-gelu", "tie_word_embeddings": False}
 
 FAMILIES = {
     "bert": lambda: BertForSequenceClassification(BertConfig(**SIZES)),
@@ -100,8 +100,8 @@ ENCODER_DECODERS = {
     "t5": lambda: T5ForConditionalGeneration(T5Config(**T5_SIZES)),
     "flan-t5": lambda: _flan(),
 }
-"""One with plain FFNs and a head that is the word embedding, one with gated FFNs, a head of its own, and a decoder
-deeper than its encoder."""
+"""One with plain FFNs and a head that is the word embedding, one with gated FFNs, a head of its own, and an encoder
+deeper than its decoder."""
 BARE_T5 = {
     "t5-base": lambda: T5Model(T5Config(**T5_SIZES)),
     "t5-encoder": lambda: T5EncoderModel(T5Config(**T5_SIZES)),

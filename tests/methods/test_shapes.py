@@ -32,6 +32,9 @@ SHAPES = {
 }
 RANKED = {"bert": {"ffn": 40}, "llama": {"heads": 2, "ffn": 20}, "qwen3": {"heads": 2}, "gpt2": {"ffn": 10}, "t5": {"ffn": 20}}
 
+LESS = {"t5": 0.25, "flan-t5": 0.3}
+"""Targets where FFNs alone can shrink."""
+
 
 def _method(name, model, shape, target=0.4, **options):
     structure = analyze(model)
@@ -95,12 +98,13 @@ def test_grain_lands_on_a_shape(name, tmp_path):
 def test_uniform_sizes_meet_the_target(name, method_name, tmp_path):
     model = tiny_model(name)
     options = {"units": "heads"} if method_name == "grain" else {}
-    method = _method(method_name, model, {"uniform": True}, target=0.4, **options)
+    target = LESS.get(name, 0.4)
+    method = _method(method_name, model, {"uniform": True}, target=target, **options)
     _, selection = _export(method, model, tmp_path)
     sparsity = float(method.cost.sparsity(selection.hard()))
     neuron = 2 * float(method.cost.unit_prices(("ffn_dim",))["ffn_dim"][0, 0]) / method.cost.dense()
     assert (
-        0.4 - 1e-9 <= sparsity < 0.4 + max(0.005, neuron)
+        target - 1e-9 <= sparsity < target + max(0.005, neuron)
     )  # one neuron of every layer is all that is between two sizes
 
 
