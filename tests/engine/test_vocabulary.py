@@ -24,6 +24,7 @@ VARIANTS = [
         "llama-tied", 2, {"stage": 3, "activation_checkpointing": True}, id="tied llama, zero3 x2, recomputing"
     ),
     pytest.param("t5", 2, {"stage": 3, "teacher": "teacher_zero3"}, id="t5, zero3 x2, sharded teacher"),
+    pytest.param("t5-spans", 2, {"stage": 2, "accumulation": 2}, id="span corruption, zero2 x2 accumulating"),
 ]
 
 
@@ -90,8 +91,18 @@ def test_every_method_prunes_a_language_model_the_same_way_everywhere(method):
     assert reference[-1]["layers"] > 0
 
 
+@pytest.mark.parametrize("method", range(len(ROWS)), ids=[row.name for row in ROWS])
+def test_every_method_prunes_an_encoder_decoder_the_same_way_everywhere(method):
+    """Layers of both stacks teach, each over its own tokens; activations are recomputed with the bias they share."""
+    setup = Language("t5", method=method)
+    sharded = setup.at(stage=3, teacher="teacher_zero3", activation_checkpointing=True)
+    reference = _reference(setup)
+    _assert_same(run_world(language_losses, 2, sharded)[0], reference)
+    assert reference[-1]["layers"] > 0
+
+
 def _of_all_models():
-    return {model: _by_all_logits(Language(model)) for model in ("llama", "llama-tied", "gpt2", "t5")}
+    return {model: _by_all_logits(Language(model)) for model in ("llama", "llama-tied", "gpt2", "t5", "t5-spans")}
 
 
 def test_the_loss_is_that_of_all_logits():

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -16,21 +16,22 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
-from dsprune.config import BatchConfig, DistillConfig, OptimConfig, TaskConfig
+from dsprune.config import DistillConfig, OptimConfig, TaskConfig
 from dsprune.methods import Plan
 from dsprune.tasks.batching import Encoded, Tokens
 from dsprune.tasks.causal import PackedText
+from dsprune.tasks.corruption import CorruptedText, Noise
 from dsprune.tasks.losses import IGNORED
+from dsprune.tasks.seq2seq import TextPairs
 from tests.helpers.settings import ROWS
-from tests.helpers.training import pruning, without_dropout
+from tests.helpers.training import Setting, pruning, without_dropout
 
 VOCABULARY = 50
-BATCH = 8
 
 
-def tiny_llama(*, tied: bool = False) -> LlamaForCausalLM:
-    config = LlamaConfig(
-        vocab_size=VOCABULARY,
+def llama_config(vocab_size: int, *, tied: bool = False) -> LlamaConfig:
+    return LlamaConfig(
+        vocab_size=vocab_size,
         hidden_size=32,
         intermediate_size=64,
         num_hidden_layers=2,
@@ -39,7 +40,10 @@ def tiny_llama(*, tied: bool = False) -> LlamaForCausalLM:
         max_position_embeddings=64,
         tie_word_embeddings=tied,
     )
-    return LlamaForCausalLM(config)
+
+
+def tiny_llama(*, tied: bool = False) -> LlamaForCausalLM:
+    return LlamaForCausalLM(llama_config(VOCABULARY, tied=tied))
 
 
 def tiny_gpt2() -> GPT2LMHeadModel:
@@ -60,6 +64,8 @@ def tiny_t5() -> T5ForConditionalGeneration:
     return T5ForConditionalGeneration(config)
 
 
+TASKS = {"t5": "seq2seq", "t5-spans": "span_corruption"}
+"""What an encoder-decoder does, by its name in `Language`."""
 DECODERS = {"llama": tiny_llama, "llama-tied": lambda: tiny_llama(tied=True), "gpt2": tiny_gpt2}
 
 
@@ -72,33 +78,14 @@ def drawn(model: nn.Module, seed: int) -> Any:
 
 
 @dataclass(frozen=True)
-class Language:
-    """A way of running the same training."""
+class Language(Setting):
+    """A way of running the same training of a language model."""
 
     model: str = "llama"
-    stage: int = 0
-    teacher: str = "teacher"
-    accumulation: int = 1
-    precision: str = ""
     distill: tuple[tuple[str, Any], ...] = (("logits", 0.6), ("labels", 0.4))
     taught: bool = True
-    activation_checkpointing: bool = False
     method: int | None = None
     """Which row of `tests.helpers.settings.ROWS` prunes; None trains without gates."""
-
-    def at(self, **changes: Any) -> Language:
-        return replace(self, **changes)
-
-
-class RandomPairs(Encoded):
-    """Random sources, and targets of other lengths."""
-
-    def __init__(self, sources: Tokens, targets: Tokens) -> None:
-        super().__init__("train", sources, targets.input_ids, targets=targets.lengths)
-        self._answers = Encoded("train", targets, targets.lengths)
-
-    def _labels_of(self, chosen: torch.Tensor) -> torch.Tensor:
-        return self._answers.collate(chosen)["input_ids"]
 
 
 def _tokens(count: int, shortest: int, longest: int, pad: int, seed: int) -> Tokens:
@@ -112,7 +99,11 @@ def random_text(task: str, count: int = 64) -> Encoded:
     """Sequences of several lengths, so that ranks have unequally many targets."""
     tokens = _tokens(count, 4, 12, 0, seed=5)
     if task == "seq2seq":
-        return RandomPairs(tokens, _tokens(count, 2, 7, IGNORED, seed=6))
+        answers = _tokens(count, 2, 7, IGNORED, seed=6)
+        return TextPairs("train", tokens, answers, references=(), tokenizer=None, notes=())
+    if task == "span_corruption":
+        ends = {"sentinels": range(VOCABULARY - 5, VOCABULARY), "end": 1, "seed": 3}
+        return CorruptedText("train", tokens, noise=Noise(0.3, 2.0), **ends)
     labels = tokens.input_ids.roll(-1)
     labels[::5] = IGNORED  # as at the end of a stream, only more often
     text = PackedText("train", tokens, labels, num_words=100)
@@ -122,9 +113,7 @@ def random_text(task: str, count: int = 64) -> Encoded:
 
 def build_language_trainer(setup: Language, *, steps: int = 4) -> Any:
     """A trainer that distils a decoder, or a T5. Collective; call inside a rank of `run_world`."""
-    import dsprune.engine.teacher as teacher_module
     from dsprune.engine.batches import Batches
-    from dsprune.engine.ds_config import load_ds_config, plan_batch, student_config, teacher_config
     from dsprune.engine.models import checkpoint_activations
     from dsprune.engine.replica import Replica
     from dsprune.engine.student import Student, build_student_engine
@@ -133,31 +122,23 @@ def build_language_trainer(setup: Language, *, steps: int = 4) -> Any:
     from dsprune.tasks import build_task
 
     world = start_world()
-    name = "seq2seq" if setup.model == "t5" else "lm"
+    name = TASKS.get(setup.model, "lm")
     task = build_task(TaskConfig(name=name, logits_chunk=5, max_target_length=5), _data(name), seed=0)
-    batch = plan_batch(BatchConfig(size=BATCH, micro=BATCH // world.size // setup.accumulation), world.size)
-    suffix = f"_{setup.precision}" if setup.precision else ""
-    ds_config = student_config(load_ds_config(f"zero{setup.stage}{suffix}"), batch, clip=1.0)
-    build = {**DECODERS, "t5": tiny_t5}[setup.model]
+    batch, ds_config = setup.plan(world)
+    build = {**DECODERS, "t5": tiny_t5, "t5-spans": tiny_t5}[setup.model]
     row = None if setup.method is None else ROWS[setup.method]
     layers = row.teacher_layers if row else ()
-    distill = DistillConfig(**{"layers": 0.9 if row else 0.0, **dict(setup.distill), **(row.distill if row else {})})
-    teacher = None
-    if setup.taught:
-        original = teacher_module.load_model
-        teacher_module.load_model = lambda *_, **__: drawn(build(), 7)
-        try:
-            teacher = teacher_module.Teacher(
-                "tiny", task, teacher_config(load_ds_config(setup.teacher), world.size), layers
-            )
-        finally:
-            teacher_module.load_model = original
+    rows = dict(row.distill) if row else {}
+    if row and setup.model in TASKS:  # a decoder's layers follow the encoder's, and no maps are compared
+        layers, rows = (*layers, 3, 4), rows | {"attentions": 0.0}
+    distill = DistillConfig(**{"layers": 0.9 if row else 0.0, **dict(setup.distill), **rows})
+    teacher = setup.build_teacher(drawn(build(), 7), task, world, layers=layers) if setup.taught else None
     model = drawn(build(), 3)
     if setup.activation_checkpointing:
         checkpoint_activations(model)
-    method, gating, model = (
-        pruning(row, Plan(row.target, "encoder", row.steps, 4, 0), model) if row else (None, None, model)
-    )
+    method, gating = None, None
+    if row:
+        method, gating = pruning(row.name, row.options, Plan(row.target, "encoder", row.steps, 4, 0), model)
     student = Student(
         model, task, distill=distill if setup.taught else None, teacher=(32, layers) if row else None, gating=gating
     )
@@ -171,7 +152,9 @@ def build_language_trainer(setup: Language, *, steps: int = 4) -> Any:
         total_steps=row.steps if row else steps,
         seed=0,
         teacher=teacher,
-        matcher=LayerMatcher(row.distill["match"], layers, (0, 1)) if row else None,
+        matcher=LayerMatcher(rows["match"], layers, range(len(teacher.layer_stacks)), teacher.layer_stacks)
+        if row and teacher
+        else None,
         replica=Replica(method) if method else None,
     )
 
