@@ -37,6 +37,8 @@ AUTO_CLASSES = {
     "ForQuestionAnswering": "AutoModelForQuestionAnswering",
     "ForCausalLM": "AutoModelForCausalLM",
     "LMHeadModel": "AutoModelForCausalLM",  # GPT-2's name for it
+    "ForConditionalGeneration": "AutoModelForSeq2SeqLM",
+    "EncoderModel": "AutoModelForTextEncoding",
     "Model": "AutoModel",
 }
 MEMORY_NOTES = {
@@ -239,23 +241,25 @@ def _num_positions(model: nn.Module) -> int | None:
 
 
 def _inputs(model: nn.Module, size: int, length: int, seed: int, device: torch.device) -> dict[str, Tensor]:
-    """Random ids [size, length] without the padding id, and a mask of ones."""
+    """Random ids [size, length] without the padding id, and a mask of ones; a decoder beside the encoder reads them, too."""
     vocabulary: int = model.get_input_embeddings().num_embeddings  # type: ignore[operator]
     ids = torch.randint(vocabulary, (size, length), generator=torch.Generator().manual_seed(seed))
     padding = getattr(model.config, "pad_token_id", None)
     if padding is not None:
         ids[ids == padding] = (padding + 1) % vocabulary
-    return {"input_ids": ids.to(device), "attention_mask": torch.ones_like(ids).to(device)}
+    inputs = {"input_ids": ids.to(device), "attention_mask": torch.ones_like(ids).to(device)}
+    return inputs | ({"decoder_input_ids": inputs["input_ids"]} if model.config.is_encoder_decoder else {})  # type: ignore[union-attr]
 
 
 def _facts(source: str, model: nn.Module, length: int) -> ModelFacts:
-    stacks = [module for module in model.modules() if isinstance(module, nn.ModuleList)]
+    lists = {name: module for name, module in model.named_modules() if isinstance(module, nn.ModuleList)}
+    stacks = [lists[name] for name in lists if not any(name.startswith(f"{other}.") for other in lists)]
     return ModelFacts(
         source=source,
         architecture=type(model).__name__,
         attention=str(getattr(model.config, "_attn_implementation", None) or "unknown"),
         parameters=_count(model),
-        encoder_parameters=max(map(_count, stacks), default=None),
+        encoder_parameters=sum(map(_count, stacks)) if stacks else None,
         weight_bytes=_weight_bytes(model),
         macs=count_macs(model, length),
     )

@@ -80,7 +80,10 @@ class Seq2SeqTask(DecodedTask):
             # Under ZeRO-3 every rank takes part in every forward pass: none stops before the last has.
             synced_gpus=shared,
         )[:, 1:]
-        padding = int(model.generation_config.pad_token_id or model.config.pad_token_id)
+        # An engine's own `config` is DeepSpeed's. Where there is no padding, `generate` pads with the end of a text.
+        known = model.generation_config
+        padding = known.eos_token_id if known.pad_token_id is None else known.pad_token_id
+        padding = padding[0] if isinstance(padding, list) else padding
         return F.pad(written, (0, self.max_target_length - written.shape[1]), value=padding)
 
     def score(self, predictions: Tensor, data: Encoded) -> dict[str, float]:

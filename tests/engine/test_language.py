@@ -3,12 +3,13 @@
 import json
 
 import pytest
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+import torch
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
 from dsprune.config import load_config
 from dsprune.errors import ArchitectureError, ConfigError, DspruneError
 from dsprune.methods import method_options
-from tests.helpers.folders import language_recipe, tiny_recipe
+from tests.helpers.folders import encoder_decoder_recipe, language_recipe, tiny_recipe
 from tests.helpers.world import run_world
 
 pytestmark = pytest.mark.dist
@@ -37,6 +38,30 @@ def test_a_decoder_is_trained_pruned_and_exported(tmp_path):
     assert best["perplexity"] == pytest.approx(dense["metrics"]["perplexity"], rel=1e-4)
 
 
+@pytest.mark.parametrize(
+    ("task", "method", "tied"), [("seq2seq", "cofi", False), ("span_corruption", "grain", True)]
+)
+def test_an_encoder_decoder_is_trained_pruned_and_exported(task, method, tied, tmp_path):
+    sizes = {} if tied else {"feed_forward_proj": "gated-gelu", "tie_word_embeddings": False}
+    recipe = encoder_decoder_recipe(tmp_path, task=task, method=method, **sizes)
+    overrides = ["prune.embedding_rank=0", "distill.teacher_layers=[1, 2, 3, 4]", "batch.eval=16"]
+    if task == "seq2seq":
+        overrides += ["task.max_target_length=12", "data.max_eval_examples=16"]
+    assert run_world(_execute, 2, recipe, *overrides) == [0, 0]
+    run = tmp_path / "run"
+    report = json.loads((run / "report.json").read_text())
+    metric = {"seq2seq": "rougeL", "span_corruption": "perplexity"}[task]
+    assert report["dense"]["metrics"][metric] >= 0
+    assert report["landing"]["measured"] >= 0.5
+    model = AutoModelForSeq2SeqLM.from_pretrained(run / "recovered")
+    assert sum(p.numel() for p in model.parameters()) == report["compact"]["parameters"]["total"]
+    assert (model.lm_head.weight is model.shared.weight) == tied
+    dense = AutoModelForSeq2SeqLM.from_pretrained(run / "teacher" / "model")
+    assert sum(p.numel() for p in dense.parameters()) == report["dense"]["parameters"]["total"]
+    words = torch.tensor([[5, 6, 7, 8]])
+    assert model.generate(input_ids=words, max_new_tokens=4, do_sample=False).shape[1] <= 5
+
+
 def _preflight(recipe, *overrides):
     from dsprune.engine.preflight import preflight
 
@@ -54,6 +79,32 @@ def _preflight(recipe, *overrides):
 def test_what_cannot_be_is_told_before_anything_runs(tmp_path, overrides, message):
     with pytest.raises(DspruneError, match=message):
         _preflight(language_recipe(tmp_path), *overrides)
+
+
+@pytest.mark.parametrize(
+    ("recipe", "overrides", "message"),
+    [
+        (language_recipe, ("task.name=seq2seq",), "model '.*dense': .*"),
+        (language_recipe, ("task.name=span_corruption",), "model '.*dense': .*"),
+        (tiny_recipe, ("task.name=seq2seq", "data.dataset=x"), "model '.*dense': .*"),
+        (lambda folder: encoder_decoder_recipe(folder, task="lm"), (), "model '.*dense': .*"),
+        (
+            lambda folder: encoder_decoder_recipe(folder, task="seq2seq"),
+            ("distill.attentions=1",),
+            r"distill\.attentions = 1: the layers of an encoder-decoder",
+        ),
+        (
+            lambda folder: encoder_decoder_recipe(folder, task="seq2seq"),
+            ("prune.embedding_rank=4",),
+            "the output head of .* is the word embedding",
+        ),
+    ],
+    ids=["decoder writes", "decoder fills", "encoder writes", "encoder-decoder reads on", "maps", "factored"],
+)
+def test_tasks_and_models_that_do_not_go_together(tmp_path, recipe, overrides, message):
+    with pytest.raises(DspruneError, match=message) as caught:
+        _preflight(recipe(tmp_path), *overrides)
+    assert "\n" not in str(caught.value)
 
 
 def test_logits_over_labels_have_no_top(tmp_path):

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.normalizers import Lowercase
 from tokenizers.pre_tokenizers import Whitespace
 from tokenizers.processors import TemplateProcessing
-from transformers import BertConfig, BertForSequenceClassification, PreTrainedTokenizerFast
+from transformers import BertConfig, BertForSequenceClassification, PreTrainedTokenizerFast, T5Config
 
 from dsprune.tasks.order import generate
 from tests.helpers.language import llama_config
+from tests.helpers.models import T5_SIZES
 
 RECIPE = """
 output = "{output}"
@@ -104,7 +106,7 @@ output = "{output}"
 name = "{model}"
 from_scratch = true
 [task]
-name = "lm"
+name = "{task}"
 max_length = 32
 logits_chunk = 20
 [data]
@@ -193,7 +195,32 @@ def language_recipe(folder: Path, *, method: str = "cofi") -> Path:
         (folder / "text" / f"{split}.jsonl").write_text("\n".join(rows), encoding="utf-8")
     path = folder / "language.toml"
     places = {"model": folder / "dense", "data": folder / "text", "output": folder / "run"}
-    path.write_text(LANGUAGE.format(**places, method=METHODS[method].strip()), encoding="utf-8")
+    path.write_text(LANGUAGE.format(**places, task="lm", method=METHODS[method].strip()), encoding="utf-8")
+    return path
+
+
+def encoder_decoder_recipe(folder: Path, *, task: str, method: str = "cofi", **sizes: Any) -> Path:
+    """A recipe of all stages on a tiny T5 without weights, for one of the tasks of encoder-decoders."""
+    tokenizer = tiny_tokenizer()
+    tokenizer.eos_token = "[SEP]"
+    tokenizer.model_input_names = ["input_ids", "attention_mask"]
+    tokenizer.add_special_tokens({"additional_special_tokens": [f"<extra_id_{i}>" for i in range(6)]})
+    tokenizer.save_pretrained(folder / "dense")
+    ids = {"vocab_size": len(tokenizer), "pad_token_id": 0, "decoder_start_token_id": 0, "eos_token_id": tokenizer.eos_token_id}
+    config = T5Config(**{**T5_SIZES, **ids, **sizes})
+    config.architectures = ["T5ForConditionalGeneration"]
+    config.save_pretrained(folder / "dense")
+    (folder / "text").mkdir()
+    examples = generate(7, num_train=400, num_validation=40)
+    for split, part in zip(("train", "validation"), examples, strict=True):
+        rows = [
+            {"source": one.premise, "target": one.hypothesis, "text": f"{one.premise} {one.hypothesis}"} for one in part
+        ]
+        (folder / "text" / f"{split}.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    path = folder / "written.toml"
+    places = {"model": folder / "dense", "data": folder / "text", "output": folder / "run"}
+    text = LANGUAGE.format(**places, task=task, method=METHODS[method].strip())
+    path.write_text(text.replace("attentions = 0.9\n", ""), encoding="utf-8")
     return path
 
 
