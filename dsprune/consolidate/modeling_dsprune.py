@@ -902,10 +902,16 @@ def _shrink_around(model: Any, base: Any, family: dict[str, Any], facts: dict[st
     for path, axes in family.get("pooler", {}).items():
         if getattr(base, path.split(".")[0], None) is not None:
             _resize(base, path, axes, widths)
-    for kind, table in family["heads"].items():
-        if (base is not model or not family["base"]) and type(model).__name__.endswith(kind):
-            for path, axes in table.items():
-                _resize(model, path, axes, widths)
+    for path, axes in _head_of(model, family).items():
+        _resize(model, path, axes, widths)
+
+
+def _head_of(model: Any, family: dict[str, Any]) -> dict[str, list[str]]:
+    """The modules of a model's head, and their axes; a bare model has none."""
+    if family["base"] and not hasattr(model, family["base"]):
+        return {}
+    heads: dict[str, dict[str, list[str]]] = family["heads"]
+    return next((table for kind, table in heads.items() if type(model).__name__.endswith(kind)), {})
 
 
 def shrink(model: Any, facts: dict[str, Any]) -> None:

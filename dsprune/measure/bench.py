@@ -241,7 +241,7 @@ def _num_positions(model: nn.Module) -> int | None:
 
 
 def _inputs(model: nn.Module, size: int, length: int, seed: int, device: torch.device) -> dict[str, Tensor]:
-    """Random ids [size, length] without the padding id, and a mask of ones; a decoder beside the encoder reads them, too."""
+    """Random ids [size, length] without the padding id, for a decoder beside an encoder as well, and a mask of ones."""
     vocabulary: int = model.get_input_embeddings().num_embeddings  # type: ignore[operator]
     ids = torch.randint(vocabulary, (size, length), generator=torch.Generator().manual_seed(seed))
     padding = getattr(model.config, "pad_token_id", None)

@@ -77,7 +77,9 @@ def check_shape(structure: Structure, shape: Mapping[str, int], kinds: tuple[str
     if hidden < dense["hidden"] and structure.keeps_width:
         mistakes.append(f"shape.hidden = {hidden}: pooler or head stay {dense['hidden']} wide, as in no stock model")
     if hidden < dense["hidden"] and structure.scales_head:
-        mistakes.append(f"shape.hidden = {hidden}: a stock '{structure.family.name}' scales its output by its own width")
+        mistakes.append(
+            f"shape.hidden = {hidden}: a stock '{structure.family.name}' scales its output by its own width"
+        )
     if "layers" in shape and len(structure.stacks) > 1:
         stacks = " and ".join(stack.spec.name for stack in structure.stacks)
         mistakes.append(f"shape.layers = {shape['layers']}: {stacks} have layers of their own")

@@ -277,7 +277,7 @@ class Structure:
 
 
 def gate_shapes(sizes: Sizes) -> dict[str, tuple[int, ...]]:
-    """Shape of the gate tensor of each kind (A attention and B FFN sublayers, K groups of heads, F neurons, d hidden)."""
+    """Shape of the gate tensor of each kind: A attentions, B FFNs, K groups of heads, F neurons, d hidden."""
     attn, ffn, width = sizes.num_attn, sizes.num_ffn, sizes.num_groups * sizes.head_dim
     return {
         "head": (attn, sizes.num_groups),

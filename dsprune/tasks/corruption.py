@@ -1,6 +1,7 @@
-"""Span corruption: an encoder-decoder writes what is missing from running text (T5: Raffel et al. 2020, arXiv 1910.10683).
+"""Span corruption: an encoder-decoder writes what is missing from running text.
 
-Spans of a window of packed documents are dropped (sections 3.1.4 and 3.3). The input holds one sentinel,
+As for T5 (Raffel et al. 2020, arXiv 1910.10683, sections 3.1.4 and 3.3): spans of a window of packed documents are
+dropped. The input holds one sentinel,
 `<extra_id_0>`, `<extra_id_1>` and so on, in the place of each span; the target is every span behind its sentinel, and
 one sentinel more. Both end with the end-of-sequence token.
 
@@ -23,7 +24,6 @@ from typing import Any, ClassVar
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase
 
 from dsprune.config import DataConfig, TaskConfig
 from dsprune.distill import VocabularyHead

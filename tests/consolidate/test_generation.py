@@ -13,7 +13,15 @@ from tests.helpers.models import DECODERS, ENCODER_DECODERS, tiny_batch, tiny_mo
 from tests.helpers.selections import awkward_gates, random_gates
 from tests.helpers.stranger import run_stranger
 
-CASES = ("a whole layer gone", "only the last attention left", "coarse gates off", "a head without queries", "everything gone", "hard 1", "soft 2")
+CASES = (
+    "a whole layer gone",
+    "only the last attention left",
+    "coarse gates off",
+    "a head without queries",
+    "everything gone",
+    "hard 1",
+    "soft 2",
+)
 LENGTH = 8
 
 

@@ -90,6 +90,23 @@ def test_a_model_of_any_size_is_planned_without_weights(tmp_path):
     assert "zero3_nvme" in text
 
 
+@pytest.mark.parametrize(
+    ("sizes", "total"),
+    [
+        ({"d_ff": 2048, "num_layers": 6, "num_heads": 8}, 60_506_624),
+        ({"num_heads": 6, "d_ff": 1024, "feed_forward_proj": "gated-gelu", "tie_word_embeddings": False}, 76_961_152),
+    ],
+    ids=["the head is the word embedding", "a head of its own"],
+)
+def test_a_t5_is_planned_with_the_head_that_it_has(tmp_path, sizes, total):
+    """The small models of both kinds, as published."""
+    config = {"model_type": "t5", "num_layers": 8, "d_model": 512, "d_kv": 64, "vocab_size": 32128, **sizes}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    arguments = {"teacher": None, "ranks": 2, "batch": 1, "length": 16, "chunk": 512}
+    text = plan_model(str(tmp_path), student_ds="zero3", teacher_ds="teacher_zero3", **arguments)
+    assert f"student {tmp_path}: {total:,} parameters" in text
+
+
 def test_what_cannot_be_planned_is_told(tmp_path):
     arguments = {"teacher": None, "student_ds": "zero3", "batch": 1, "length": 8, "chunk": 8}
     with pytest.raises(ConfigError, match=r"--ranks 0: at least 1"):

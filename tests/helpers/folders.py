@@ -206,7 +206,12 @@ def encoder_decoder_recipe(folder: Path, *, task: str, method: str = "cofi", **s
     tokenizer.model_input_names = ["input_ids", "attention_mask"]
     tokenizer.add_special_tokens({"additional_special_tokens": [f"<extra_id_{i}>" for i in range(6)]})
     tokenizer.save_pretrained(folder / "dense")
-    ids = {"vocab_size": len(tokenizer), "pad_token_id": 0, "decoder_start_token_id": 0, "eos_token_id": tokenizer.eos_token_id}
+    ids = {
+        "vocab_size": len(tokenizer),
+        "pad_token_id": 0,
+        "decoder_start_token_id": 0,
+        "eos_token_id": tokenizer.eos_token_id,
+    }
     config = T5Config(**{**T5_SIZES, **ids, **sizes})
     config.architectures = ["T5ForConditionalGeneration"]
     config.save_pretrained(folder / "dense")

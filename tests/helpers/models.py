@@ -69,7 +69,13 @@ GPT2_SIZES = {"vocab_size": 50, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_inne
 GPT2_SIZES |= {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
 T5_SIZES = {"vocab_size": 50, "d_model": 32, "d_kv": 12, "d_ff": 64, "num_layers": 2, "num_heads": 4}
 T5_SIZES |= {"relative_attention_num_buckets": 8, "relative_attention_max_distance": 12, "decoder_start_token_id": 0}
-FLAN_SIZES = {**T5_SIZES, "num_layers": 3, "num_decoder_layers": 2, "feed_forward_proj": "gated-gelu", "tie_word_embeddings": False}
+FLAN_SIZES = {
+    **T5_SIZES,
+    "num_layers": 3,
+    "num_decoder_layers": 2,
+    "feed_forward_proj": "gated-gelu",
+    "tie_word_embeddings": False,
+}
 
 FAMILIES = {
     "bert": lambda: BertForSequenceClassification(BertConfig(**SIZES)),

@@ -30,7 +30,13 @@ SHAPES = {
     "t5": {"ffn": 40},
     "flan-t5": {"hidden": 21, "ffn": 20},
 }
-RANKED = {"bert": {"ffn": 40}, "llama": {"heads": 2, "ffn": 20}, "qwen3": {"heads": 2}, "gpt2": {"ffn": 10}, "t5": {"ffn": 20}}
+RANKED = {
+    "bert": {"ffn": 40},
+    "llama": {"heads": 2, "ffn": 20},
+    "qwen3": {"heads": 2},
+    "gpt2": {"ffn": 10},
+    "t5": {"ffn": 20},
+}
 
 LESS = {"t5": 0.25, "flan-t5": 0.3}
 """Targets where FFNs alone can shrink."""

@@ -49,9 +49,7 @@ def _task(folder: Path, *, seed: int = 0, **settings: object) -> SpanCorruptionT
     return task
 
 
-def _load(
-    folder: Path, tokenizer: PreTrainedTokenizerFast, *, seed: int = 0, **settings: object
-) -> CorruptedText:
+def _load(folder: Path, tokenizer: PreTrainedTokenizerFast, *, seed: int = 0, **settings: object) -> CorruptedText:
     data = _task(folder, seed=seed, **settings).load(tokenizer).evals["validation"]
     assert isinstance(data, CorruptedText)
     return data
