@@ -348,4 +348,7 @@ def load_compact(folder: str | Path, **options: Any) -> nn.Module:
         raise CheckpointError(f"{folder} was not made by dsprune: load it with transformers")
     cls: Any = model_class(config)
     built = cls.config_class.from_dict(dict(config))
-    return with_own_head(cls, built, lambda: cls.from_pretrained(str(folder), use_safetensors=True, **options))
+    model: nn.Module = with_own_head(
+        cls, built, lambda: cls.from_pretrained(str(folder), use_safetensors=True, **options)
+    )
+    return model

@@ -141,7 +141,7 @@ class CorruptedText(Encoded):
         end: int,
         seed: int,
     ) -> None:
-        sizes = {length: noise.sizes(length) for length in windows.lengths.unique().tolist()}
+        sizes = {length: noise.sizes(length) for length in set(windows.lengths.tolist())}
         inputs, targets = torch.tensor([sizes[length] for length in windows.lengths.tolist()]).unbind(1)
         super().__init__(name, windows, windows.input_ids, targets=targets)
         self.lengths = inputs
