@@ -143,7 +143,8 @@ def test_uniform_sizes_become_a_stock_model(case, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("name", "shape"), [("deberta-v2-unshared", {"ffn": 40, "layers": 1}), ("deberta-token", {"heads": 2, "hidden": 16})]
+    ("name", "shape"),
+    [("deberta-v2-unshared", {"ffn": 40, "layers": 1}), ("deberta-token", {"heads": 2, "hidden": 16})],
 )
 def test_uniform_sizes_with_a_table_of_positions_become_a_stock_model(name, shape, tmp_path):
     model = tiny_model(name, dtype=torch.float64)
