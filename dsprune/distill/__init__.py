@@ -3,7 +3,7 @@
 from dsprune.distill.attention import AttentionTap, attention_loss
 from dsprune.distill.head import Question, VocabularyHead
 from dsprune.distill.hidden import HiddenTap
-from dsprune.distill.losses import layer_distances, layer_loss, logit_loss
+from dsprune.distill.losses import layer_distances, layer_loss
 from dsprune.distill.matching import (
     UNMATCHED,
     check_teacher_layers,
@@ -30,7 +30,6 @@ __all__ = [
     "default_teacher_layers",
     "layer_distances",
     "layer_loss",
-    "logit_loss",
     "match_fixed",
     "match_free",
     "match_layers",

@@ -3,27 +3,9 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["layer_distances", "layer_loss", "logit_loss"]
-
-
-def logit_loss(student: Tensor, teacher: Tensor, *, temperature: float) -> Tensor:
-    """T^2 * KL(softmax(teacher / T) || softmax(student / T)), mean over examples.
-
-    CoFi, section 3.3 (Hinton et al. 2015). A single output is a regression, where a softmax says
-    nothing: there it is the mean squared error.
-
-    Args:
-        student: [batch, classes] logits.
-        teacher: [batch, classes] logits.
-    """
-    if student.shape[-1] == 1:
-        return F.mse_loss(student.float(), teacher.float())
-    log_student = F.log_softmax(student.float() / temperature, dim=-1)
-    log_teacher = F.log_softmax(teacher.float() / temperature, dim=-1)
-    return F.kl_div(log_student, log_teacher, reduction="batchmean", log_target=True) * temperature**2
+__all__ = ["layer_distances", "layer_loss"]
 
 
 def layer_loss(student: Tensor, teacher: Tensor, *, num_tokens: Tensor) -> Tensor:

@@ -5,8 +5,6 @@ from __future__ import annotations
 import copy
 import gc
 import json
-import subprocess
-import sys
 import warnings
 import weakref
 from pathlib import Path
@@ -23,6 +21,7 @@ from dsprune.measure.bench import bench_models
 from dsprune.structure.blocks import block_grid, from_blocks, to_blocks
 from tests.helpers.blocks import block_model
 from tests.helpers.models import tiny_batch
+from tests.helpers.stranger import run_stranger
 from tests.helpers.world import run_world
 
 CPU = torch.device("cpu")
@@ -547,7 +546,6 @@ def test_only_plain_linears_can_be_block_sparse():
 
 STRANGER = """
 import sys
-sys.modules["dsprune"] = None
 import torch
 from transformers import AutoModelForSequenceClassification
 folder, logits, batch = sys.argv[1:]
@@ -566,15 +564,7 @@ def test_a_stranger_without_dsprune_runs_bsr_too(tmp_path):
     torch.save(_logits(model), tmp_path / "logits.pt")
     torch.save(tiny_batch(), tmp_path / "batch.pt")
     arguments = [folder, tmp_path / "logits.pt", tmp_path / "batch.pt"]
-    done = subprocess.run(
-        [sys.executable, "-c", STRANGER, *map(str, arguments)],
-        capture_output=True,
-        text=True,
-        cwd=tmp_path,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.strip() == "BlockLinear torch.sparse_bsr"
+    assert run_stranger(STRANGER, tmp_path, *arguments).strip() == "BlockLinear torch.sparse_bsr"
 
 
 # --- under DeepSpeed ----------------------------------------------------------------------------

@@ -16,6 +16,7 @@ from dsprune.structure import Selection
 from tests.helpers.checkpoints import save_run
 from tests.helpers.models import tiny_batch
 from tests.helpers.settings import BLOCKS, ROWS
+from tests.helpers.stranger import run_stranger
 from tests.helpers.training import Setup
 
 pytestmark = pytest.mark.dist
@@ -64,13 +65,6 @@ def test_heads_are_padded_to_the_multiple_that_was_asked_for(run, tmp_path):
 
 LOAD_ELSEWHERE = """
 import sys
-assert "dsprune" not in sys.modules
-try:
-    import dsprune
-except ImportError:
-    pass
-else:
-    raise SystemExit("dsprune must not be importable here")
 import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForSequenceClassification
@@ -91,19 +85,7 @@ def test_it_loads_and_saves_where_dsprune_is_not_installed(row, tmp_path):
     batch = tiny_batch()
     save_file(batch, tmp_path / "batch.safetensors")
     paths = [tmp_path / name for name in ("out", "batch.safetensors", "logits.pt", "again")]
-    env = {"HF_MODULES_CACHE": str(tmp_path / "modules"), "HF_HUB_OFFLINE": "1", "PATH": os.environ["PATH"]}
-    # -P keeps the current folder off the path; an editable install must not be seen either.
-    code = "import sys; sys.meta_path[:] = [f for f in sys.meta_path if 'editable' not in repr(f).lower()]\n"
-    code += "import os; sys.path[:] = [p for p in sys.path if not os.path.exists(p + '/dsprune/__init__.py')]"
-    done = subprocess.run(
-        [sys.executable, "-P", "-c", f"{code}\n{LOAD_ELSEWHERE}", *map(str, paths)],
-        cwd=tmp_path,
-        env=env,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
+    run_stranger(LOAD_ELSEWHERE, tmp_path, *paths)
     with torch.no_grad():
         expected = load_compact(tmp_path / "out").eval()(**batch).logits
     # Another process may use another number of threads, hence another order of sums.

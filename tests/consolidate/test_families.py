@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
 
 from dsprune.consolidate import apply_selection, consolidate, load_compact
@@ -19,6 +15,7 @@ from tests.helpers.checkpoints import write_manifest, write_run
 from tests.helpers.folders import tiny_tokenizer
 from tests.helpers.models import DECODERS, FAMILIES, HEADS, tiny_batch, tiny_model
 from tests.helpers.selections import random_gates
+from tests.helpers.stranger import run_stranger
 
 
 def _selection(model, seed=1, *, soft=True):
@@ -89,15 +86,7 @@ def test_labels_and_problem_pass_through(tmp_path):
 
 
 STRANGER = """
-import json, os, sys
-sys.path[:] = [p for p in sys.path if not os.path.exists(os.path.join(p, "dsprune"))]
-sys.meta_path[:] = [f for f in sys.meta_path if "editable" not in repr(f).lower()]
-try:
-    import dsprune
-except ImportError:
-    pass
-else:
-    raise SystemExit("dsprune must not be importable here")
+import sys
 import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModel, AutoModelForSequenceClassification, AutoTokenizer, pipeline
@@ -152,13 +141,8 @@ def folders(tmp_path_factory):
 
 
 def test_strangers_can_use_every_family(folders, tmp_path):
-    env = {"HF_MODULES_CACHE": str(tmp_path), "HF_HUB_OFFLINE": "1", "PATH": os.environ["PATH"], "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-P", "-c", STRANGER, str(folders), *FAMILIES]
-    done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr[-3000:]
+    run_stranger(STRANGER, tmp_path, folders, *FAMILIES)
     for name in FAMILIES:
-        from safetensors.torch import load_file
-
         theirs = load_file(folders / f"{name}.safetensors")["logits"]
         torch.testing.assert_close(theirs, _output(load_compact(folders / name)), rtol=1e-5, atol=1e-6)
 

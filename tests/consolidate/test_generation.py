@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -15,6 +11,7 @@ from dsprune.structure import Selection, analyze, attach_gates
 from tests.helpers.checkpoints import write_run
 from tests.helpers.models import DECODERS, tiny_batch, tiny_model
 from tests.helpers.selections import awkward_gates, random_gates
+from tests.helpers.stranger import run_stranger
 
 CASES = ("a whole layer gone", "coarse gates off", "a head without queries", "everything gone", "hard 1", "soft 2")
 LENGTH = 8
@@ -74,15 +71,7 @@ def test_every_attention_implementation_writes_the_same(name, attention, tmp_pat
 STRANGERS = ("llama-biased", "qwen3", "gpt2")
 
 STRANGER = """
-import os, sys
-sys.path[:] = [p for p in sys.path if not os.path.exists(os.path.join(p, "dsprune"))]
-sys.meta_path[:] = [f for f in sys.meta_path if "editable" not in repr(f).lower()]
-try:
-    import dsprune
-except ImportError:
-    pass
-else:
-    raise SystemExit("dsprune must not be importable here")
+import sys
 import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModel, AutoModelForCausalLM
@@ -112,10 +101,7 @@ def test_strangers_can_generate(tmp_path):
         selection = Selection.from_gates(structure, random_gates(structure, 2))
         consolidate(write_run(tmp_path / f"run-{name}", model, selection=selection), tmp_path / name)
     save_file(_prompts(), tmp_path / "prompts.safetensors")
-    env = {"HF_MODULES_CACHE": str(tmp_path), "HF_HUB_OFFLINE": "1", "PATH": os.environ["PATH"], "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-P", "-c", STRANGER, str(tmp_path), *STRANGERS]
-    done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr[-3000:]
+    run_stranger(STRANGER, tmp_path, tmp_path, *STRANGERS)
     for name in STRANGERS:
         ours = _write(load_compact(tmp_path / name).eval())[0]
         assert torch.equal(load_file(tmp_path / f"{name}.safetensors")["tokens"], ours)

@@ -2,22 +2,7 @@ import pytest
 import torch
 from torch import nn
 
-from dsprune.distill import HiddenTap, layer_distances, layer_loss, logit_loss
-
-
-def test_logit_loss_is_the_scaled_divergence():
-    student, teacher = torch.randn(5, 3), torch.randn(5, 3)
-    p, q = torch.softmax(teacher / 2, -1), torch.softmax(student / 2, -1)
-    expected = 4 * (p * (p / q).log()).sum(-1).mean()
-    torch.testing.assert_close(logit_loss(student, teacher, temperature=2.0), expected)
-    assert float(logit_loss(teacher, teacher, temperature=2.0)) == pytest.approx(0.0, abs=1e-6)
-
-
-def test_a_regression_student_still_learns():
-    """A softmax over one logit is 1 whatever the logit: the divergence would be 0 for ever."""
-    student = torch.zeros(4, 1, requires_grad=True)
-    logit_loss(student, torch.ones(4, 1), temperature=2.0).backward()
-    assert student.grad.abs().min() > 0
+from dsprune.distill import HiddenTap, layer_distances, layer_loss
 
 
 def test_layer_loss_does_not_see_padding_and_adds_up_over_micro_batches():

@@ -17,11 +17,11 @@ from transformers import (
     BertForSequenceClassification,
     DebertaV2Config,
     DebertaV2Model,
-    LlamaConfig,
     PreTrainedTokenizerFast,
 )
 
 from dsprune.tasks.order import generate
+from tests.helpers.language import llama_config
 
 RECIPE = """
 output = "{output}"
@@ -230,16 +230,7 @@ def language_recipe(folder: Path, *, method: str = "cofi") -> Path:
     tokenizer = tiny_tokenizer()
     tokenizer.eos_token = "[SEP]"
     tokenizer.save_pretrained(folder / "dense")
-    config = LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=64,
-        tie_word_embeddings=True,
-    )
+    config = llama_config(len(tokenizer), tied=True)
     config.architectures = ["LlamaForCausalLM"]
     config.save_pretrained(folder / "dense")
     (folder / "text").mkdir()

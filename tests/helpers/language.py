@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -16,21 +16,21 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
-from dsprune.config import BatchConfig, DistillConfig, OptimConfig, TaskConfig
+from dsprune.config import DistillConfig, OptimConfig, TaskConfig
 from dsprune.methods import Plan
 from dsprune.tasks.batching import Encoded, Tokens
 from dsprune.tasks.causal import PackedText
 from dsprune.tasks.losses import IGNORED
+from dsprune.tasks.seq2seq import TextPairs
 from tests.helpers.settings import ROWS
-from tests.helpers.training import pruning, without_dropout
+from tests.helpers.training import Setting, pruning, without_dropout
 
 VOCABULARY = 50
-BATCH = 8
 
 
-def tiny_llama(*, tied: bool = False) -> LlamaForCausalLM:
-    config = LlamaConfig(
-        vocab_size=VOCABULARY,
+def llama_config(vocab_size: int, *, tied: bool = False) -> LlamaConfig:
+    return LlamaConfig(
+        vocab_size=vocab_size,
         hidden_size=32,
         intermediate_size=64,
         num_hidden_layers=2,
@@ -39,7 +39,10 @@ def tiny_llama(*, tied: bool = False) -> LlamaForCausalLM:
         max_position_embeddings=64,
         tie_word_embeddings=tied,
     )
-    return LlamaForCausalLM(config)
+
+
+def tiny_llama(*, tied: bool = False) -> LlamaForCausalLM:
+    return LlamaForCausalLM(llama_config(VOCABULARY, tied=tied))
 
 
 def tiny_gpt2() -> GPT2LMHeadModel:
@@ -72,33 +75,14 @@ def drawn(model: nn.Module, seed: int) -> Any:
 
 
 @dataclass(frozen=True)
-class Language:
-    """A way of running the same training."""
+class Language(Setting):
+    """A way of running the same training of a language model."""
 
     model: str = "llama"
-    stage: int = 0
-    teacher: str = "teacher"
-    accumulation: int = 1
-    precision: str = ""
     distill: tuple[tuple[str, Any], ...] = (("logits", 0.6), ("labels", 0.4))
     taught: bool = True
-    activation_checkpointing: bool = False
     method: int | None = None
     """Which row of `tests.helpers.settings.ROWS` prunes; None trains without gates."""
-
-    def at(self, **changes: Any) -> Language:
-        return replace(self, **changes)
-
-
-class RandomPairs(Encoded):
-    """Random sources, and targets of other lengths."""
-
-    def __init__(self, sources: Tokens, targets: Tokens) -> None:
-        super().__init__("train", sources, targets.input_ids, targets=targets.lengths)
-        self._answers = Encoded("train", targets, targets.lengths)
-
-    def _labels_of(self, chosen: torch.Tensor) -> torch.Tensor:
-        return self._answers.collate(chosen)["input_ids"]
 
 
 def _tokens(count: int, shortest: int, longest: int, pad: int, seed: int) -> Tokens:
@@ -112,7 +96,8 @@ def random_text(task: str, count: int = 64) -> Encoded:
     """Sequences of several lengths, so that ranks have unequally many targets."""
     tokens = _tokens(count, 4, 12, 0, seed=5)
     if task == "seq2seq":
-        return RandomPairs(tokens, _tokens(count, 2, 7, IGNORED, seed=6))
+        answers = _tokens(count, 2, 7, IGNORED, seed=6)
+        return TextPairs("train", tokens, answers, references=(), tokenizer=None, notes=())
     labels = tokens.input_ids.roll(-1)
     labels[::5] = IGNORED  # as at the end of a stream, only more often
     text = PackedText("train", tokens, labels, num_words=100)
@@ -122,9 +107,7 @@ def random_text(task: str, count: int = 64) -> Encoded:
 
 def build_language_trainer(setup: Language, *, steps: int = 4) -> Any:
     """A trainer that distils a decoder, or a T5. Collective; call inside a rank of `run_world`."""
-    import dsprune.engine.teacher as teacher_module
     from dsprune.engine.batches import Batches
-    from dsprune.engine.ds_config import load_ds_config, plan_batch, student_config, teacher_config
     from dsprune.engine.models import checkpoint_activations
     from dsprune.engine.replica import Replica
     from dsprune.engine.student import Student, build_student_engine
@@ -135,29 +118,18 @@ def build_language_trainer(setup: Language, *, steps: int = 4) -> Any:
     world = start_world()
     name = "seq2seq" if setup.model == "t5" else "lm"
     task = build_task(TaskConfig(name=name, logits_chunk=5, max_target_length=5), _data(name), seed=0)
-    batch = plan_batch(BatchConfig(size=BATCH, micro=BATCH // world.size // setup.accumulation), world.size)
-    suffix = f"_{setup.precision}" if setup.precision else ""
-    ds_config = student_config(load_ds_config(f"zero{setup.stage}{suffix}"), batch, clip=1.0)
+    batch, ds_config = setup.plan(world)
     build = {**DECODERS, "t5": tiny_t5}[setup.model]
     row = None if setup.method is None else ROWS[setup.method]
     layers = row.teacher_layers if row else ()
     distill = DistillConfig(**{"layers": 0.9 if row else 0.0, **dict(setup.distill), **(row.distill if row else {})})
-    teacher = None
-    if setup.taught:
-        original = teacher_module.load_model
-        teacher_module.load_model = lambda *_, **__: drawn(build(), 7)
-        try:
-            teacher = teacher_module.Teacher(
-                "tiny", task, teacher_config(load_ds_config(setup.teacher), world.size), layers
-            )
-        finally:
-            teacher_module.load_model = original
+    teacher = setup.build_teacher(drawn(build(), 7), task, world, layers=layers) if setup.taught else None
     model = drawn(build(), 3)
     if setup.activation_checkpointing:
         checkpoint_activations(model)
-    method, gating, model = (
-        pruning(row, Plan(row.target, "encoder", row.steps, 4, 0), model) if row else (None, None, model)
-    )
+    method, gating = None, None
+    if row:
+        method, gating = pruning(row.name, row.options, Plan(row.target, "encoder", row.steps, 4, 0), model)
     student = Student(
         model, task, distill=distill if setup.taught else None, teacher=(32, layers) if row else None, gating=gating
     )

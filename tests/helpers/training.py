@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any, Self
 
 import torch
 from torch import Tensor, nn
 
 from dsprune.config import BatchConfig, BlocksConfig, DistillConfig, OptimConfig
 from dsprune.consolidate import apply_selection
-from dsprune.methods import Plan, method_class
+from dsprune.methods import Method, Plan, method_class
 from dsprune.methods.mlpruning_blocks import BlockPruning
 from dsprune.structure import (
     BlockGating,
+    Gating,
     Selection,
     analyze,
     analyze_blocks,
@@ -26,24 +27,58 @@ from dsprune.tasks import build_task
 from tests.helpers.models import tiny_model
 from tests.helpers.settings import MethodRow
 
+if TYPE_CHECKING:
+    from dsprune.engine.ds_config import BatchPlan
+    from dsprune.engine.teacher import Teacher
+    from dsprune.engine.world import World
+    from dsprune.tasks.base import Task
+
 BATCH = 8
 
 
-@dataclass(frozen=True)
-class Setup:
-    """A way of running the same training."""
+@dataclass(frozen=True, kw_only=True)
+class Setting:
+    """Where and how a training runs, whatever it trains."""
 
-    row: MethodRow
     stage: int = 0
     teacher: str = "teacher"
     accumulation: int = 1
     precision: str = ""
-    family: str = "bert"
-    task: str = "sst2"
     activation_checkpointing: bool = False
 
-    def at(self, **changes: Any) -> Setup:
+    def at(self, **changes: Any) -> Self:
         return replace(self, **changes)
+
+    def plan(self, world: World) -> tuple[BatchPlan, dict[str, Any]]:
+        """How a step's batch is cut up, and DeepSpeed's configuration of the student."""
+        from dsprune.engine.ds_config import load_ds_config, plan_batch, student_config
+
+        batch = plan_batch(BatchConfig(size=BATCH, micro=BATCH // world.size // self.accumulation), world.size)
+        suffix = f"_{self.precision}" if self.precision else ""
+        return batch, student_config(load_ds_config(f"zero{self.stage}{suffix}"), batch, clip=1.0)
+
+    def build_teacher(self, model: nn.Module, task: Task, world: World, **parts: Any) -> Teacher:
+        """A teacher that is this very model; `parts` is what it shows beside its logits."""
+        import dsprune.engine.teacher as teacher_module
+        from dsprune.engine.ds_config import load_ds_config, teacher_config
+
+        original = teacher_module.load_model
+        teacher_module.load_model = lambda *_, **__: model
+        try:
+            return teacher_module.Teacher(
+                "tiny", task, teacher_config(load_ds_config(self.teacher), world.size), **parts
+            )
+        finally:
+            teacher_module.load_model = original
+
+
+@dataclass(frozen=True)
+class Setup(Setting):
+    """A way of running the same training of an encoder."""
+
+    row: MethodRow
+    family: str = "bert"
+    task: str = "sst2"
 
 
 class RandomExamples:
@@ -90,35 +125,37 @@ def without_dropout(model: nn.Module) -> nn.Module:
     return model
 
 
-def pruning(row: MethodRow, plan: Plan, model: Any) -> Any:
+def pruning(name: str, options: dict[str, Any], plan: Plan, model: Any) -> tuple[Method, Gating]:
+    """A method that is ready for its first step, and its gates on the model."""
     structure = analyze(model)
-    cls = method_class(row.name)
-    method = cls(structure, cls.Options(**row.options), plan)
+    cls = method_class(name)
+    method = cls(structure, cls.Options(**options), plan)
     if method.wants_magnitudes:
         method.begin(unit_magnitudes(structure, model.get_parameter))
-    return method, attach_gates(model, structure, empty=method.empty), model
+    return method, attach_gates(model, structure, empty=method.empty)
 
 
-def _block_pruning(row: MethodRow, plan: Plan, model: Any) -> Any:
-    """Blocks of a compact model without a head and some output rows."""
+def without_some_units(model: Any) -> Any:
+    """The compact model without a head (or a group of them) and some output rows."""
     structure = analyze(model)
     gates = ones(structure)
     gates["head"][0, 1] = 0
     gates["ffn_row"][:, 3:9] = 0
-    compact = apply_selection(model, Selection.from_gates(structure, gates, empty="bias"))
-    compact.train()
+    return apply_selection(model, Selection.from_gates(structure, gates, empty="bias"))
+
+
+def block_pruning(options: dict[str, Any], plan: Plan, compact: Any) -> tuple[BlockPruning, BlockGating]:
+    """Step 2 that is ready for its first step, and its gates on the model of step 1."""
     blocks = analyze_blocks(compact, (8, 8))
-    method = BlockPruning(blocks, BlocksConfig(shape=(8, 8), **row.options), plan)
+    method = BlockPruning(blocks, BlocksConfig(shape=(8, 8), **options), plan)
     method.begin(block_magnitudes(blocks, compact.get_parameter))
-    return method, BlockGating(compact, blocks), compact
+    return method, BlockGating(compact, blocks)
 
 
 def build_trainer(setup: Setup, *, dropout: bool = False, steps: int | None = None) -> Any:
     """A trainer of the prune stage. Collective; call inside a rank of `run_world`."""
-    import dsprune.engine.teacher as teacher_module
     from dsprune.config import DataConfig, TaskConfig
     from dsprune.engine.batches import Batches
-    from dsprune.engine.ds_config import load_ds_config, plan_batch, student_config, teacher_config
     from dsprune.engine.replica import Replica
     from dsprune.engine.student import Student, build_student_engine
     from dsprune.engine.trainer import LayerMatcher, Trainer
@@ -126,29 +163,26 @@ def build_trainer(setup: Setup, *, dropout: bool = False, steps: int | None = No
 
     world = start_world()
     task = build_task(TaskConfig(name=setup.task, stride=16), DataConfig(), seed=0)
-    batch = plan_batch(BatchConfig(size=BATCH, micro=BATCH // world.size // setup.accumulation), world.size)
-    suffix = f"_{setup.precision}" if setup.precision else ""
-    ds_config = student_config(load_ds_config(f"zero{setup.stage}{suffix}"), batch, clip=1.0)
-    original = teacher_module.load_model
-    teacher_module.load_model = lambda *_, **__: without_dropout(tiny_model(setup.family, seed=7))
-    try:
-        teacher = teacher_module.Teacher(
-            "tiny",
-            task,
-            teacher_config(load_ds_config(setup.teacher), world.size),
-            layers=setup.row.teacher_layers,
-            attentions=setup.row.distill.get("attentions", 0) > 0,
-        )
-    finally:
-        teacher_module.load_model = original
+    batch, ds_config = setup.plan(world)
+    row = setup.row
+    teacher = setup.build_teacher(
+        without_dropout(tiny_model(setup.family, seed=7)),
+        task,
+        world,
+        layers=row.teacher_layers,
+        attentions=row.distill.get("attentions", 0) > 0,
+    )
     model = tiny_model(setup.family)
     model = model if dropout else without_dropout(model)
     if setup.activation_checkpointing:
         model.activation_checkpointing_enable()
-    row = setup.row
     total = steps or row.steps
     plan = Plan(row.target, "encoder", total, 4, 0)
-    method, gating, model = _block_pruning(row, plan, model) if row.name == "blocks" else pruning(row, plan, model)
+    if row.name == "blocks":
+        model = without_some_units(model).train()
+        method, gating = block_pruning(row.options, plan, model)
+    else:
+        method, gating = pruning(row.name, row.options, plan, model)
     student = Student(
         model,
         task,

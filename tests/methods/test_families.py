@@ -8,24 +8,19 @@ import pytest
 import torch
 
 from dsprune.arch import list_families, load_family
-from dsprune.config import BlocksConfig
 from dsprune.consolidate import apply_blocks, apply_selection
 from dsprune.errors import ArchitectureError, ConfigError
-from dsprune.methods import Plan, method_class
+from dsprune.methods import Plan
 from dsprune.methods.families import VARIANTS, families_table, refusal
-from dsprune.methods.mlpruning_blocks import BlockPruning
 from dsprune.structure import (
-    BlockGating,
-    Selection,
     analyze,
     analyze_blocks,
     attach_gates,
-    block_magnitudes,
     ones,
-    unit_magnitudes,
 )
 from tests.helpers.models import DECODERS, FAMILIES, tiny_batch, tiny_model
 from tests.helpers.settings import ROWS
+from tests.helpers.training import block_pruning, pruning, without_some_units
 
 OPTIONS = {row.name: row.options for row in ROWS}
 TARGET = 0.4
@@ -33,13 +28,8 @@ TARGET = 0.4
 
 def _prune(variant, model, batch):
     """A method after one step on real gate gradients: its selection, and the sparsity that it counts."""
-    structure = analyze(model)
-    cls = method_class(variant.method)
-    options = cls.Options(**OPTIONS[variant.method], **variant.options)
-    method = cls(structure, options, Plan(TARGET, "encoder", 6, 4, 0))
-    if method.wants_magnitudes:
-        method.begin(unit_magnitudes(structure, model.get_parameter))
-    gating = attach_gates(model, structure, empty=method.empty)
+    options = {**OPTIONS[variant.method], **variant.options}
+    method, gating = pruning(variant.method, options, Plan(TARGET, "encoder", 6, 4, 0), model)
     gates = method.gates(method.start_step)
     leaves = {kind: gate.detach().clone().requires_grad_() for kind, gate in gates.items()}
     gating.set(leaves)
@@ -69,22 +59,10 @@ def _check_method(variant, model):
         torch.testing.assert_close(compact(**batch)[0], model(**batch)[0], rtol=0, atol=1e-5)
 
 
-def _compact(model):
-    """The model without a head (or group) and some output rows."""
-    structure = analyze(model)
-    gates = ones(structure)
-    gates["head"][0, 1] = 0
-    gates["ffn_row"][:, 3:9] = 0
-    return apply_selection(model, Selection.from_gates(structure, gates, empty="bias"))
-
-
 def _check_blocks(model):
-    compact = _compact(model)
-    structure = analyze_blocks(compact, (8, 8))
-    method = BlockPruning(structure, BlocksConfig(shape=(8, 8)), Plan(TARGET, "encoder", 6, 4, 0))
-    method.begin(block_magnitudes(structure, compact.get_parameter))
+    compact = without_some_units(model)
+    method, gating = block_pruning({}, Plan(TARGET, "encoder", 6, 4, 0), compact)
     selection = method.select()
-    gating = BlockGating(compact, structure)
     gating.set(selection.masks)
     with torch.no_grad():
         masked = compact(**tiny_batch())[0]
@@ -100,7 +78,7 @@ def test_a_cell_says_what_happens(name, variant):
         _check_blocks(model) if variant.method is None else _check_method(variant, model)
     elif variant.method is None:
         with pytest.raises(ArchitectureError, match="cannot lose blocks"):
-            analyze_blocks(_compact(model), (8, 8))
+            analyze_blocks(without_some_units(model), (8, 8))
     else:
         with pytest.raises(ConfigError, match="cannot lose units of"):
             _prune(variant, model, tiny_batch())

@@ -225,3 +225,14 @@ def test_settings_that_cannot_be(task: TaskConfig, data: DataConfig, message: st
 def test_the_metric_that_picks_the_best_can_be_chosen() -> None:
     task = build_task(TaskConfig(name="mrpc", metric="accuracy"), DataConfig(), seed=0)
     assert (task.primary, task.metrics) == ("accuracy", ("f1", "accuracy"))
+
+
+def test_a_regression_student_learns_from_its_teacher() -> None:
+    """A softmax over one logit is 1 whatever the logit: its divergence would be 0 for ever."""
+    task = build_task(TaskConfig(name="stsb"), DataConfig(), seed=0)
+    student = torch.zeros(4, 1, requires_grad=True)
+    outputs = task.outputs(SimpleNamespace(logits=student))
+    count = torch.tensor(4.0)
+    task.logit_loss(outputs, torch.ones(4, 1), torch.zeros(4), temperature=2.0, count=count).backward()
+    assert student.grad is not None
+    assert student.grad.abs().min() > 0
