@@ -28,7 +28,7 @@ from transformers.integrations import HfDeepSpeedConfig, unset_hf_deepspeed_conf
 from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
 from dsprune.arch import family_for
-from dsprune.consolidate import load_compact
+from dsprune.consolidate import load_compact, position_table
 from dsprune.engine.ds_config import precision, zero_stage
 from dsprune.engine.requirements import quiet_import
 from dsprune.errors import ArchitectureError, ConfigError
@@ -276,13 +276,9 @@ def announce_tables(model: PreTrainedModel) -> None:
 
     What ZeRO-3 gathers are the parameters of the module that is called; it has to be told of others.
     """
-    family = family_for(str(model.config.model_type).removeprefix("dsprune_"))
-    if family.positions is None:
-        return
-    base = getattr(model, family.base, model)
-    reader = base.get_submodule(family.positions.table.rpartition(".")[0])
-    table = getattr(reader, family.positions.table.rpartition(".")[2], None)
-    if table is not None:
+    found = position_table(model)
+    if found is not None:
+        reader, table = found
         quiet_import().zero.register_external_parameter(reader, table.weight)
 
 

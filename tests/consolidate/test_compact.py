@@ -157,7 +157,8 @@ def test_uniform_sizes_with_a_table_of_positions_become_a_stock_model(name, shap
     compact.save_pretrained(tmp_path)
     stock = type(model).from_pretrained(tmp_path).eval()
     with torch.no_grad():
-        assert torch.equal(stock(**tiny_batch())[0], compact(**tiny_batch())[0])
+        # Not bit for bit: what is read from a file may be aligned in memory in another way.
+        torch.testing.assert_close(stock(**tiny_batch())[0], compact(**tiny_batch())[0], rtol=0, atol=1e-12)
 
 
 def test_uniform_heads_alone_are_not_stock():
