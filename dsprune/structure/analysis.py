@@ -123,7 +123,7 @@ class _Analysis:
 
     def _find_positions(self) -> Positions | None:
         spec = self.family.positions
-        table = spec and self.shapes.get(join(self.base, spec.table, "weight"))
+        table = self.shapes.get(join(self.base, spec.table, "weight")) if spec is not None else None
         if spec is None or table is None:
             return None
         norm = join(self.base, spec.norm)
@@ -228,8 +228,8 @@ class _Analysis:
         spaces = self._unit_spaces(kind, layer)
         if kind == "attn":
             query = join(root, spec.query)
-            units, queries = spaces["vo_dim"], spaces["qk_dim"]
-            sublayer = Sublayer(kind, layer, units, rows, output, norm, query, queries, self._position_query(root))
+            values, queries = spaces["vo_dim"], spaces["qk_dim"]
+            sublayer = Sublayer(kind, layer, values, rows, output, norm, query, queries, self._position_query(root))
         else:
             sublayer = Sublayer(kind, layer, spaces["ffn_dim"], rows, output, norm)
         for path, axes in self.family.layer.items():
