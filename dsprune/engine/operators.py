@@ -1,18 +1,22 @@
-"""DeepSpeed's operators that are compiled at first use: the one that is needed, and the one that is not."""
+"""DeepSpeed's operators that are compiled at first use: those that are needed, and the one that is not."""
 
 from __future__ import annotations
 
 import fcntl
 import os
 import shutil
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 from dsprune.engine.requirements import quiet_import
 from dsprune.errors import ConfigError
 
 deepspeed = quiet_import()
 
-__all__ = ["build_cpu_adam", "skip_shared_memory"]
+__all__ = ["build_operators", "skip_shared_memory"]
+
+OFFLOADED = ("offload_optimizer", "offload_param")
 
 
 def skip_shared_memory() -> None:
@@ -23,23 +27,41 @@ def skip_shared_memory() -> None:
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 
 
-def build_cpu_adam() -> None:
-    """Compile the Adam that runs where the optimizer is offloaded, unless that was done before.
+def build_operators(*ds_configs: Mapping[str, Any], say: Callable[[str], None]) -> None:
+    """Compile what offloading needs, unless that was done before: Adam on the CPU, and asynchronous I/O for NVMe.
 
     torch guards a compilation by a file that a killed process leaves behind, and that every later launch would then
     wait for, forever. Here the kernel guards it, and what a dead process left is removed.
 
+    Args:
+        ds_configs: of all engines of this launch.
+        say: told of a compilation before it begins.
+
     Raises:
         ConfigError: there is no compiler.
     """
+    builders = _needed(ds_configs)
+    if not builders:
+        return
     missing = [tool for tool in ("g++", "ninja") if shutil.which(tool) is None]
     if missing:
-        raise ConfigError(f"an offloaded optimizer is compiled at first use and needs {' and '.join(missing)}")
-    from deepspeed.ops.op_builder import CPUAdamBuilder
-
+        raise ConfigError(f"offloading is compiled at first use and needs {' and '.join(missing)}")
     folder = Path(os.environ["TORCH_EXTENSIONS_DIR"])
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / "building").open("w") as guard:
         fcntl.flock(guard, fcntl.LOCK_EX)
-        (folder / CPUAdamBuilder.NAME / "lock").unlink(missing_ok=True)
-        CPUAdamBuilder().load(verbose=False)
+        for builder in builders:
+            (folder / builder.NAME / "lock").unlink(missing_ok=True)
+            if not (folder / builder.NAME / f"{builder.NAME}.so").exists():
+                say(f"compiling DeepSpeed's {builder.NAME} for offloading: about a minute, once on this machine")
+            builder.load(verbose=False)
+
+
+def _needed(ds_configs: Iterable[Mapping[str, Any]]) -> list[Any]:
+    """Builders of the operators that these configurations offload with."""
+    from deepspeed.ops.op_builder import AsyncIOBuilder, CPUAdamBuilder
+
+    zeros = [config.get("zero_optimization", {}) for config in ds_configs]
+    devices = {part: {zero.get(part, {}).get("device", "none") for zero in zeros} for part in OFFLOADED}
+    needed = [CPUAdamBuilder()] if devices["offload_optimizer"] - {"none"} else []
+    return [*needed, AsyncIOBuilder()] if "nvme" in set().union(*devices.values()) else needed

@@ -9,6 +9,7 @@ from types import TracebackType
 import dsprune
 from dsprune.config import RunConfig
 from dsprune.engine.journal import Journal, write_json
+from dsprune.engine.operators import build_operators
 from dsprune.engine.preflight import Preflight
 from dsprune.engine.provenance import collect_provenance
 from dsprune.engine.stages import Run
@@ -78,6 +79,8 @@ class Session:
             provenance = world.broadcast(collect_provenance(config, data) if world.is_main else None)
             if world.is_main:
                 write_json(self.folder / "provenance.json", provenance.facts)
+        with world.together("compiling DeepSpeed's operators"):
+            build_operators(ready.student_ds, ready.teacher_ds, say=journal.say)
         run = Run(config, ready, data, world, journal, self.stop, provenance)
         self.status = run.status
         journal.say(

@@ -14,7 +14,6 @@ from dsprune.config import DistillConfig
 from dsprune.distill import UNMATCHED, AttentionTap, HiddenTap, attention_loss, layer_distances, layer_loss
 from dsprune.engine.ds_config import zero_stage
 from dsprune.engine.models import announce_tables, attention_modules, encoder_layers, hidden_states
-from dsprune.engine.operators import build_cpu_adam
 from dsprune.engine.requirements import quiet_import
 from dsprune.engine.scoring import Taught, make_scorer
 from dsprune.structure import BlockGating, Gates, Gating
@@ -234,7 +233,6 @@ def adamw(student: nn.Module, *, lr: float, weight_decay: float, ds_config: Mapp
     plain = [p for name, p in named if name.endswith("bias") or "norm" in name.lower()]
     groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": plain, "weight_decay": 0.0}]
     if ds_config.get("zero_optimization", {}).get("offload_optimizer", {}).get("device", "none") != "none":
-        build_cpu_adam()
         from deepspeed.ops.adam import DeepSpeedCPUAdam
 
         return DeepSpeedCPUAdam(groups, lr=lr, adamw_mode=True)  # type: ignore[no-any-return]
