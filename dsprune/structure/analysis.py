@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from types import MappingProxyType
-from typing import Literal
+from typing import Any, Literal
 
 from torch import nn
 
@@ -15,6 +15,7 @@ from dsprune.structure.spaces import (
     Axis,
     ParamSpec,
     Part,
+    Positions,
     Segment,
     Sizes,
     Space,
@@ -69,6 +70,7 @@ class _Analysis:
     def __init__(self, family: FamilySpec, shapes: Mapping[str, tuple[int, ...]], class_name: str, config: object):
         _check_config(family, config)
         self.family = family
+        self.config = config
         self.shapes = dict(shapes)
         self.class_name = class_name
         self.sizes = _read_sizes(family, config)
@@ -80,6 +82,7 @@ class _Analysis:
         self.projected = projection is not None and join(self.base, projection, "weight") in self.shapes
         self.table = join(self.base, family.word_embeddings, "table")
         self.factored = f"{self.table}.weight" in self.shapes
+        self.positions = self._find_positions()
         self.params: dict[str, ParamSpec] = {}
         self.mistakes: list[str] = []
 
@@ -96,10 +99,11 @@ class _Analysis:
             params=self.params,
             sublayers=tuple(sublayers),
             hidden=self.hidden,
-            embedding_norm=None if self.projected else self._embedding_norm(),
+            embedding_norm=self._embedding_norm(),
             embedding_rank=self.shapes[f"{self.table}.weight"][1] if self.factored else None,
             final_norm=join(self.base, self.family.final_norm) if self.family.final_norm else None,
             tied=self.tied,
+            positions=self.positions,
         )
 
     def _heads(self) -> Mapping[str, tuple[str, ...]]:
@@ -112,8 +116,30 @@ class _Analysis:
         return self.may_tie and any(f"{path}.weight" not in self.shapes for path in self._heads())
 
     def _embedding_norm(self) -> str | None:
-        norms = [path for path, axes in self.family.embeddings.items() if len(axes) == 1]
+        """The first norm whose axis lives in the hidden space."""
+        wide = (("hidden",),) if self.projected else (("hidden",), ("embedding",))
+        norms = [path for path, axes in self.family.embeddings.items() if axes in wide]
         return join(self.base, norms[0]) if norms else None
+
+    def _find_positions(self) -> Positions | None:
+        spec = self.family.positions
+        table = self.shapes.get(join(self.base, spec.table, "weight")) if spec is not None else None
+        if spec is None or table is None:
+            return None
+        norm = join(self.base, spec.norm)
+        normed = f"{norm}.weight" in self.shapes
+        layers = (join(self.base, self.family.layers, str(i)) for i in range(self.sizes.num_layers))
+        readers = () if normed else tuple(join(layer, spec.reader) for layer in layers)
+        return Positions(table[0], spec.count_products(self.config), norm if normed else None, readers)
+
+    def _table_use(self, path: str, axes: tuple[str, ...]) -> dict[str, Any]:
+        """Whether a linear of a layer multiplies the table of positions, and whether it multiplies tokens."""
+        spec = self.family.positions
+        if spec is None or self.positions is None or axes[0] != "qk_dim":
+            return {}
+        if path in (spec.query, spec.key):
+            return {"positions": self.positions.rows, "per_sequence": True}
+        return {"positions": self.positions.rows} if getattr(self.config, spec.shared, False) else {}
 
     def _segments(self, axis: str, extent: int, units: Mapping[str, tuple[Space, int]], gated: bool) -> Axis:
         """What an axis is made of; of a shared axis the first part is gated. Extents are those that the spec says."""
@@ -139,7 +165,7 @@ class _Analysis:
         units: Mapping[str, tuple[Space, int]] = MappingProxyType({}),
         gated: tuple[bool, ...] = (),
         transposed: bool = False,
-        **facts: bool,
+        **facts: Any,
     ) -> None:
         """Claim a module's weight and, if it has one, its bias, which follows the first axis.
 
@@ -202,7 +228,8 @@ class _Analysis:
         spaces = self._unit_spaces(kind, layer)
         if kind == "attn":
             query = join(root, spec.query)
-            sublayer = Sublayer(kind, layer, spaces["vo_dim"], rows, output, norm, query, spaces["qk_dim"])
+            values, queries = spaces["vo_dim"], spaces["qk_dim"]
+            sublayer = Sublayer(kind, layer, values, rows, output, norm, query, queries, self._position_query(root))
         else:
             sublayer = Sublayer(kind, layer, spaces["ffn_dim"], rows, output, norm)
         for path, axes in self.family.layer.items():
@@ -214,7 +241,8 @@ class _Analysis:
             if path == spec.output:
                 axes, units = (rows.kind, axes[1]), {**units, rows.kind: (rows, 1)}
             # Queries are gated where they are made, and need no gate on their keys as well.
-            gated = (path == spec.query, False) if not writes else (True,) * len(axes)
+            is_query = join(root, path) in (sublayer.query, sublayer.position_query)
+            gated = (is_query, False) if not writes else (True,) * len(axes)
             self._add(
                 join(root, path),
                 axes,
@@ -224,8 +252,14 @@ class _Analysis:
                 gated=gated[: len(axes)],
                 transposed=path in self.family.transposed,
                 inner=path in spec.members or (path == spec.norm and self.family.pre_norm),
+                **self._table_use(path, axes),
             )
         return sublayer
+
+    def _position_query(self, root: str) -> str | None:
+        """Linear of the layer at `root` that makes queries of the table of positions and of nothing else."""
+        path = join(root, self.family.positions.query) if self.family.positions else ""
+        return path if f"{path}.weight" in self.shapes else None
 
     def _unit_spaces(self, kind: SublayerKind, layer: int) -> dict[str, Space]:
         if kind == "ffn":

@@ -22,6 +22,7 @@ __all__ = [
     "Empty",
     "ParamSpec",
     "Part",
+    "Positions",
     "Segment",
     "Sizes",
     "Space",
@@ -121,7 +122,8 @@ class Sublayer:
     """One attention or FFN sublayer: paths from the root of the model, and the spaces of its units.
 
     `units` are what the output linear reads: value dimensions or neurons; `rows` is what it writes.
-    Attention also has the linear of its queries, whose rows are the units `queries`.
+    Attention also has the linear of its queries, whose rows are the units `queries`, and maybe another for
+    the queries of a table of positions.
     """
 
     kind: SublayerKind
@@ -132,6 +134,7 @@ class Sublayer:
     norm: str
     query: str | None = None
     queries: Space | None = None
+    position_query: str | None = None
 
 
 @dataclass(frozen=True)
@@ -139,7 +142,7 @@ class ParamSpec:
     """One parameter: its dense shape, what each axis is made of, and when it is there at all.
 
     `inner`: of no use to a sublayer without units, even where such a one keeps its output bias. `lookup`: read
-    by index and never multiplied.
+    by index and never multiplied. `positions`: rows of the table of positions that it multiplies.
     """
 
     name: str
@@ -150,6 +153,7 @@ class ParamSpec:
     inner: bool = False
     per_sequence: bool = False
     lookup: bool = False
+    positions: int = 0
 
     @property
     def numel(self) -> int:
@@ -160,6 +164,23 @@ class ParamSpec:
         for segments in product(*self.axes):
             spaces = tuple(segment.space for segment in segments if segment.space is not None)
             yield math.prod(segment.extent for segment in segments), spaces
+
+
+@dataclass(frozen=True)
+class Positions:
+    """The table of relative positions of one model, which the attention of every layer reads.
+
+    Attributes:
+        rows: of the table.
+        products: of queries or keys with the table that every score holds.
+        norm: of the table.
+        readers: where there is no norm, the module of each layer that hands the table to attention.
+    """
+
+    rows: int
+    products: int
+    norm: str | None
+    readers: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -180,6 +201,7 @@ class Structure:
     """Norm of the residual stream after the last layer, in a pre-norm model."""
     tied: bool = False
     """Whether an output head multiplies by the word embedding."""
+    positions: Positions | None = None
 
     @property
     def factored_away(self) -> int:
