@@ -15,7 +15,15 @@ from typing import Any, Literal
 
 from dsprune.errors import ArchitectureError
 
-__all__ = ["FamilySpec", "StackSpec", "SublayerSpec", "family_for", "list_families", "load_family"]
+__all__ = [
+    "FamilySpec",
+    "PositionsSpec",
+    "StackSpec",
+    "SublayerSpec",
+    "family_for",
+    "list_families",
+    "load_family",
+]
 
 Axes = tuple[str, ...]
 StockHeads = Literal["equal", "divides", "free", "all"]
@@ -50,6 +58,12 @@ class SublayerSpec:
     stands in the first layer of the stack and serves all its layers: `table`, its path; `flag`, the attribute by
     which attention knows that it holds the table; `compute`, the method that reads it."""
 
+    maps: str = ""
+    """Module whose output is the attention maps; without it, the second output of the module that owns the query."""
+    scales_by_size: bool = False
+    """Whether scores are divided by the root of the size that heads have when they run, times the number of products
+    that they are the sum of; without it, by a number that the module keeps."""
+
     @property
     def kind(self) -> Literal["attn", "ffn"]:
         return "attn" if self.query else "ffn"
@@ -72,6 +86,32 @@ class StackSpec:
     """Norm of the residual stream after the last layer, inside the base."""
     embedding: str | None = None
     """Module that looks up the word embedding for this stack, where that is not the module which owns it."""
+
+
+@dataclass(frozen=True)
+class PositionsSpec:
+    """Relative positions: a table as wide as the residual stream, which the attention of every layer reads."""
+
+    table: str
+    """Embedding inside the base; the module that holds it reads it as a whole."""
+    norm: str
+    """LayerNorm of the table inside the base, if there is one."""
+    reader: str
+    """Module of a layer that hands the table to its attention."""
+    query: str
+    """Linear of a layer that makes queries of the table, if it has its own: gated with the queries of tokens."""
+    key: str
+    """Linear of a layer that makes keys of the table, if it has its own."""
+    shared: str
+    """Name in the configuration: whether the linears of the tokens' queries and keys read the table as well."""
+    products: Mapping[str, list[str]]
+    """List in the configuration -> those of its entries that stand for a product of queries or keys with the table."""
+
+    def count_products(self, config: object) -> int:
+        """Products with the table that scores hold, beside that of queries with keys."""
+        return sum(
+            entry in (getattr(config, name, None) or ()) for name, entries in self.products.items() for entry in entries
+        )
 
 
 @dataclass(frozen=True)
@@ -101,12 +141,16 @@ class FamilySpec:
     """Module that gives out the summed embeddings, where the owner of the word embedding does not."""
     pre_norm: bool = False
     """Whether sublayers read the normed residual stream and add to the bare one, instead of norming the sum."""
+    positions: PositionsSpec | None = None
+    """Relative positions that attention reads from a table of their own."""
     rotary: bool = False
     """Whether queries and keys are rotated, dimension i of a head together with i + head_dim / 2."""
     transposed: frozenset[str] = frozenset()
     """Modules of a layer that store their weight input axis first."""
     every_token: bool = False
     """Whether the head for sequences computes all tokens, of which one is read."""
+    needs_layer: bool = False
+    """Whether the stock encoder cannot run without a layer: one that does nothing then stays."""
     defaults: Mapping[str, str] = field(default_factory=dict)
     """Sizes that a configuration may leave out: formula over the other sizes."""
     requires: Mapping[str, Any] = field(default_factory=dict)
@@ -145,6 +189,7 @@ _OPTIONAL = (
     "pre_norm",
     "rotary",
     "every_token",
+    "needs_layer",
     "defaults",
     "requires",
     "refused",
@@ -201,6 +246,7 @@ def load_family(name: str) -> FamilySpec:
         pooler=_axes(data.get("pooler", {})),
         heads={kind: _axes(table) for kind, table in data["heads"].items()},
         transposed=frozenset(data.get("transposed", ())),
+        positions=PositionsSpec(**data["positions"]) if "positions" in data else None,
         **{key: data[key] for key in _OPTIONAL if key in data},
     )
 

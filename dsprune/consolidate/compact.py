@@ -69,9 +69,9 @@ def surviving(structure: Structure, selection: Selection) -> Iterator[tuple[str,
 
 
 def kept_layers(structure: Structure, selection: Selection) -> list[int]:
-    """Dense layers of which a parameter is left."""
+    """Dense layers of which a parameter is left, and one without any where the encoder cannot be without a layer."""
     left = {p.sublayer.layer for p in structure.params.values() if p.sublayer and not is_removed(p, selection)}
-    return sorted(left)
+    return sorted(left) or ([0] if structure.family.needs_layer else [])
 
 
 def compact_name(structure: Structure, param: ParamSpec, place: dict[int, int], selection: Selection) -> str:

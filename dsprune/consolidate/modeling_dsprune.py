@@ -8,7 +8,8 @@ layer without sublayers is not there at all.
 Attention heads that kept unequal numbers of query/key and value/output dimensions are packed: what their
 linears give is placed among zeros, to one head size a layer, so that the stock attention runs all heads in
 one call, and taken out of it again before the output linear. Zero query dimensions add nothing to a score,
-zero value dimensions nothing to an output; the scale stays that of the dense head. Only what was kept is
+zero value dimensions nothing to an output; the scale stays that of the dense head: attention that takes it from the
+size of the heads that it is given gets queries that make up for it. Only what was kept is
 stored and multiplied. Under rotary positions the pairs of dimensions that any head of a layer kept have one
 place for all its heads, and turn at the speed that they had in the dense head.
 
@@ -30,6 +31,7 @@ import math
 import pathlib
 import platform
 import re
+import struct
 import warnings
 import weakref
 from collections.abc import Sequence
@@ -59,6 +61,7 @@ FAMILIES = {
     "xlm-roberta": ("XLMRoberta", ENCODER_HEADS),
     "distilbert": ("DistilBert", ENCODER_HEADS),
     "electra": ("Electra", ENCODER_HEADS),
+    "deberta-v2": ("DebertaV2", ENCODER_HEADS),
     "llama": ("Llama", DECODER_HEADS),
     "mistral": ("Mistral", DECODER_HEADS),
     "qwen2": ("Qwen2", DECODER_HEADS),
@@ -585,13 +588,18 @@ def _width(axis: str, widths: dict[str, int]) -> int | None:
 
 
 def _resize(root: nn.Module, path: str, axes: list[str], widths: dict[str, int]) -> None:
-    parent, _, name = path.rpartition(".")
-    owner = root.get_submodule(parent)
-    if hasattr(owner, name):
-        module = getattr(owner, name)
-        sizes = [_width(axis, widths) for axis in axes]
-        if any(size is not None for size in sizes):
-            setattr(owner, name, _resized(module, sizes[::-1] if isinstance(module, Conv1D) else sizes))
+    module = _find(root, path)
+    sizes = [_width(axis, widths) for axis in axes]
+    if module is not None and any(size is not None for size in sizes):
+        _replace(root, path, _resized(module, sizes[::-1] if isinstance(module, Conv1D) else sizes))
+
+
+def _find(root: nn.Module, path: str) -> nn.Module | None:
+    """A module that a configuration may leave out; None where it does."""
+    try:
+        return root.get_submodule(path)
+    except AttributeError:
+        return None
 
 
 def _replace(root: nn.Module, path: str, module: nn.Module) -> None:
@@ -737,7 +745,9 @@ def _pack(layer: nn.Module, weights: dict[str, list[str]], spec: dict[str, Any],
         if axis is None:
             continue
         places, width = layout.axis(axes[axis].split(" + "), per_head=path in (spec["query"], spec["output"]))
-        module: Any = layer.get_submodule(path)
+        module: Any = _find(layer, path)
+        if module is None:
+            continue
         if not places:
             _replace(layer, path, Zeros(width))
         elif places != list(range(width)):
@@ -751,6 +761,48 @@ def _pack(layer: nn.Module, weights: dict[str, list[str]], spec: dict[str, Any],
     if layout.pairs:
         owner = layer.get_submodule(spec["query"].rpartition(".")[0])
         owner.register_forward_pre_hook(RotaryChoice(layout.pairs, layout.dense), with_kwargs=True)
+
+
+class QueryScale:
+    """Makes up for attention that divides scores by the root of the size of its heads; a forward hook of its queries.
+
+    Args:
+        size: of the heads that attention is given.
+        dense: size whose root the scores are to be divided by.
+        products: what attention multiplies a size by before it takes the root, in fp32.
+    """
+
+    def __init__(self, size: int, dense: int, products: int) -> None:
+        self.factor = _single(math.sqrt(size * products)) / _single(math.sqrt(dense * products))
+
+    def __call__(self, _module: nn.Module, _args: Any, queries: torch.Tensor) -> torch.Tensor:
+        return queries * self.factor
+
+
+def _single(number: float) -> float:
+    """A number rounded to fp32."""
+    (rounded,) = struct.unpack("f", struct.pack("f", number))
+    return float(rounded)
+
+
+def _keep_scales(layers: Any, stack: dict[str, Any], facts: dict[str, Any], config: Any) -> None:
+    """Divide scores by what the dense heads had them divided by, where attention looks at the size of its heads."""
+    if not stack["attention"].get("scales_by_size", False):
+        return
+    positions = stack.get("positions", {})
+    listed = [
+        entry in (getattr(config, name, None) or ())
+        for name, entries in positions.get("products", {}).items()
+        for entry in entries
+    ]
+    for layer, sizes in zip(layers, _layers_of(stack, facts), strict=True):
+        layout = HeadLayout(sizes, facts)
+        if sizes["heads"] == 0 or layout.size == layout.dense:
+            continue
+        for path in (stack["attention"]["query"], positions.get("query", "")):
+            queries = _find(layer, path) if path else None
+            if queries is not None:
+                queries.register_forward_hook(QueryScale(layout.size, layout.dense, 1 + sum(listed)))
 
 
 def _rows(sizes: dict[str, Any], kind: str, hidden: int) -> Spread:
@@ -889,7 +941,7 @@ def _shrink_around(model: Any, base: Any, family: dict[str, Any], facts: dict[st
     """Give embeddings, final norm, pooler and head the width of the residual stream."""
     projection = family.get("embedding_projection")
     widths = {"hidden": facts["hidden"]}
-    if projection is None or not hasattr(base, projection):
+    if projection is None or _find(base, projection) is None:
         widths["embedding"] = facts["hidden"]
     for path, axes in family["embeddings"].items():
         _resize(base, path, axes, widths)
@@ -926,6 +978,7 @@ def shrink(model: Any, facts: dict[str, Any]) -> None:
         for layer, own in zip(layers, sizes, strict=True):
             _shrink_layer(layer, stack, own, facts)
         _number_caches(layers, stack, sizes)
+        _keep_scales(layers, stack, facts, model.config)
     use_calibration(base, facts.get("calibration", ()))
 
 

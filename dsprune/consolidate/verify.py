@@ -14,11 +14,12 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
+from dsprune.arch import family_for
 from dsprune.consolidate.memory import give_back
 from dsprune.consolidate.writer import names_in
 from dsprune.errors import CheckpointError
 
-__all__ = ["TOLERANCE", "SafetensorsReader", "compare", "logits", "stream_weights", "tied_names"]
+__all__ = ["TOLERANCE", "SafetensorsReader", "compare", "logits", "position_table", "stream_weights", "tied_names"]
 
 TOLERANCE = 1e-4
 """Largest difference of logits, relative to the largest logit (at least 1), that rounding may cause in fp32."""
@@ -47,11 +48,24 @@ def stream_weights(model: nn.Module, read: Reader) -> None:
     What is tied is read by the name of the parameter that it is tied to.
     """
     stored = {param: name for name, param in model.named_parameters()}
+    reader, table = position_table(model) or (None, None)
     for module in model.modules():
         names = {name: stored[param] for name, param in module.named_parameters(recurse=False)}
         if names:
-            module.register_forward_pre_hook(_fetch(names, read))
-            module.register_forward_hook(_drop(list(names)))
+            called = reader if module is table and reader is not None else module
+            called.register_forward_pre_hook(_fetch(module, names, read))
+            called.register_forward_hook(_drop(module, list(names)))
+
+
+def position_table(model: Any) -> tuple[nn.Module, Any] | None:
+    """The module of a dense or compact model that reads a table of positions without calling it, and the table."""
+    family = family_for(str(model.config.model_type).removeprefix("dsprune_"))
+    if family.positions is None:
+        return None
+    owner, _, name = family.positions.table.rpartition(".")
+    reader = getattr(model, family.base, model).get_submodule(owner)
+    table = getattr(reader, name, None)
+    return None if table is None else (reader, table)
 
 
 def tied_names(model: nn.Module) -> set[str]:
@@ -60,20 +74,20 @@ def tied_names(model: nn.Module) -> set[str]:
     return every - {name for name, _ in model.named_parameters()}
 
 
-def _fetch(names: Mapping[str, str], read: Reader) -> Any:
-    def hook(module: nn.Module, _args: Any) -> None:
+def _fetch(owner: nn.Module, names: Mapping[str, str], read: Reader) -> Any:
+    def hook(_module: nn.Module, _args: Any) -> None:
         for name, source in names.items():
             value = read(source)
-            setattr(module, name, nn.Parameter(value, requires_grad=False))
+            setattr(owner, name, nn.Parameter(value, requires_grad=False))
 
     return hook
 
 
-def _drop(names: list[str]) -> Any:
-    def hook(module: nn.Module, _args: Any, _output: Any) -> None:
+def _drop(owner: nn.Module, names: list[str]) -> Any:
+    def hook(_module: nn.Module, _args: Any, _output: Any) -> None:
         for name in names:
-            value = getattr(module, name)
-            setattr(module, name, nn.Parameter(torch.empty_like(value, device="meta"), requires_grad=False))
+            value = getattr(owner, name)
+            setattr(owner, name, nn.Parameter(torch.empty_like(value, device="meta"), requires_grad=False))
         del value
         give_back()
 

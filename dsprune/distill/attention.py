@@ -20,7 +20,7 @@ class AttentionTap:
 
     Args:
         model: the model, with eager attention.
-        paths: its attention modules, in the order in which `take` returns their maps.
+        paths: modules that give out the maps, alone or second, in the order in which `take` returns them.
     """
 
     def __init__(self, model: nn.Module, paths: Sequence[str]) -> None:
@@ -31,7 +31,7 @@ class AttentionTap:
 
     def _hook(self, index: int) -> Any:
         def catch(_module: nn.Module, _args: Any, output: Any) -> None:
-            self._caught[index] = output[-1]
+            self._caught[index] = output if isinstance(output, Tensor) else output[-1]
 
         return catch
 

@@ -89,7 +89,9 @@ def _tracing() -> Iterator[LiveBytes]:
     fused = patch.object(F, "scaled_dot_product_attention", _fused_attention)
     # It looks for packed sequences in the values of position ids, and here nothing has values.
     unpacked = patch("transformers.masking_utils.find_packed_sequence_indices", lambda *_: None)
-    with fused, unpacked, torch.device("meta"), LiveBytes() as live:
+    # Likewise for padding, in token ids that come without a mask.
+    unpadded = patch.object(PreTrainedModel, "warn_if_padding_and_no_attention_mask", lambda *_: None)
+    with fused, unpacked, unpadded, torch.device("meta"), LiveBytes() as live:
         yield live
 
 

@@ -28,7 +28,7 @@ from transformers.integrations import HfDeepSpeedConfig, unset_hf_deepspeed_conf
 from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
 from dsprune.arch import FamilySpec, StackSpec, family_for
-from dsprune.consolidate import auto_with_own_head, load_compact
+from dsprune.consolidate import auto_with_own_head, load_compact, position_table
 from dsprune.engine.ds_config import precision, zero_stage
 from dsprune.engine.requirements import quiet_import
 from dsprune.errors import ArchitectureError, ConfigError
@@ -36,6 +36,7 @@ from dsprune.tasks import Task
 
 __all__ = [
     "AUTO_CLASSES",
+    "announce_tables",
     "attention_modules",
     "check_reads_forward",
     "checkpoint_activations",
@@ -293,17 +294,36 @@ def hidden_states(model: PreTrainedModel, *, embeddings: bool) -> list[str]:
     """Modules whose outputs are the hidden states: the layers, and after them the embeddings if wanted."""
     family = _family(model)
     base = getattr(model, family.base, model)
-    module = family.stacks[0].embedding or family.embedding_output or family.word_embeddings.split(".")[0]
+    module = family.stacks[0].embedding or family.word_embeddings.split(".")[0]
     if family.embedding_projection is not None and hasattr(base, family.embedding_projection):
         module = family.embedding_projection
+    module = family.embedding_output or module
     path = f"{family.base}.{module}" if base is not model else module
     return encoder_layers(model) + ([path] if embeddings else [])
 
 
 def attention_modules(model: PreTrainedModel) -> list[str]:
     """Modules that hand out attention maps, one a layer: cross attention is not among them."""
-    owners = {stack.name: stack.sublayers[0].query.rpartition(".")[0] for stack in _family(model).stacks}
-    return [f"{path}.{owners[stack.name]}" for stack, paths in _stacks(model) for path in paths]
+    modules = dict(model.named_modules())
+    found = []
+    for stack, paths in _stacks(model):
+        spec = stack.sublayers[0]
+        owner = spec.query.rpartition(".")[0]
+        # Of an attention that is gone only the place is left, and what stands there gives out no map.
+        places = ((f"{layer}.{spec.maps or owner}", f"{layer}.{owner}") for layer in paths)
+        found += [maps if maps in modules else place for maps, place in places]
+    return found
+
+
+def announce_tables(model: PreTrainedModel) -> None:
+    """Tell ZeRO-3 of the table of positions, which is read without a call of the module that owns it.
+
+    What ZeRO-3 gathers are the parameters of the module that is called; it has to be told of others.
+    """
+    found = position_table(model)
+    if found is not None:
+        reader, table = found
+        quiet_import().zero.register_external_parameter(reader, table.weight)
 
 
 @contextmanager

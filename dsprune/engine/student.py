@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from dsprune.config import DistillConfig
 from dsprune.distill import UNMATCHED, AttentionTap, HiddenTap, attention_loss, layer_distances, layer_loss
 from dsprune.engine.ds_config import zero_stage
-from dsprune.engine.models import attention_modules, hidden_states, layer_stacks
+from dsprune.engine.models import announce_tables, attention_modules, hidden_states, layer_stacks
 from dsprune.engine.requirements import quiet_import
 from dsprune.engine.scoring import Taught, make_scorer
 from dsprune.structure import BlockGating, Gates, Gating
@@ -256,6 +256,7 @@ def adamw(student: nn.Module, *, lr: float, weight_decay: float, ds_config: Mapp
 
 def build_student_engine(student: Student, ds_config: Mapping[str, Any], *, lr: float, weight_decay: float) -> Any:
     """The student as a DeepSpeed engine. Collective: all ranks must call."""
+    announce_tables(student.model)
     optimizer = adamw(student, lr=lr, weight_decay=weight_decay, ds_config=ds_config)
     engine, *_ = deepspeed.initialize(model=student, optimizer=optimizer, config=dict(ds_config))
     assert engine.zero_optimization_stage() == zero_stage(ds_config)

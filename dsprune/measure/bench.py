@@ -122,18 +122,28 @@ def count_macs(model: nn.Module, length: int) -> int:
     fused kernel of the CPU. Of block-sparse linears only the stored blocks count. The count does not
     depend on the batch size.
     """
+    absent: list[int] = []
+
+    def note(module: nn.Module, args: tuple[torch.Tensor]) -> None:
+        absent.append(_absent(module) * (args[0].numel() // args[0].shape[-1]))
+
+    hooks = [module.register_forward_pre_hook(note) for module in model.modules() if _is_block_sparse(module)]
     # With gradients, block-sparse linears run dense, which the counter knows.
     with torch.inference_mode(False), torch.enable_grad():
         inputs = _inputs(model, 1, length, 0, next(model.parameters()).device)
         with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
             model(**inputs)
-    return int(counter.get_total_flops()) // 2 - length * sum(map(_absent, model.modules()))
+    for hook in hooks:
+        hook.remove()
+    return int(counter.get_total_flops()) // 2 - sum(absent)
+
+
+def _is_block_sparse(module: nn.Module) -> bool:
+    return type(module).__name__ == "BlockLinear"  # a folder's own copy of the class is another class
 
 
 def _absent(module: nn.Module) -> int:
     """Weights of a block-sparse linear that the dense product multiplies by and that are not there."""
-    if type(module).__name__ != "BlockLinear":  # a folder's own copy of the class is another class
-        return 0
     facts: Any = module
     stored: int = facts.kept * facts.block[0] * facts.block[1]
     return max(0, int(facts.out_features * facts.in_features) - stored)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from types import MappingProxyType
+from typing import Any
 
 from torch import nn
 
@@ -14,6 +15,7 @@ from dsprune.structure.spaces import (
     Axis,
     ParamSpec,
     Part,
+    Positions,
     Segment,
     Sizes,
     Space,
@@ -73,6 +75,7 @@ class _Analysis:
     def __init__(self, family: FamilySpec, shapes: Mapping[str, tuple[int, ...]], class_name: str, config: object):
         _check_config(family, config)
         self.family = family
+        self.config = config
         self.shapes = dict(shapes)
         self.class_name = class_name
         self.may_tie = bool(getattr(config, "tie_word_embeddings", False))
@@ -87,6 +90,7 @@ class _Analysis:
         self.projected = projection is not None and join(self.base, projection, "weight") in self.shapes
         self.table = join(self.base, family.word_embeddings, "table")
         self.factored = f"{self.table}.weight" in self.shapes
+        self.positions = self._find_positions()
         self.params: dict[str, ParamSpec] = {}
         self.mistakes: list[str] = []
 
@@ -105,11 +109,12 @@ class _Analysis:
             stacks=self.stacks,
             sublayers=tuple(sublayers),
             hidden=self.hidden,
-            embedding_norm=None if self.projected else self._embedding_norm(),
+            embedding_norm=self._embedding_norm(),
             embedding_rank=self.shapes[f"{self.table}.weight"][1] if self.factored else None,
             tied=self.tied,
             has_head=bool(self._heads()),
             scales_head=self.scales_head and bool(self._heads()),
+            positions=self.positions,
         )
 
     def _is_there(self, path: str) -> bool:
@@ -134,8 +139,30 @@ class _Analysis:
         return self.may_tie and any(f"{path}.weight" not in self.shapes for path in self._heads())
 
     def _embedding_norm(self) -> str | None:
-        norms = [path for path, axes in self.family.embeddings.items() if len(axes) == 1]
+        """The first norm whose axis lives in the hidden space."""
+        wide = (("hidden",),) if self.projected else (("hidden",), ("embedding",))
+        norms = [path for path, axes in self.family.embeddings.items() if axes in wide]
         return join(self.base, norms[0]) if norms else None
+
+    def _find_positions(self) -> Positions | None:
+        spec = self.family.positions
+        table = self.shapes.get(join(self.base, spec.table, "weight")) if spec is not None else None
+        if spec is None or table is None:
+            return None
+        norm = join(self.base, spec.norm)
+        normed = f"{norm}.weight" in self.shapes
+        layers = (path for stack in self.stacks for path in stack.layers)
+        readers = () if normed else tuple(join(layer, spec.reader) for layer in layers)
+        return Positions(table[0], spec.count_products(self.config), norm if normed else None, readers)
+
+    def _table_use(self, path: str, axes: tuple[str, ...]) -> dict[str, Any]:
+        """Whether a linear of a layer multiplies the table of positions, and whether it multiplies tokens."""
+        spec = self.family.positions
+        if spec is None or self.positions is None or axes[0] != "qk_dim":
+            return {}
+        if path in (spec.query, spec.key):
+            return {"positions": self.positions.rows, "per_sequence": True}
+        return {"positions": self.positions.rows} if getattr(self.config, spec.shared, False) else {}
 
     def _segments(self, axis: str, extent: int, units: Mapping[str, tuple[Space, int]], gated: bool) -> Axis:
         """What an axis is made of; of a shared axis the first part is gated. Extents are those that the spec says."""
@@ -161,8 +188,7 @@ class _Analysis:
         units: Mapping[str, tuple[Space, int]] = MappingProxyType({}),
         gated: tuple[bool, ...] = (),
         transposed: bool = False,
-        users: tuple[Sublayer, ...] = (),
-        **facts: bool,
+        **facts: Any,
     ) -> None:
         """Claim a module's weight and, if it has one, its bias, which follows the first axis.
 
@@ -180,7 +206,7 @@ class _Analysis:
             order = slice(None, None, -1 if transposed and leaf == "weight" else 1)
             stored = zip(axes[:width][order], shape, gated[:width][order], strict=True)
             parts = tuple(self._segments(axis, extent, units, on) for axis, extent, on in stored)
-            spec = ParamSpec(name, shape, parts, part, sublayer, users=users, **facts)
+            spec = ParamSpec(name, shape, parts, part, sublayer, **facts)
             if self._fits(spec):
                 self.params[name] = spec
 
@@ -233,7 +259,8 @@ class _Analysis:
         place = (spec.name, spec.kind, index, layer)
         if spec.kind == "attn":
             query = join(root, spec.query)
-            sublayer = Sublayer(*place, spaces["vo_dim"], rows, output, norm, query, spaces["qk_dim"])
+            values, queries = spaces["vo_dim"], spaces["qk_dim"]
+            sublayer = Sublayer(*place, values, rows, output, norm, query, queries, self._position_query(root))
         else:
             sublayer = Sublayer(*place, spaces["ffn_dim"], rows, output, norm)
         for path, axes in stack.layer.items():
@@ -245,7 +272,8 @@ class _Analysis:
             if path == spec.output:
                 axes, units = (rows.kind, axes[1]), {**units, rows.kind: (rows, 1)}
             # Queries are gated where they are made, and need no gate on their keys as well.
-            gated = (path == spec.query, False) if not writes else (True,) * len(axes)
+            is_query = join(root, path) in (sublayer.query, sublayer.position_query)
+            gated = (is_query, False) if not writes else (True,) * len(axes)
             self._add(
                 join(root, path),
                 axes,
@@ -255,6 +283,7 @@ class _Analysis:
                 gated=gated[: len(axes)],
                 transposed=path in self.family.transposed,
                 inner=path in spec.members or (path == spec.norm and self.family.pre_norm),
+                **self._table_use(path, axes),
             )
         return sublayer
 
@@ -267,6 +296,11 @@ class _Analysis:
                     users = tuple(sub for sub in sublayers if sub.name == spec.name and sub.layer in of_stack)
                     path = join(stack.layers[0], spec.bias["table"])
                     self._add(path, ("-", "-"), "encoder", lookup=True, users=users)
+
+    def _position_query(self, root: str) -> str | None:
+        """Linear of the layer at `root` that makes queries of the table of positions and of nothing else."""
+        path = join(root, self.family.positions.query) if self.family.positions else ""
+        return path if f"{path}.weight" in self.shapes else None
 
     def _unit_spaces(self, spec: SublayerSpec, index: int) -> dict[str, Space]:
         if spec.kind == "ffn":

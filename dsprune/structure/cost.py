@@ -67,7 +67,7 @@ class CostModel:
             "total": self._terms(lambda p: p.numel),
         }
         self._token_macs = self._terms(lambda p: p.numel if _is_matmul(p) and not p.per_sequence else 0)
-        self._sequence_macs = self._terms(lambda p: p.numel if _is_matmul(p) and p.per_sequence else 0)
+        self._sequence_macs = self._terms(lambda p: p.numel * _rows_beside_tokens(p) if _is_matmul(p) else 0)
 
     def _terms(self, count: Callable[[ParamSpec], int]) -> Mapping[_Term, Tensor]:
         """Counts per form and sublayer; each form's count is divided by the dense widths it is multiplied by."""
@@ -140,9 +140,10 @@ class CostModel:
         An encoder-decoder reads so many tokens, and writes as many.
         """
         full = {kind: gate.double() for kind, gate in complete(self.structure, gates).items()}
-        units, sizes = _expected_units(full), self.structure.sizes
-        dims = units["qk_dim"] * sizes.pair + units["vo_dim"]
-        attention = length * length * sizes.heads_per_group * dims.sum()
+        units, sizes, positions = _expected_units(full), self.structure.sizes, self.structure.positions
+        table = 0 if positions is None else positions.products * positions.rows
+        products = units["qk_dim"] * sizes.pair * (length + table) + units["vo_dim"] * length
+        attention = length * sizes.heads_per_group * products.sum()
         return length * self._sum(self._token_macs, full) + self._sum(self._sequence_macs, full) + attention
 
     def floor(self, kinds: tuple[str, ...], *, of: Scope = "encoder") -> float:
@@ -193,3 +194,8 @@ def _expected_alive(full: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 def _is_matmul(param: ParamSpec) -> bool:
     return len(param.shape) == 2 and not param.lookup
+
+
+def _rows_beside_tokens(param: ParamSpec) -> int:
+    """What a linear multiplies once for a sequence, whatever its length: positions, or one summary of the tokens."""
+    return param.positions or int(param.per_sequence)

@@ -164,6 +164,11 @@ def _entry_gates(axis: Axis, gate: Tensor) -> Tensor:
     return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
+def _queries(sublayer: Sublayer) -> list[str]:
+    """The linears whose rows the gates of query dimensions multiply; none in an FFN."""
+    return [path for path in (sublayer.query, sublayer.position_query) if path is not None]
+
+
 class Gating:
     """Gates attached to one model; made by `attach_gates`.
 
@@ -182,8 +187,8 @@ class Gating:
         self._patched: list[nn.Module] = []
         for sublayer in structure.sublayers:
             self._add_linear(model, sublayer.output)
-            if sublayer.query is not None:
-                self._add_linear(model, sublayer.query)
+            for query in _queries(sublayer):
+                self._add_linear(model, query)
             self._add_norm(model, sublayer.norm)
         if structure.embedding_norm is not None:
             self._add_norm(model, structure.embedding_norm, gate_input=True)
@@ -191,7 +196,10 @@ class Gating:
             # A head that is the word embedding has the gates of that weight on what it reads, once more.
             read_by_head = path == structure.final_norms[-1]
             self._add_norm(model, path, gate_output=structure.tied and read_by_head)
-        for path in structure.tables:
+        positions = structure.positions
+        if positions is not None and positions.norm is not None:
+            self._add_norm(model, positions.norm, gate_input=True)
+        for path in (*structure.tables, *(positions.readers if positions is not None else ())):
             self._add_table(model, path)
         self._projection = self._find_projection(model)
 
@@ -277,15 +285,17 @@ class Gating:
         linear = self._linears[sublayer.output]
         linear.rows = _entry_gates(rows, units[sublayer.rows.kind][index] * lives)
         linear.columns = _entry_gates(columns, units[sublayer.units.kind][index])
-        if sublayer.query is not None and with_queries:
-            rows, _ = self.structure.linear_axes(sublayer.query)
-            linear = self._linears[sublayer.query]
+        for query in _queries(sublayer) if with_queries else ():
+            rows, _ = self.structure.linear_axes(query)
+            linear = self._linears[query]
             linear.rows = _entry_gates(rows, full["qk_dim"][index])
             linear.columns = torch.ones_like(full["hidden"])
 
     def _set_stream(self, hidden: Tensor, always: Tensor) -> None:
-        """Gate what writes the residual stream first, and what reads it last."""
-        for path in (self.structure.embedding_norm, *self.structure.final_norms):
+        """Gate what writes the residual stream first, what reads it last, and the table that is read with it."""
+        positions = self.structure.positions
+        table_norm = None if positions is None else positions.norm
+        for path in (self.structure.embedding_norm, *self.structure.final_norms, table_norm):
             if path is not None:
                 self._norms[path].gate, self._norms[path].alive = hidden, always
         for table in self._tables:

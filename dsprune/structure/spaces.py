@@ -22,6 +22,7 @@ __all__ = [
     "Empty",
     "ParamSpec",
     "Part",
+    "Positions",
     "Segment",
     "Sizes",
     "Space",
@@ -128,7 +129,8 @@ class Sublayer:
 
     `name` is that of the family's spec. `index` is its place among the sublayers of its kind, `layer` that of its
     layer among those of all stacks. `units` are what the output linear reads: value dimensions or neurons; `rows` is
-    what it writes. Attention also has the linear of its queries, whose rows are the units `queries`.
+    what it writes. Attention also has the linear of its queries, whose rows are the units `queries`, and maybe another
+    for the queries of a table of positions.
     """
 
     name: str
@@ -141,6 +143,7 @@ class Sublayer:
     norm: str
     query: str | None = None
     queries: Space | None = None
+    position_query: str | None = None
 
 
 @dataclass(frozen=True)
@@ -148,8 +151,8 @@ class ParamSpec:
     """One parameter: its dense shape, what each axis is made of, and when it is there at all.
 
     `inner`: of no use to a sublayer without units, even where such a one keeps its output bias. `lookup`: read
-    by index and never multiplied. `users` share it: it goes with the last of them, and until then stands with the
-    first that is left.
+    by index and never multiplied. `positions`: rows of the table of positions that it multiplies. `users` share it:
+    it goes with the last of them, and until then stands with the first that is left.
     """
 
     name: str
@@ -161,6 +164,7 @@ class ParamSpec:
     per_sequence: bool = False
     lookup: bool = False
     users: tuple[Sublayer, ...] = ()
+    positions: int = 0
 
     @property
     def numel(self) -> int:
@@ -193,6 +197,23 @@ class Stack:
 
 
 @dataclass(frozen=True)
+class Positions:
+    """The table of relative positions of one model, which the attention of every layer reads.
+
+    Attributes:
+        rows: of the table.
+        products: of queries or keys with the table that every score holds.
+        norm: of the table.
+        readers: where there is no norm, the module of each layer that hands the table to attention.
+    """
+
+    rows: int
+    products: int
+    norm: str | None
+    readers: tuple[str, ...]
+
+
+@dataclass(frozen=True)
 class Structure:
     """The prunable structure of one model. Built by `analyze`."""
 
@@ -213,6 +234,7 @@ class Structure:
     """Whether something reads the residual stream in the end; a bare model hands it out."""
     scales_head: bool = False
     """Whether what the head reads is scaled by the hidden size, which has to stay that of the dense model."""
+    positions: Positions | None = None
 
     @property
     def final_norms(self) -> tuple[str, ...]:

@@ -9,7 +9,16 @@ import transformers
 from dsprune.consolidate import apply_selection, load_compact
 from dsprune.consolidate.modeling_dsprune import Bypass
 from dsprune.errors import CheckpointError
-from dsprune.structure import CostModel, Selection, analyze, attach_gates, ones
+from dsprune.structure import (
+    CostModel,
+    Selection,
+    analyze,
+    attach_gates,
+    check_shape,
+    gate_shapes,
+    ones,
+    shape_gates,
+)
 from tests.helpers.models import (
     BARE_T5,
     CLASSIFIERS,
@@ -141,6 +150,25 @@ def test_uniform_sizes_become_a_stock_model(case, tmp_path):
     stock = transformers.BertForSequenceClassification.from_pretrained(tmp_path).eval()
     with torch.no_grad():
         assert torch.equal(stock(**tiny_batch())[0], compact(**tiny_batch())[0])
+
+
+@pytest.mark.parametrize(
+    ("name", "shape"),
+    [("deberta-v2-unshared", {"ffn": 40, "layers": 1}), ("deberta-token", {"heads": 2, "hidden": 16})],
+)
+def test_uniform_sizes_with_a_table_of_positions_become_a_stock_model(name, shape, tmp_path):
+    model = tiny_model(name, dtype=torch.float64)
+    structure = analyze(model)
+    check_shape(structure, shape, tuple(gate_shapes(structure.sizes)))
+    selection = Selection.from_gates(structure, shape_gates(structure, shape))
+    difference, compact = _difference(model, structure, selection, torch.float64)
+    assert difference <= TOLERANCE[torch.float64]
+    assert type(compact) is type(model)
+    compact.save_pretrained(tmp_path)
+    stock = type(model).from_pretrained(tmp_path).eval()
+    with torch.no_grad():
+        # Not bit for bit: what is read from a file may be aligned in memory in another way.
+        torch.testing.assert_close(stock(**tiny_batch())[0], compact(**tiny_batch())[0], rtol=0, atol=1e-12)
 
 
 def test_uniform_heads_alone_are_not_stock():

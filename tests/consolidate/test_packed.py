@@ -5,7 +5,7 @@ import torch
 
 from dsprune.consolidate import apply_selection, load_compact
 from dsprune.consolidate.modeling_dsprune import Constant, GatherLinear, SpreadLinear, Zeros
-from dsprune.structure import Selection, analyze, ones
+from dsprune.structure import Selection, analyze, attach_gates, ones
 from tests.helpers.models import tiny_batch, tiny_model
 
 
@@ -44,6 +44,27 @@ def test_the_scale_stays_that_of_the_dense_head():
     assert attention.scaling == 8**-0.5
     # Heads of one size need no packing, whatever the size.
     assert type(attention.query) is torch.nn.Linear
+
+
+@pytest.mark.parametrize("name", ["deberta-v2", "deberta-v2-unshared", "deberta-span", "deberta-base"])
+@pytest.mark.parametrize("multiple", [1, 3, 12])
+def test_scores_that_are_scaled_by_the_size_of_heads_stay_those_of_the_dense_head(name, multiple):
+    """Thinner heads and wider ones than the dense head, of any products of tokens with positions."""
+    model = tiny_model(name, dtype=torch.float64)
+    structure = analyze(model)
+    gates = ones(structure, dtype=torch.float64)
+    for kind in ("qk_dim", "vo_dim"):
+        gates[kind].view(2, 4, 8)[:, :, 5:] = 0
+        gates[kind].view(2, 4, 8)[1, 2, 1:] = 0
+        gates[kind][0] *= 0.7
+    selection = Selection.from_gates(structure, gates, empty="bias")
+    compact = apply_selection(model, selection, head_multiple=multiple)
+    base = getattr(compact, "deberta", compact)
+    assert base.encoder.layer[0].attention.self.attention_head_size == {1: 5, 3: 6, 12: 12}[multiple]
+    gating = attach_gates(model, structure, empty="bias")
+    gating.set({kind: gate.double() for kind, gate in selection.gates.items()})
+    with torch.no_grad():
+        torch.testing.assert_close(compact(**tiny_batch())[0], model(**tiny_batch())[0], rtol=0, atol=1e-10)
 
 
 def test_heads_are_padded_to_the_multiple_that_was_asked_for():

@@ -2,6 +2,7 @@ import pytest
 import torch
 
 from dsprune.distill import AttentionTap, attention_loss
+from dsprune.engine.models import attention_modules
 from tests.helpers.models import tiny_batch, tiny_model
 
 
@@ -25,10 +26,11 @@ def test_only_real_tokens_and_live_heads_count():
     assert torch.equal(attention_loss(changed, teacher, mask=mask, heads=heads, num_pairs=pairs), loss)
 
 
-def test_the_tap_catches_the_maps_of_eager_attention():
-    model = tiny_model("bert")
+@pytest.mark.parametrize("name", ["bert", "llama", "gpt2", "deberta-v2"])
+def test_the_tap_catches_the_maps_of_eager_attention(name):
+    model = tiny_model(name)
     model.set_attn_implementation("eager")
-    tap = AttentionTap(model, [f"bert.encoder.layer.{i}.attention.self" for i in (1, 0)])
+    tap = AttentionTap(model, attention_modules(model)[::-1])
     batch = tiny_batch()
     expected = model(**batch, output_attentions=True).attentions
     second, first = tap.take()

@@ -12,6 +12,7 @@ from dsprune.engine.forecast import plan_model
 from dsprune.engine.memory import engine_states
 from dsprune.errors import ConfigError
 from tests.helpers.language import tiny_gpt2, tiny_llama, tiny_t5
+from tests.helpers.models import FAMILIES
 
 SIZES = (3_000_000, 2_000_000, 1000)
 TOTAL = sum(SIZES)
@@ -54,7 +55,7 @@ def _trace(build, lecture=None, **changes):
     return trace_step(build, MicroStep(**micro), lecture)
 
 
-@pytest.mark.parametrize("build", [tiny_llama, tiny_gpt2, tiny_t5])
+@pytest.mark.parametrize("build", [tiny_llama, tiny_gpt2, tiny_t5, lambda: FAMILIES["deberta-v2"]()])
 def test_activations_grow_with_tokens_and_shrink_with_checkpointing(build):
     few, many = _trace(build, batch=8), _trace(build, batch=16)
     assert 1.8 < many / few < 2.1

@@ -8,10 +8,11 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import AutoTokenizer
 
 import dsprune.methods
 from dsprune.consolidate import load_compact
-from tests.helpers.folders import METHODS, tiny_recipe
+from tests.helpers.folders import METHODS, sentencepiece_folder, tiny_recipe
 from tests.helpers.world import run_world
 
 pytestmark = pytest.mark.dist
@@ -49,6 +50,18 @@ def finished_by(finish, request):
 
 def _metrics(run: Path):
     return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.parametrize(("method", "ranks"), [("cofi", 2), ("grain", 1)])
+def test_a_model_with_sentencepiece_and_relative_positions_goes_all_the_way(method, ranks, tmp_path):
+    sentencepiece_folder(tmp_path / "dense")
+    assert run_world(_execute, ranks, tiny_recipe(tmp_path, method=method)) == [0] * ranks
+    run = tmp_path / "run"
+    assert json.loads((run / "report.json").read_text())["landing"]["measured"] >= 0.5 - 1e-9
+    assert type(load_compact(run / "recovered")).__name__ == "CompactDebertaV2ForSequenceClassification"
+    ids = AutoTokenizer.from_pretrained(run / "recovered")("Ben is older.")["input_ids"]
+    assert ids == AutoTokenizer.from_pretrained(tmp_path / "dense")("Ben is older.")["input_ids"]
+    assert len(ids) > 4
 
 
 def test_there_is_a_tiny_recipe_for_every_method():

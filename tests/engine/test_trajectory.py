@@ -66,6 +66,32 @@ def test_decoders_are_one_trajectory(row_index, family):
     _assert_same(results[0], _reference(row_index, family), rtol=2e-5)
 
 
+def _with_nothing_kept_whole(setup):
+    """A trajectory under ZeRO-3 that shards even the smallest weight. Runs on every rank."""
+    import dsprune.engine.ds_config as ds_config
+
+    load = ds_config.load_ds_config
+
+    def sharded(name):
+        config = load(name)
+        config["zero_optimization"]["stage3_param_persistence_threshold"] = 0
+        return config
+
+    ds_config.load_ds_config = sharded
+    return trajectory(setup)
+
+
+@pytest.mark.parametrize(
+    ("row_index", "family"), [(0, "deberta-v2"), (1, "deberta-v2-unshared"), (2, "deberta-v2-unshared")]
+)
+def test_a_table_that_is_read_without_a_call_of_its_module_is_one_trajectory(row_index, family):
+    """Positions that all layers read, normed and bare, in linears that run twice and in linears of their own."""
+    setup = Setup(ROWS[row_index], stage=3, accumulation=2, teacher="teacher_zero3", family=family)
+    results = run_world(_with_nothing_kept_whole, 2, setup)
+    _assert_same(results[0], _reference(row_index, family), rtol=2e-5)
+    assert results[0]["losses"][-1]["attentions"] > 0 or row_index != 2
+
+
 @pytest.mark.parametrize(("selects", "teaches"), [(0, 1), (1, 0)], ids=["cofi with grain's", "grain with cofi's"])
 def test_selection_and_distillation_combine_freely(selects, teaches):
     row = replace(ROWS[selects], distill=ROWS[teaches].distill, teacher_layers=ROWS[teaches].teacher_layers)

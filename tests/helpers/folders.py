@@ -2,16 +2,25 @@
 
 from __future__ import annotations
 
+import io
 import json
 from pathlib import Path
 from typing import Any
 
+import sentencepiece
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.normalizers import Lowercase
 from tokenizers.pre_tokenizers import Whitespace
 from tokenizers.processors import TemplateProcessing
-from transformers import BertConfig, BertForSequenceClassification, PreTrainedTokenizerFast, T5Config
+from transformers import (
+    BertConfig,
+    BertForSequenceClassification,
+    DebertaV2Config,
+    DebertaV2Model,
+    PreTrainedTokenizerFast,
+    T5Config,
+)
 
 from dsprune.tasks.order import generate
 from tests.helpers.language import llama_config
@@ -177,6 +186,45 @@ def tiny_folder(folder: Path) -> Path:
         max_position_embeddings=64,
     )
     BertForSequenceClassification(config).bert.save_pretrained(folder)
+    return folder
+
+
+def sentencepiece_folder(folder: Path) -> Path:
+    """A tiny DeBERTa-v3 encoder with a sentencepiece vocabulary, in the files in which such models are published."""
+    text = [f"{example.premise} {example.hypothesis}" for example in generate(42, num_train=500, num_validation=1)[0]]
+    pieces = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(text),
+        model_writer=pieces,
+        vocab_size=90,
+        hard_vocab_limit=False,
+        pad_id=0,
+        pad_piece="[PAD]",
+        bos_id=1,
+        bos_piece="[CLS]",
+        eos_id=2,
+        eos_piece="[SEP]",
+        unk_id=3,
+        unk_piece="[UNK]",
+        minloglevel=2,
+    )
+    config = DebertaV2Config(
+        vocab_size=96,
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        intermediate_size=64,
+        max_position_embeddings=64,
+        relative_attention=True,
+        pos_att_type=["p2c", "c2p"],
+        position_buckets=8,
+        share_att_key=True,
+        position_biased_input=False,
+        norm_rel_ebd="layer_norm",
+    )
+    DebertaV2Model(config).save_pretrained(folder)
+    (folder / "spm.model").write_bytes(pieces.getvalue())
+    (folder / "tokenizer_config.json").write_text(json.dumps({"do_lower_case": False, "vocab_type": "spm"}))
     return folder
 
 

@@ -12,6 +12,11 @@ from transformers import (
     BertForSequenceClassification,
     BertForTokenClassification,
     BertModel,
+    DebertaV2Config,
+    DebertaV2ForQuestionAnswering,
+    DebertaV2ForSequenceClassification,
+    DebertaV2ForTokenClassification,
+    DebertaV2Model,
     DistilBertConfig,
     DistilBertForSequenceClassification,
     ElectraConfig,
@@ -77,12 +82,21 @@ FLAN_SIZES = {
     "tie_word_embeddings": False,
 }
 
+V3 = {"relative_attention": True, "pos_att_type": ["p2c", "c2p"], "position_buckets": 6, "share_att_key": True}
+V3 |= {"position_biased_input": False, "norm_rel_ebd": "layer_norm", "type_vocab_size": 0}
+V2 = {"relative_attention": True, "pos_att_type": ["p2c", "c2p"], "max_relative_positions": 7, "type_vocab_size": 2}
+V2 |= {"embedding_size": 16}
+"""Positions in buckets, read by the linears of the tokens and normed; and positions read by linears of their own, bare,
+under narrower embeddings."""
+
 FAMILIES = {
     "bert": lambda: BertForSequenceClassification(BertConfig(**SIZES)),
     "roberta": lambda: RobertaForSequenceClassification(RobertaConfig(**SIZES)),
     "distilbert": lambda: DistilBertForSequenceClassification(DistilBertConfig(**DISTIL_SIZES)),
     "electra": lambda: ElectraForSequenceClassification(ElectraConfig(**SIZES, embedding_size=32)),
     "electra-projected": lambda: ElectraForSequenceClassification(ElectraConfig(**SIZES, embedding_size=16)),
+    "deberta-v2": lambda: DebertaV2ForSequenceClassification(DebertaV2Config(**SIZES, **V3)),
+    "deberta-v2-unshared": lambda: DebertaV2ForSequenceClassification(DebertaV2Config(**SIZES, **V2)),
 }
 DECODERS = {
     "llama": lambda: LlamaForCausalLM(LlamaConfig(**GROUPED_SIZES)),
@@ -116,6 +130,11 @@ HEADS = {
     "base": lambda: BertModel(BertConfig(**SIZES)),
     "token": lambda: BertForTokenClassification(BertConfig(**SIZES, num_labels=9)),
     "span": lambda: BertForQuestionAnswering(BertConfig(**SIZES)),
+    "deberta-token": lambda: DebertaV2ForTokenClassification(DebertaV2Config(**SIZES, **V3, num_labels=9)),
+    "deberta-span": lambda: DebertaV2ForQuestionAnswering(DebertaV2Config(**SIZES, **V2 | {"pos_att_type": ["c2p"]})),
+    "deberta-base": lambda: DebertaV2Model(
+        DebertaV2Config(**SIZES, **V3 | {"pos_att_type": ["p2c"], "norm_rel_ebd": "none"})
+    ),
 }
 
 

@@ -64,7 +64,9 @@ def test_figures_of_the_models_agree_with_the_cost_model(report: BenchReport) ->
     assert report.compact.encoder_parameters == (4 * 32 * 32 + 4 * 32) + (2 * 32 * 32 + 64) + 4 * 32
 
 
-@pytest.mark.parametrize("family", ["roberta", "distilbert", "electra", "electra-projected"])
+@pytest.mark.parametrize(
+    "family", ["roberta", "distilbert", "electra", "electra-projected", "deberta-v2", "deberta-v2-unshared"]
+)
 def test_macs_and_encoder_of_every_family(family: str, tmp_path: Path) -> None:
     model = tiny_model(family)
     cost = CostModel(analyze(model))

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from transformers import DebertaV2Config, DebertaV2ForSequenceClassification
 
 from dsprune.errors import ArchitectureError, ConfigError
 from dsprune.structure import CostModel, analyze, attach_gates, gate_shapes, ones
@@ -12,6 +13,7 @@ from tests.helpers.models import (
     ENCODER_DECODERS,
     FAMILIES,
     HEADS,
+    SIZES,
     batch_for,
     tiny_batch,
     tiny_model,
@@ -138,6 +140,21 @@ def test_an_unknown_family_is_an_error():
     model = tiny_model("bert")
     model.config.model_type = "mamba"
     with pytest.raises(ArchitectureError, match="model type 'mamba' is not supported"):
+        analyze(model)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"conv_kernel_size": 3}, "conv_kernel_size = 3 is not supported"),
+        ({"pooler_hidden_size": 48}, r"pooler\.dense\.weight has shape \[48, 48\]"),
+        ({"attention_head_size": 16}, r"query_proj\.weight has shape \[64, 32\]"),
+    ],
+)
+def test_what_a_configuration_asks_for_beyond_the_spec_is_an_error(options, message):
+    with torch.device("meta"):
+        model = DebertaV2ForSequenceClassification(DebertaV2Config(**SIZES, **options))
+    with pytest.raises(ArchitectureError, match=message):
         analyze(model)
 
 
