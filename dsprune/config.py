@@ -113,7 +113,7 @@ class TaskConfig(Section):
     """Task: one of the nine of GLUE, `squad`, `squad_v2`, `conll2003`, `lm` (causal language modelling), `seq2seq`,
     `span_corruption` (the missing spans of a text, for encoder-decoders), or `order`, the generated one."""
     max_length: int = Field(128, ge=8)
-    """Longest sequence in tokens; longer ones are cut."""
+    """Longest sequence in tokens; longer ones are cut. span_corruption: the length of its inputs."""
     metric: str | None = None
     """Metric that picks the best model; by default the first of the task's official ones."""
     stride: int = Field(128, ge=0)
@@ -301,7 +301,7 @@ class DistillConfig(Section):
     (MLPruning; equal widths)."""
     teacher_layers: tuple[int, ...] | None = None
     """Teacher layers that teach, counted from 1, 0 being the embeddings; by default four, evenly spaced, ending with
-    the last."""
+    the last. Those of a decoder follow on those of its encoder."""
 
 
 class DeepSpeedConfig(Section):

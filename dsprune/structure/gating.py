@@ -32,7 +32,8 @@ __all__ = [
 ]
 
 Gates = Mapping[str, Tensor]
-"""Gate tensors by kind; a kind that is absent is all ones. Shapes: see `gate_shapes`."""
+"""Gate tensors by kind; a kind that is absent is all ones. Shapes: see `gate_shapes`; L is the number of sublayers of
+the kind at hand, which is that of layers unless there is cross attention."""
 
 
 def ones(structure: Structure, kinds: tuple[str, ...] | None = None, **options: Any) -> dict[str, Tensor]:

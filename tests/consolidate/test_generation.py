@@ -76,25 +76,27 @@ def test_every_attention_implementation_writes_the_same(name, attention, tmp_pat
     assert torch.equal(_write(loaded)[0], _write(compact)[0])
 
 
-STRANGERS = ("llama-biased", "qwen3", "gpt2")
+STRANGERS = ("llama-biased", "qwen3", "gpt2", "t5", "flan-t5")
 
 STRANGER = """
 import sys
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModel, AutoModelForCausalLM
+from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 root, names = sys.argv[1], sys.argv[2:]
 prompts = load_file(f"{root}/prompts.safetensors")
 for name in names:
     folder = f"{root}/{name}"
-    model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True).eval()
+    auto = AutoModelForSeq2SeqLM if name.endswith("t5") else AutoModelForCausalLM
+    model = auto.from_pretrained(folder, trust_remote_code=True).eval()
     bare = AutoModel.from_pretrained(folder, trust_remote_code=True).eval()
     tokens = model.generate(**prompts, max_new_tokens=8, min_new_tokens=8, do_sample=False)
     model.save_pretrained(f"{folder}-again")
-    again = AutoModelForCausalLM.from_pretrained(f"{folder}-again", trust_remote_code=True).eval()
+    again = auto.from_pretrained(f"{folder}-again", trust_remote_code=True).eval()
+    batch = prompts | ({"decoder_input_ids": prompts["input_ids"]} if name.endswith("t5") else {})
     with torch.no_grad():
-        assert bare(**prompts).last_hidden_state.shape[-1] == model.config.hidden_size
-        assert torch.equal(again(**prompts).logits, model(**prompts).logits)
+        assert bare(**batch).last_hidden_state.shape[-1] == model.config.hidden_size
+        assert torch.equal(again(**batch).logits, model(**batch).logits)
     model.train().gradient_checkpointing_enable()
     model(**prompts, labels=prompts["input_ids"]).loss.backward()
     assert all(param.grad is not None for param in model.parameters())
