@@ -108,7 +108,10 @@ def test_strangers_can_generate(tmp_path):
     for name in STRANGERS:
         model = tiny_model(name)
         structure = analyze(model)
-        selection = Selection.from_gates(structure, random_gates(structure, 2))
+        gates = random_gates(structure, 2)
+        if len(structure.stacks) > 1:  # the last cross attention, so that the encoder is read and learns
+            gates["attn"][-1] = 1
+        selection = Selection.from_gates(structure, gates)
         consolidate(write_run(tmp_path / f"run-{name}", model, selection=selection), tmp_path / name)
     save_file(_prompts(), tmp_path / "prompts.safetensors")
     run_stranger(STRANGER, tmp_path, tmp_path, *STRANGERS)
