@@ -10,6 +10,8 @@ READY := $(VENV)/.ready
 RANKS ?= $(shell $(BIN)/python -c "import torch; print(torch.cuda.device_count() or 2)")
 # Random kills of `make test-faults`; SEED=... repeats a campaign.
 KILLS ?= 200
+# Test files that run side by side.
+JOBS ?= 2
 export OMP_NUM_THREADS ?= 1
 
 .PHONY: demo test test-slow test-faults test-slurm test-gpu check format clean
@@ -26,7 +28,7 @@ demo: $(READY)
 	$(BIN)/dsprune train demo --ranks $(RANKS)
 
 test: $(READY)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile
 
 test-slow: $(READY)
 	$(BIN)/python -m pytest -m slow
