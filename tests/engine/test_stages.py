@@ -52,7 +52,7 @@ def _metrics(run: Path):
     return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
 
 
-@pytest.mark.parametrize(("method", "ranks"), [("cofi", 2), ("grain", 1)])
+@pytest.mark.parametrize(("method", "ranks"), [("cofi", 2), pytest.param("grain", 1, marks=pytest.mark.slow)])
 def test_a_model_with_sentencepiece_and_relative_positions_goes_all_the_way(method, ranks, tmp_path):
     sentencepiece_folder(tmp_path / "dense")
     assert run_world(_execute, ranks, tiny_recipe(tmp_path, method=method)) == [0] * ranks
