@@ -77,7 +77,11 @@ with torch.no_grad():
 """
 
 
-@pytest.mark.parametrize("row", [*ROWS, BLOCKS], ids=lambda row: row.name)
+@pytest.mark.parametrize(
+    "row",
+    [ROWS[0], BLOCKS, *(pytest.param(row, marks=pytest.mark.slow) for row in ROWS[1:])],
+    ids=lambda row: row.name,
+)
 def test_it_loads_and_saves_where_dsprune_is_not_installed(row, tmp_path):
     save_run(Setup(row, stage=2), 1, tmp_path / "run")
     report = consolidate(tmp_path / "run", tmp_path / "out")

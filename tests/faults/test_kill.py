@@ -114,6 +114,7 @@ def test_f02_every_point_is_passed_by_every_rank_in_order(place, tmp_path):
         assert passed == list(POINTS) * (STEPS // 2)
 
 
+@pytest.mark.faults
 def test_f03_random_kills(place, undisturbed, request, capsys, tmp_path):
     """At any time of a launch, either rank or both; in a row, until the run is through. Nothing may be lost."""
     kills = request.config.getoption("kills") if "faults" in request.config.getoption("markexpr") else 2
