@@ -38,9 +38,10 @@ def test_a_decoder_is_trained_pruned_and_exported(tmp_path):
     assert best["perplexity"] == pytest.approx(dense["metrics"]["perplexity"], rel=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("task", "method", "tied"),
-    [("seq2seq", "cofi", False), pytest.param("span_corruption", "grain", True, marks=pytest.mark.slow)],
+    [("seq2seq", "cofi", False), ("span_corruption", "grain", True)],
 )
 def test_an_encoder_decoder_is_trained_pruned_and_exported(task, method, tied, tmp_path):
     sizes = {} if tied else {"feed_forward_proj": "gated-gelu", "tie_word_embeddings": False}
