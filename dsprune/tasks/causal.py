@@ -17,19 +17,11 @@ from transformers import PreTrainedTokenizerBase
 
 from dsprune.config import DataConfig, TaskConfig
 from dsprune.distill import VocabularyHead
-from dsprune.tasks.base import Head, choose_metric
+from dsprune.tasks.base import Head
 from dsprune.tasks.batching import Encoded, Tokeniser, Tokens
 from dsprune.tasks.metrics import check_finite
-from dsprune.tasks.sources import HubData, Split, Splits, split_reader
-from dsprune.tasks.text import (
-    TextTask,
-    check_documents,
-    end_of_text,
-    eval_splits,
-    named_data,
-    summed_surprisals,
-    text_stream,
-)
+from dsprune.tasks.sources import HubData, Split, Splits
+from dsprune.tasks.text import TextTask, check_documents, end_of_text, summed_surprisals, text_settings, text_stream
 
 __all__ = ["PERPLEXITIES", "WIKITEXT", "CausalTask", "PackedText", "build_causal"]
 
@@ -111,14 +103,7 @@ def build_causal(task: TaskConfig, data: DataConfig, seed: int) -> CausalTask:
         ConfigError: a metric that the task has not, or contradictory data settings.
         DataError: `data.path` without the files of the task.
     """
-    columns = (task.text_column,)
     return CausalTask(
-        name=task.name,
-        labels=(),
-        metrics=PERPLEXITIES,
-        primary=choose_metric(task.name, PERPLEXITIES, task.metric),
-        max_length=task.max_length,
-        read=split_reader(task.name, data, named_data(task.name, data, WIKITEXT), eval_splits(data), columns),
-        chunk=task.logits_chunk,
+        **text_settings(task, data, metrics=PERPLEXITIES, columns=(task.text_column,), default=WIKITEXT),
         column=task.text_column,
     )

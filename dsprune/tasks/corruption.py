@@ -28,21 +28,12 @@ from torch import Tensor
 from dsprune.config import DataConfig, TaskConfig
 from dsprune.distill import VocabularyHead
 from dsprune.errors import ArchitectureError
-from dsprune.tasks.base import choose_metric
 from dsprune.tasks.batching import Encoded, Tokeniser, Tokens
 from dsprune.tasks.causal import WIKITEXT
 from dsprune.tasks.losses import IGNORED
 from dsprune.tasks.metrics import check_finite
-from dsprune.tasks.sources import Split, Splits, split_reader
-from dsprune.tasks.text import (
-    DecodedTask,
-    check_documents,
-    end_of_text,
-    eval_splits,
-    named_data,
-    summed_surprisals,
-    text_stream,
-)
+from dsprune.tasks.sources import Split, Splits
+from dsprune.tasks.text import DecodedTask, check_documents, end_of_text, summed_surprisals, text_settings, text_stream
 
 __all__ = ["CorruptedText", "Noise", "SpanCorruptionTask", "build_corruption"]
 
@@ -256,15 +247,8 @@ def build_corruption(task: TaskConfig, data: DataConfig, seed: int) -> SpanCorru
         ConfigError: a metric that the task has not, or contradictory data settings.
         DataError: `data.path` without the files of the task.
     """
-    columns = (task.text_column,)
     return SpanCorruptionTask(
-        name=task.name,
-        labels=(),
-        metrics=CORRUPTION_METRICS,
-        primary=choose_metric(task.name, CORRUPTION_METRICS, task.metric),
-        max_length=task.max_length,
-        read=split_reader(task.name, data, named_data(task.name, data, WIKITEXT), eval_splits(data), columns),
-        chunk=task.logits_chunk,
+        **text_settings(task, data, metrics=CORRUPTION_METRICS, columns=(task.text_column,), default=WIKITEXT),
         column=task.text_column,
         noise=Noise(task.noise_density, task.mean_span),
         seed=seed,

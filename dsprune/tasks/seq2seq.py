@@ -14,13 +14,12 @@ from transformers import PreTrainedTokenizerBase
 
 from dsprune.config import DataConfig, TaskConfig
 from dsprune.distill import VocabularyHead
-from dsprune.tasks.base import choose_metric
 from dsprune.tasks.batching import Encoded, Flat, Tokeniser, Tokens, flatten
 from dsprune.tasks.checks import check_columns, check_text, refuse_first
 from dsprune.tasks.losses import IGNORED
 from dsprune.tasks.metrics import check_finite
-from dsprune.tasks.sources import Split, Splits, split_reader
-from dsprune.tasks.text import DecodedTask, end_of_text, eval_splits, named_data
+from dsprune.tasks.sources import Split, Splits
+from dsprune.tasks.text import DecodedTask, end_of_text, text_settings
 
 __all__ = ["TEXT_METRICS", "Seq2SeqTask", "TextPairs", "build_seq2seq", "text_scores"]
 
@@ -162,13 +161,7 @@ def build_seq2seq(task: TaskConfig, data: DataConfig, seed: int) -> Seq2SeqTask:
     """
     columns = (task.source_column, task.target_column)
     return Seq2SeqTask(
-        name=task.name,
-        labels=(),
-        metrics=TEXT_METRICS,
-        primary=choose_metric(task.name, TEXT_METRICS, task.metric),
-        max_length=task.max_length,
-        read=split_reader(task.name, data, named_data(task.name, data, None), eval_splits(data), columns),
-        chunk=task.logits_chunk,
+        **text_settings(task, data, metrics=TEXT_METRICS, columns=columns, default=None),
         columns=columns,
         prefix=task.prefix,
         max_target_length=task.max_target_length,

@@ -11,14 +11,14 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from dsprune.config import DataConfig
+from dsprune.config import DataConfig, TaskConfig
 from dsprune.distill import VocabularyHead, surprisals
 from dsprune.errors import ArchitectureError, ConfigError, DataError
-from dsprune.tasks.base import Head, Problem, Task
+from dsprune.tasks.base import Head, Problem, Task, choose_metric
 from dsprune.tasks.batching import Flat, Tokeniser, flatten
 from dsprune.tasks.checks import check_columns, check_text
 from dsprune.tasks.losses import IGNORED
-from dsprune.tasks.sources import HubData, Split, Splits
+from dsprune.tasks.sources import HubData, Split, Splits, split_reader
 
 __all__ = [
     "DecodedTask",
@@ -28,6 +28,7 @@ __all__ = [
     "eval_splits",
     "named_data",
     "summed_surprisals",
+    "text_settings",
     "text_stream",
 ]
 
@@ -147,6 +148,33 @@ def end_of_text(tokenizer: PreTrainedTokenizerBase) -> int:
             "tokenizer_config.json"
         )
     return int(tokenizer.eos_token_id)
+
+
+def text_settings(
+    task: TaskConfig, data: DataConfig, *, metrics: tuple[str, ...], columns: tuple[str, ...], default: HubData | None
+) -> dict[str, Any]:
+    """What every text task is made with; its local files are found but not yet read.
+
+    Args:
+        task: settings of the task.
+        data: settings of its data.
+        metrics: that it has, the first picks the best model unless another is asked for.
+        columns: that are read.
+        default: data set of the hub that is used unless another is named.
+
+    Raises:
+        ConfigError: a metric that the task has not, no data set, or contradictory data settings.
+        DataError: `data.path` without the files of the task.
+    """
+    return {
+        "name": task.name,
+        "labels": (),
+        "metrics": metrics,
+        "primary": choose_metric(task.name, metrics, task.metric),
+        "max_length": task.max_length,
+        "read": split_reader(task.name, data, named_data(task.name, data, default), eval_splits(data), columns),
+        "chunk": task.logits_chunk,
+    }
 
 
 def named_data(task: str, data: DataConfig, default: HubData | None) -> HubData:
