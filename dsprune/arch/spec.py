@@ -57,7 +57,6 @@ class SublayerSpec:
     `argument` is its name as an argument. Where it comes from an embedding with a column for each head, which
     stands in the first layer of the stack and serves all its layers: `table`, its path; `flag`, the attribute by
     which attention knows that it holds the table; `compute`, the method that reads it."""
-
     maps: str = ""
     """Module whose output is the attention maps; without it, the second output of the module that owns the query."""
     scales_by_size: bool = False

@@ -23,7 +23,17 @@ from dsprune.config import BatchConfig
 from dsprune.engine.requirements import quiet_import
 from dsprune.errors import ConfigError
 
-__all__ = ["BatchPlan", "list_ds_configs", "load_ds_config", "plan_batch", "precision", "student_config", "zero_stage"]
+__all__ = [
+    "OFFLOADED",
+    "BatchPlan",
+    "list_ds_configs",
+    "load_ds_config",
+    "offload_device",
+    "plan_batch",
+    "precision",
+    "student_config",
+    "zero_stage",
+]
 
 KNOWN_KEYS = frozenset(
     """train_batch_size train_micro_batch_size_per_gpu gradient_accumulation_steps gradient_clipping
@@ -38,6 +48,8 @@ OURS = {
     "scheduler": "dsprune sets the learning rate itself: set schedule and warmup in the recipe",
     "amp": "apex amp does not work with ZeRO: use bf16 or fp16",
 }
+OFFLOADED = ("offload_optimizer", "offload_param")
+"""What ZeRO can keep elsewhere than on the device."""
 Precision = Literal["fp32", "bf16", "fp16"]
 
 
@@ -148,6 +160,11 @@ def zero_stage(config: Mapping[str, Any]) -> int:
     return int(config.get("zero_optimization", {}).get("stage", 0))
 
 
+def offload_device(config: Mapping[str, Any], part: str) -> str:
+    """Where one of `OFFLOADED` stands in a configuration: "none", "cpu" or "nvme"."""
+    return str(config.get("zero_optimization", {}).get(part, {}).get("device", "none"))
+
+
 def precision(config: Mapping[str, Any]) -> Precision:
     """Arithmetic that a checked configuration asks for."""
     if config.get("fp16", {}).get("enabled"):
@@ -212,8 +229,7 @@ def check_teacher_stage(config: Mapping[str, Any]) -> None:
 def _check_nvme(config: Mapping[str, Any]) -> None:
     """Offloading to NVMe needs a folder there, and DeepSpeed's asynchronous I/O."""
     zero = config.get("zero_optimization", {})
-    parts = [zero[key] for key in ("offload_optimizer", "offload_param") if key in zero]
-    paths = [part.get("nvme_path") for part in parts if part.get("device") == "nvme"]
+    paths = [zero[part].get("nvme_path") for part in OFFLOADED if offload_device(config, part) == "nvme"]
     if not paths:
         return
     for path in paths:

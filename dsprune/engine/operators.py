@@ -5,18 +5,17 @@ from __future__ import annotations
 import fcntl
 import os
 import shutil
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from dsprune.engine.ds_config import OFFLOADED, offload_device
 from dsprune.engine.requirements import quiet_import
 from dsprune.errors import ConfigError
 
 deepspeed = quiet_import()
 
 __all__ = ["build_operators", "skip_shared_memory"]
-
-OFFLOADED = ("offload_optimizer", "offload_param")
 
 
 def skip_shared_memory() -> None:
@@ -57,11 +56,10 @@ def build_operators(*ds_configs: Mapping[str, Any], say: Callable[[str], None]) 
             builder.load(verbose=False)
 
 
-def _needed(ds_configs: Iterable[Mapping[str, Any]]) -> list[Any]:
+def _needed(ds_configs: Sequence[Mapping[str, Any]]) -> list[Any]:
     """Builders of the operators that these configurations offload with."""
     from deepspeed.ops.op_builder import AsyncIOBuilder, CPUAdamBuilder
 
-    zeros = [config.get("zero_optimization", {}) for config in ds_configs]
-    devices = {part: {zero.get(part, {}).get("device", "none") for zero in zeros} for part in OFFLOADED}
+    devices = {part: {offload_device(config, part) for config in ds_configs} for part in OFFLOADED}
     needed = [CPUAdamBuilder()] if devices["offload_optimizer"] - {"none"} else []
     return [*needed, AsyncIOBuilder()] if "nvme" in set().union(*devices.values()) else needed

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 from dsprune.config import DistillConfig
 from dsprune.distill import UNMATCHED, AttentionTap, HiddenTap, attention_loss, layer_distances, layer_loss
-from dsprune.engine.ds_config import zero_stage
+from dsprune.engine.ds_config import offload_device, zero_stage
 from dsprune.engine.models import announce_tables, attention_modules, hidden_states, layer_stacks
 from dsprune.engine.requirements import quiet_import
 from dsprune.engine.scoring import Taught, make_scorer
@@ -247,7 +247,7 @@ def adamw(student: nn.Module, *, lr: float, weight_decay: float, ds_config: Mapp
     decayed = [p for name, p in named if not name.endswith("bias") and "norm" not in name.lower()]
     plain = [p for name, p in named if name.endswith("bias") or "norm" in name.lower()]
     groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": plain, "weight_decay": 0.0}]
-    if ds_config.get("zero_optimization", {}).get("offload_optimizer", {}).get("device", "none") != "none":
+    if offload_device(ds_config, "offload_optimizer") != "none":
         from deepspeed.ops.adam import DeepSpeedCPUAdam
 
         return DeepSpeedCPUAdam(groups, lr=lr, adamw_mode=True)  # type: ignore[no-any-return]
