@@ -136,6 +136,7 @@ HEADS = {
         DebertaV2Config(**SIZES, **V3 | {"pos_att_type": ["p2c"], "norm_rel_ebd": "none"})
     ),
 }
+ALL = FAMILIES | HEADS | DECODERS | CLASSIFIERS | ENCODER_DECODERS | BARE_T5
 
 
 def _flan() -> nn.Module:
@@ -148,7 +149,7 @@ def tiny_model(
 ) -> nn.Module:
     """A model of a family (or a BERT with another head) in eval mode, its weights drawn anew."""
     torch.manual_seed(seed)
-    model = (FAMILIES | HEADS | DECODERS | CLASSIFIERS | ENCODER_DECODERS | BARE_T5)[name]()
+    model = ALL[name]()
     if embedding_rank is not None:
         factor_embedding(model, family_for(model.config.model_type).as_dict(), embedding_rank)
     model.to(dtype).eval()

@@ -5,16 +5,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from dsprune.structure import CostModel, Selection, analyze, compact_shape, is_removed, ones
-from tests.helpers.models import (
-    BARE_T5,
-    CLASSIFIERS,
-    DECODERS,
-    ENCODER_DECODERS,
-    FAMILIES,
-    HEADS,
-    batch_for,
-    tiny_model,
-)
+from tests.helpers.models import ALL, DECODERS, ENCODER_DECODERS, FAMILIES, batch_for, tiny_model
 from tests.helpers.selections import awkward_gates, random_gates
 
 
@@ -27,7 +18,7 @@ def _counted(structure, selection, *, encoder):
 
 
 @pytest.mark.parametrize("empty", ["identity", "bias"])
-@pytest.mark.parametrize("name", [*FAMILIES, *HEADS, *DECODERS, *CLASSIFIERS, *ENCODER_DECODERS, *BARE_T5])
+@pytest.mark.parametrize("name", ALL)
 def test_hard_gates_cost_what_is_left(name, empty):
     structure = analyze(tiny_model(name))
     cost = CostModel(structure, empty=empty)

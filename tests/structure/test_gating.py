@@ -6,20 +6,7 @@ from transformers import DebertaV2Config, DebertaV2ForSequenceClassification
 
 from dsprune.errors import ArchitectureError, ConfigError
 from dsprune.structure import CostModel, analyze, attach_gates, gate_shapes, ones
-from tests.helpers.models import (
-    BARE_T5,
-    CLASSIFIERS,
-    DECODERS,
-    ENCODER_DECODERS,
-    FAMILIES,
-    HEADS,
-    SIZES,
-    batch_for,
-    tiny_batch,
-    tiny_model,
-)
-
-ALL = [*FAMILIES, *HEADS, *DECODERS, *CLASSIFIERS, *ENCODER_DECODERS, *BARE_T5]
+from tests.helpers.models import ALL, SIZES, batch_for, tiny_batch, tiny_model
 
 
 def _output(model, batch):
