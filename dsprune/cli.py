@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from dsprune.errors import ConfigError, DspruneError
+from dsprune.run_folder import STAGES, TRAINING_STAGES
 
 __all__ = ["main", "train_main"]
 
@@ -20,11 +21,7 @@ TRAIN_HELP = """\
 Prune a transformer while it trains, with a dense teacher beside it.
 
 stages (each is done once and remembered in the run folder):
-  teacher      fine-tune the dense model on the task; skipped with teacher.path=FOLDER
-  prune        learn what to remove, the teacher distilling
-  consolidate  ZeRO shards + final gates -> a compact Hugging Face folder
-  recover      the compact model trains on, the teacher still distilling
-  evaluate     dense and compact side by side: metric, size, latency
+{stages}
 
 examples:
   deepspeed dsprune/train.py demo                            all stages of the demo, on the GPUs that are there
@@ -39,6 +36,11 @@ Exit codes: 0 done, 64 configuration, 65 data or architecture, 66 numerics, 69 a
 73 cannot write, 74 checkpoint, 75 stopped on request (start again to go on), 70 bug.
 To stop: SIGTERM, SIGINT, SIGUSR1, SIGUSR2, or a file named STOP in the run folder.
 """
+
+
+def _train_help() -> str:
+    width = max(map(len, STAGES))
+    return TRAIN_HELP.format(stages="\n".join(f"  {name:<{width}}  {spec.help}" for name, spec in STAGES.items()))
 
 
 def _rank() -> int:
@@ -81,7 +83,7 @@ def _train_parser(prog: str) -> argparse.ArgumentParser:
 
     parser = argparse.ArgumentParser(
         prog=prog,
-        description=TRAIN_HELP,
+        description=_train_help(),
         epilog=TRAIN_EPILOG.format(recipes=", ".join(list_recipes())),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -126,7 +128,7 @@ def train_main(arguments: Sequence[str]) -> int:
     _hush()
 
     def command() -> int:
-        from dsprune.engine.launch import execute, plan_text
+        from dsprune.run.launch import execute, plan_text
 
         if options.dry_run:
             text = plan_text(options.recipe, options.overrides)
@@ -142,7 +144,7 @@ def train_main(arguments: Sequence[str]) -> int:
 
 
 def _train(options: argparse.Namespace) -> int:
-    from dsprune.engine.launch import launch, plan_text
+    from dsprune.run.launch import launch, plan_text
 
     if options.dry_run:
         if options.ranks:
@@ -222,10 +224,11 @@ def _sides(text: str) -> tuple[int, int]:
 
 
 def _status(options: argparse.Namespace) -> int:
-    from dsprune.engine.status import read_status
-    from dsprune.engine.supervise import verdict
+    from dsprune.run.status import read_status
+    from dsprune.run.supervise import verdict
+    from dsprune.run_folder import RunFolder
 
-    status = read_status(Path(options.run_folder))
+    status = read_status(RunFolder(options.run_folder))
     if status.get("written", 0.0) < options.since:
         print(f"{options.run_folder}: no launch has come to write a status{' since then' if options.since else ''}")
         return DspruneError.exit_code
@@ -263,7 +266,7 @@ def _inspect(options: argparse.Namespace) -> int:
 
 
 def _plan(options: argparse.Namespace) -> int:
-    from dsprune.engine.forecast import plan_model
+    from dsprune.planning.forecast import plan_model
 
     text = plan_model(
         options.model,
@@ -285,7 +288,7 @@ Commands = Any
 
 def _add_train(commands: Commands) -> None:
     train = commands.add_parser("train", help="run a recipe", parents=[_train_parser("dsprune train")], add_help=False)
-    train.description, train.formatter_class = TRAIN_HELP, argparse.RawDescriptionHelpFormatter
+    train.description, train.formatter_class = _train_help(), argparse.RawDescriptionHelpFormatter
     train.add_argument("--ranks", type=int, help="processes to start (default: the number of GPUs, or 1)")
     train.set_defaults(run=_train)
 
@@ -317,9 +320,7 @@ def _add_consolidate(commands: Commands) -> None:
     )
     consolidate.add_argument("source", help="a run folder, or one checkpoint of it (step-...)")
     consolidate.add_argument("out", help="folder to write; must not exist or be empty")
-    consolidate.add_argument(
-        "--stage", choices=["teacher", "prune", "recover", "blocks"], help="which stage of a run (prune)"
-    )
+    consolidate.add_argument("--stage", choices=TRAINING_STAGES, default="prune", help="which stage of a run (prune)")
     consolidate.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"])
     consolidate.add_argument(
         "--head-multiple",

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal
 
 from pydantic import (
     BaseModel,
@@ -27,6 +27,7 @@ from pydantic import (
 )
 
 from dsprune.errors import ConfigError
+from dsprune.run_folder import STAGES, StageName
 
 __all__ = [
     "BlocksConfig",
@@ -44,9 +45,6 @@ __all__ = [
     "load_config",
     "parse_config",
 ]
-
-StageName = Literal["teacher", "prune", "consolidate", "recover", "blocks", "evaluate"]
-STAGES: tuple[StageName, ...] = get_args(StageName)
 
 
 @dataclass(frozen=True)
@@ -380,7 +378,7 @@ class RunConfig(Section):
     """Folder of the run: checkpoints, logs, and the finished models."""
     seed: int = Field(42, ge=0)
     """Seed of data order, dropout, initialisation and pruning noise."""
-    stages: tuple[StageName, ...] = STAGES
+    stages: tuple[StageName, ...] = tuple(STAGES)
     """Stages of this launch, in order; a finished one is not redone."""
     model: ModelConfig
     student: StudentConfig = StudentConfig()
@@ -402,7 +400,7 @@ class RunConfig(Section):
 
     @model_validator(mode="after")
     def _stages_in_order(self) -> RunConfig:
-        positions = [STAGES.index(stage) for stage in self.stages]
+        positions = [tuple(STAGES).index(stage) for stage in self.stages]
         if not positions or positions != sorted(set(positions)):
             raise ValueError(f"stages: name each stage once and in this order: {', '.join(STAGES)}")
         return self

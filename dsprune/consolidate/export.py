@@ -34,6 +34,7 @@ from dsprune.consolidate.memory import give_back
 from dsprune.consolidate.shards import ShardedTensors, open_shards
 from dsprune.consolidate.writer import DTYPES, SafetensorsStream
 from dsprune.errors import CheckpointError, ConfigError, OutputError
+from dsprune.run_folder import StageName
 from dsprune.structure import (
     BlockGating,
     BlockSelection,
@@ -103,7 +104,7 @@ def consolidate(
     source: str | Path,
     out: str | Path,
     *,
-    stage: str | None = None,
+    stage: StageName = "prune",
     dtype: str = "float32",
     force: bool = False,
     verify_hashes: bool = True,
@@ -115,7 +116,7 @@ def consolidate(
     Args:
         source: a run folder or one checkpoint of it.
         out: folder to write.
-        stage: which stage of a run folder (prune, recover, teacher); by default prune.
+        stage: of a run folder.
         dtype: of the written weights: float32, bfloat16 or float16.
         force: replace what is in `out`.
         verify_hashes: check the hash of every file that is read, not only its size.

@@ -9,13 +9,12 @@ from pathlib import Path
 from typing import Any
 
 from dsprune.errors import CheckpointError
+from dsprune.run_folder import CHECKPOINT_PREFIX, MANIFEST, RunFolder, StageName
 
 __all__ = ["FORMAT", "check_files", "find_checkpoint", "read_manifest", "render_manifest", "sha256"]
 
 FORMAT = 2
 """Format of checkpoints that this version writes and reads; no other was ever released."""
-MANIFEST = "MANIFEST.json"
-STAGES = ("prune", "recover", "teacher")
 
 
 def render_manifest(facts: dict[str, Any]) -> str:
@@ -60,12 +59,12 @@ def read_manifest(checkpoint: Path) -> dict[str, Any]:
     return manifest
 
 
-def find_checkpoint(source: str | Path, stage: str | None = None) -> Path:
-    """The checkpoint that `source` names: itself, or the newest committed one of a run's stage.
+def find_checkpoint(source: str | Path, stage: StageName = "prune") -> Path:
+    """The checkpoint that `source` names: itself, or the one of a run's stage that the run exports.
 
     Args:
         source: a checkpoint (step-...) or a run folder.
-        stage: stage of the run; by default prune.
+        stage: of the run.
 
     Raises:
         CheckpointError: nothing is there, or nothing was completed.
@@ -73,17 +72,10 @@ def find_checkpoint(source: str | Path, stage: str | None = None) -> Path:
     source = Path(source)
     if not source.is_dir():
         raise CheckpointError(f"{source} does not exist: give a run folder or a checkpoint of it")
-    if (source / MANIFEST).exists() or source.name.startswith("step-"):
+    if (source / MANIFEST).exists() or source.name.startswith(CHECKPOINT_PREFIX):
         read_manifest(source)
         return source
-    stage = stage or "prune"
-    folder = source / stage / "checkpoints"
-    committed = sorted(path.parent for path in folder.glob(f"step-*/{MANIFEST}") if not path.parent.suffix)
-    if committed:
-        return committed[-1]
-    there = sorted(path.name for path in folder.glob("step-*")) if folder.is_dir() else []
-    what = f"holds only incomplete saves ({', '.join(there)})" if there else "holds no checkpoint"
-    raise CheckpointError(f"{folder} {what}: let stage '{stage}' save one first")
+    return RunFolder(source).chosen_checkpoint(stage)
 
 
 def check_files(checkpoint: Path, manifest: dict[str, Any], *, hashes: bool, share: tuple[int, int] = (0, 1)) -> None:

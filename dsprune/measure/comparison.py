@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from dsprune.errors import OutputError
+from dsprune.files import read_json
 from dsprune.measure.tables import render_table
+from dsprune.run_folder import RunFolder
 
 __all__ = ["Point", "compare_runs", "pareto_front", "read_point"]
 
@@ -51,8 +52,8 @@ class Point:
 def read_point(run: Path) -> Point | None:
     """What a run's report says; None where the run has none yet."""
     try:
-        report: dict[str, Any] = json.loads((run / "report.json").read_text(encoding="utf-8"))
-        config: dict[str, Any] = json.loads((run / "config.json").read_text(encoding="utf-8"))
+        report: dict[str, Any] = read_json(RunFolder(run).report)
+        config: dict[str, Any] = read_json(RunFolder(run).config)
     except (OSError, ValueError):
         return None
     dense, compact = report["dense"], report["compact"]

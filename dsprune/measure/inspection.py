@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from dsprune.consolidate import auto_with_own_head, with_own_head
 from dsprune.errors import ConfigError
+from dsprune.files import read_json
 from dsprune.measure.tables import render_table
+from dsprune.run_folder import RunFolder
 from dsprune.structure import CostModel, Structure, analyze, gate_shapes
 
 __all__ = ["describe_compact", "describe_spaces", "inspect_config", "inspect_dense"]
@@ -107,11 +108,10 @@ def inspect_config(folder: Path) -> Mapping[str, Any]:
     Raises:
         ConfigError: neither is there.
     """
-    for candidate in (folder, folder / "recovered", folder / "compact", folder / "teacher" / "model"):
-        path = candidate / "config.json"
-        if not path.is_file():
+    for candidate in (folder, RunFolder(folder).newest_model()):
+        if candidate is None or not (candidate / "config.json").is_file():
             continue
-        config: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        config: dict[str, Any] = read_json(candidate / "config.json")
         if "architectures" in config or "model_type" in config:
             return config
     raise ConfigError(f"{folder} is neither a model folder (config.json) nor a run that has a model yet")

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dsprune.errors import OutputError
+from dsprune.run_folder import TRAINING_STAGES
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -20,7 +21,7 @@ __all__ = ["plot_run"]
 SIZE_INCHES = (12.0, 8.0)
 DPI = 150
 
-STAGES = ("teacher", "prune", "recover")
+
 INK, MUTED, GRID, DENSE, SHADE = "#333333", "#666666", "#DEDEDE", "#EDEDED", "#F6F6F6"
 # Okabe and Ito's palette: told apart by colour-blind readers, and here by line style or marker as well.
 BLUE, ORANGE, GREEN, PURPLE, VERMILION = "#0072B2", "#E69F00", "#009E73", "#CC79A7", "#D55E00"
@@ -130,7 +131,7 @@ def _stage_starts(metrics: Metrics) -> dict[str, tuple[int, int]]:
     """For each stage that logged something: where it begins on the common axis, and its number of steps."""
     starts: dict[str, tuple[int, int]] = {}
     begin = 0
-    for stage in STAGES:
+    for stage in TRAINING_STAGES:
         steps = [int(line["step"]) for line in metrics if line.get("stage") == stage]
         if steps:
             starts[stage] = (begin, max(steps))

@@ -16,8 +16,8 @@ from pathlib import Path
 
 import torch
 
-from dsprune.engine.checkpoint import CheckpointStore, Snapshot
-from dsprune.engine.world import World, start_world
+from dsprune.engine.checkpoints.store import CheckpointStore, Snapshot
+from dsprune.engine.ranks.world import World, start_world
 from dsprune.measure.tables import render_table
 from tests.benchmarks.step_cost import pruning_trainer, timed
 

@@ -30,10 +30,10 @@ def _save(folder: Path, layers: int) -> int:
     from transformers import BertConfig, BertForSequenceClassification
 
     from dsprune.config import BatchConfig, DataConfig, TaskConfig
-    from dsprune.engine.checkpoint import CheckpointStore, Snapshot, save_verification_batch
-    from dsprune.engine.ds_config import load_ds_config, plan_batch, student_config
-    from dsprune.engine.student import Student, build_student_engine
-    from dsprune.engine.world import start_world
+    from dsprune.engine.checkpoints.store import CheckpointStore, Snapshot, save_verification_batch
+    from dsprune.engine.learning.student import Student, build_student_engine
+    from dsprune.engine.ranks.world import start_world
+    from dsprune.engine.zero.config import load_ds_config, plan_batch, student_config
     from dsprune.structure import Selection, analyze
     from dsprune.tasks import build_task
     from tests.helpers.selections import random_gates

@@ -22,8 +22,8 @@ from transformers import AutoConfig
 
 from dsprune.config import BatchConfig, DataConfig, DistillConfig, OptimConfig, TaskConfig
 from dsprune.distill import default_teacher_layers
-from dsprune.engine.forecast import GIB, Scenario, forecast
 from dsprune.measure.tables import render_table
+from dsprune.planning.forecast import GIB, Scenario, forecast
 from dsprune.tasks.batching import Encoded, Tokens
 from dsprune.tasks.causal import PackedText
 from tests.helpers.world import run_world
@@ -79,13 +79,13 @@ def _examples(task: str, count: int, length: int, vocabulary: int) -> Encoded:
 
 def measure(options: argparse.Namespace) -> tuple[float, list[float]]:
     """Peak bytes of this rank, and peaks after each part of the work. Runs on every rank."""
-    import dsprune.engine.teacher as teacher_module
-    from dsprune.engine.batches import Batches
-    from dsprune.engine.ds_config import load_ds_config, plan_batch, student_config, teacher_config
-    from dsprune.engine.models import checkpoint_activations, load_model
-    from dsprune.engine.student import Student, build_student_engine
-    from dsprune.engine.trainer import LayerMatcher, Trainer
-    from dsprune.engine.world import start_world
+    import dsprune.engine.learning.teacher as teacher_module
+    from dsprune.engine.learning.batches import Batches
+    from dsprune.engine.learning.student import Student, build_student_engine
+    from dsprune.engine.learning.trainer import LayerMatcher, Trainer
+    from dsprune.engine.models.load import checkpoint_activations, load_model
+    from dsprune.engine.ranks.world import start_world
+    from dsprune.engine.zero.config import load_ds_config, plan_batch, student_config, teacher_config
     from dsprune.tasks import build_task
 
     world = start_world()
@@ -132,7 +132,7 @@ def measure(options: argparse.Namespace) -> tuple[float, list[float]]:
 
 
 def _is_encoder(model: str) -> bool:
-    from dsprune.engine.forecast import head_of
+    from dsprune.planning.forecast import head_of
 
     return head_of(AutoConfig.from_pretrained(model)) == "ForSequenceClassification"
 
@@ -149,7 +149,7 @@ def main() -> None:
     parser.add_argument("--checkpointing", action="store_true")
     parser.add_argument("--timeout", type=float, default=600.0)
     options = parser.parse_args()
-    from dsprune.engine.ds_config import load_ds_config
+    from dsprune.engine.zero.config import load_ds_config
 
     rows = []
     for ranks in options.ranks:

@@ -16,14 +16,14 @@ from typing import Any
 import torch
 
 from dsprune.config import BatchConfig, DataConfig, DistillConfig, OptimConfig, TaskConfig
-from dsprune.engine.batches import Batches
-from dsprune.engine.ds_config import load_ds_config, plan_batch, student_config, teacher_config
-from dsprune.engine.models import load_model, load_tokenizer
-from dsprune.engine.replica import Replica
-from dsprune.engine.student import Student, build_student_engine
-from dsprune.engine.teacher import Teacher
-from dsprune.engine.trainer import LayerMatcher, Trainer
-from dsprune.engine.world import World, start_world
+from dsprune.engine.learning.batches import Batches
+from dsprune.engine.learning.replica import Replica
+from dsprune.engine.learning.student import Student, build_student_engine
+from dsprune.engine.learning.teacher import Teacher
+from dsprune.engine.learning.trainer import LayerMatcher, Trainer
+from dsprune.engine.models.load import load_model, load_tokenizer
+from dsprune.engine.ranks.world import World, start_world
+from dsprune.engine.zero.config import load_ds_config, plan_batch, student_config, teacher_config
 from dsprune.measure.tables import render_table
 from dsprune.methods import Plan, method_class
 from dsprune.structure import analyze, attach_gates

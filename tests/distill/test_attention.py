@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from dsprune.distill import AttentionTap, attention_loss
-from dsprune.engine.models import attention_modules
+from dsprune.engine.models.load import attention_modules
 from tests.helpers.models import tiny_batch, tiny_model
 
 

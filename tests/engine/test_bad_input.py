@@ -169,7 +169,7 @@ def _other_family(folder: Path) -> str:
 def _run_all(cases):
     """Every case on this rank: exit code and what was said."""
     from dsprune.cli import guarded
-    from dsprune.engine.launch import execute
+    from dsprune.run.launch import execute
 
     results = []
     for recipe, overrides in cases:

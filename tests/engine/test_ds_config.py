@@ -3,7 +3,7 @@ import json
 import pytest
 
 from dsprune.config import BatchConfig
-from dsprune.engine.ds_config import (
+from dsprune.engine.zero.config import (
     list_ds_configs,
     load_ds_config,
     plan_batch,
@@ -12,7 +12,7 @@ from dsprune.engine.ds_config import (
     teacher_config,
     zero_stage,
 )
-from dsprune.engine.requirements import check_deepspeed_version
+from dsprune.engine.zero.requirements import check_deepspeed_version
 from dsprune.errors import ConfigError
 
 

@@ -6,11 +6,11 @@ import pytest
 import torch
 from transformers import LlamaForCausalLM
 
-from dsprune.engine.activations import Lecture, MicroStep, trace_step
-from dsprune.engine.ds_config import load_ds_config
-from dsprune.engine.forecast import plan_model
-from dsprune.engine.memory import engine_states
+from dsprune.engine.zero.config import load_ds_config
 from dsprune.errors import ConfigError
+from dsprune.planning.activations import Lecture, MicroStep, trace_step
+from dsprune.planning.forecast import plan_model
+from dsprune.planning.states import engine_states
 from tests.helpers.language import tiny_gpt2, tiny_llama, tiny_t5
 from tests.helpers.models import FAMILIES
 

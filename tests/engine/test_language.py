@@ -17,7 +17,7 @@ pytestmark = pytest.mark.dist
 
 def _execute(recipe, *overrides):
     from dsprune.cli import guarded
-    from dsprune.engine.launch import execute
+    from dsprune.run.launch import execute
 
     return guarded(lambda: execute(str(recipe), overrides))
 
@@ -66,7 +66,7 @@ def test_an_encoder_decoder_is_trained_pruned_and_exported(task, method, tied, t
 
 
 def _preflight(recipe, *overrides):
-    from dsprune.engine.preflight import preflight
+    from dsprune.run.preflight import preflight
 
     return preflight(load_config(str(recipe), overrides, method_options=method_options), 1)
 
@@ -116,7 +116,7 @@ def test_logits_over_labels_have_no_top(tmp_path):
 
 
 def test_random_weights_are_asked_for_or_refused(tmp_path):
-    from dsprune.engine.models import load_model
+    from dsprune.engine.models.load import load_model
 
     task = _preflight(language_recipe(tmp_path)).task
     with pytest.raises(ConfigError, match=r"to begin with random weights, say model\.from_scratch=true"):
@@ -125,7 +125,7 @@ def test_random_weights_are_asked_for_or_refused(tmp_path):
 
 
 def test_a_model_without_a_head_for_text_is_refused(tmp_path):
-    from dsprune.engine.models import load_model
+    from dsprune.engine.models.load import load_model
 
     task = _preflight(language_recipe(tmp_path)).task
     config = AutoConfig.from_pretrained(tmp_path / "dense")

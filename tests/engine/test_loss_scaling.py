@@ -15,9 +15,9 @@ def _allow_fp16():
     """DeepSpeed does not offer fp16 on most CPUs; the arithmetic works, and so does its loss scaling."""
     from deepspeed.accelerator import get_accelerator
 
-    import dsprune.engine.ds_config
+    import dsprune.engine.zero.config
 
-    dsprune.engine.ds_config._check_device = lambda config: None
+    dsprune.engine.zero.config._check_device = lambda config: None
     type(get_accelerator()).is_fp16_supported = lambda self: True
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from dsprune.engine.trainer import LayerMatcher
+from dsprune.engine.learning.trainer import LayerMatcher
 from tests.helpers.language import Language, build_language_trainer
 from tests.helpers.world import run_world
 

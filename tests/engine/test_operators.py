@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from dsprune.engine import operators
-from dsprune.engine.ds_config import load_ds_config
-from dsprune.engine.operators import build_operators
+from dsprune.engine.zero import operators
+from dsprune.engine.zero.config import load_ds_config
+from dsprune.engine.zero.operators import build_operators
 from dsprune.errors import ConfigError
 from tests.helpers.runs import STEPS, execute, ground, words
 from tests.helpers.settings import ROWS
@@ -19,7 +19,7 @@ from tests.helpers.world import run_world
 
 
 def test_nothing_is_compiled_where_nothing_is_offloaded(tmp_path):
-    code = "from dsprune.engine.world import start_world; start_world(); print('started')"
+    code = "from dsprune.engine.ranks.world import start_world; start_world(); print('started')"
     done = subprocess.run(
         [sys.executable, "-c", code],
         env={**os.environ, "TORCH_EXTENSIONS_DIR": str(tmp_path), "PYTHONPATH": str(Path(__file__).parents[2])},

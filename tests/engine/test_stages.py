@@ -20,7 +20,7 @@ pytestmark = pytest.mark.dist
 
 def _execute(recipe, *overrides):
     from dsprune.cli import guarded
-    from dsprune.engine.launch import execute
+    from dsprune.run.launch import execute
 
     return guarded(lambda: execute(str(recipe), overrides))
 
@@ -112,7 +112,7 @@ def test_a_finished_stage_with_other_settings_is_refused(finished):
 
 def _stop_after(recipe, stage, step, *overrides):
     """Run, but lose power after some steps of a stage."""
-    from dsprune.engine.trainer import Trainer
+    from dsprune.engine.learning.trainer import Trainer
 
     real = Trainer.step
 

@@ -68,7 +68,7 @@ def test_decoders_are_one_trajectory(row_index, family):
 
 def _with_nothing_kept_whole(setup):
     """A trajectory under ZeRO-3 that shards even the smallest weight. Runs on every rank."""
-    import dsprune.engine.ds_config as ds_config
+    import dsprune.engine.zero.config as ds_config
 
     load = ds_config.load_ds_config
 

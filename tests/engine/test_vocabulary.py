@@ -107,7 +107,7 @@ def test_the_loss_is_that_of_all_logits():
 
 def _predictions(setup, count):
     """What evaluation gathers from all ranks, of a split whose size no number of ranks divides."""
-    from dsprune.engine.evaluate import evaluate
+    from dsprune.engine.learning.evaluate import evaluate
 
     trainer = build_language_trainer(setup)
     trainer.engine.eval()

@@ -13,7 +13,7 @@ from tests.helpers.world import run_world
 @pytest.fixture(autouse=True)
 def little_patience(monkeypatch: pytest.MonkeyPatch) -> None:
     """Who was killed has no last words to wait for, and these tests kill a lot."""
-    monkeypatch.setattr("dsprune.engine.status.PATIENCE_SECONDS", 1.0)
+    monkeypatch.setattr("dsprune.run.status.PATIENCE_SECONDS", 1.0)
 
 
 @pytest.fixture(scope="session")

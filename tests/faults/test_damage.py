@@ -168,7 +168,7 @@ def test_f25_drift(place, undisturbed, run):
 
 
 def test_f25_what_is_a_difference():
-    from dsprune.engine.resume import check_drift
+    from dsprune.engine.checkpoints.resume import check_drift
 
     theirs = {"prune": {"lr": 1e-4, "clip": 1.0}, "examples": "ab"}
     check_drift(theirs, theirs, (), Path("x"))
@@ -189,7 +189,7 @@ class _Evil:
 
 def _load_evil(trap, checkpoint):
     """Plant a shard that runs code when it is unpickled, and load it past the hashes."""
-    from dsprune.engine.ds_io import only_weights
+    from dsprune.engine.zero.files import only_weights
     from tests.helpers.settings import ROWS
     from tests.helpers.training import Setup, build_trainer
 

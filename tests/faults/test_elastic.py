@@ -16,7 +16,7 @@ STEPS, CUT = 6, 3
 
 
 def _first_half(setup, folder):
-    from dsprune.engine.checkpoint import CheckpointStore, Snapshot
+    from dsprune.engine.checkpoints.store import CheckpointStore, Snapshot
 
     trainer = build_trainer(setup)
     losses = [trainer.step(step).losses["total"] for step in range(CUT)]
@@ -27,8 +27,8 @@ def _first_half(setup, folder):
 
 
 def _second_half(setup, folder, elastic):
-    from dsprune.engine import resume
-    from dsprune.engine.checkpoint import CheckpointStore
+    from dsprune.engine.checkpoints import resume
+    from dsprune.engine.checkpoints.store import CheckpointStore
 
     trainer = build_trainer(setup)
     store = CheckpointStore(folder, "prune", trainer.world, keep=2, method=setup.row.name)
@@ -160,7 +160,7 @@ def test_f17_moments_are_read_as_they_live(tmp_path, stage):
 
 
 def _stopped_after(step, *words):
-    from dsprune.engine.trainer import Trainer
+    from dsprune.engine.learning.trainer import Trainer
 
     real = Trainer.step
 

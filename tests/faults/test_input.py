@@ -10,9 +10,9 @@ import pytest
 import torch
 
 from dsprune.arch import family_for
-from dsprune.engine.ds_config import list_ds_configs, load_ds_config, zero_stage
-from dsprune.engine.launch import load
+from dsprune.engine.zero.config import list_ds_configs, load_ds_config, zero_stage
 from dsprune.errors import ArchitectureError, ConfigError, DataError
+from dsprune.run.launch import load
 from dsprune.structure import analyze
 from dsprune.tasks.sources import read_file
 from tests.engine import test_bad_input

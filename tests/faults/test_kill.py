@@ -8,7 +8,7 @@ import time
 
 import pytest
 
-from dsprune.engine.checkpoint import POINTS
+from dsprune.engine.checkpoints.store import POINTS
 from tests.helpers.runs import STEPS, assert_same, checkpoints, execute, status, words
 from tests.helpers.world import run_to_the_end, run_world
 
@@ -17,7 +17,7 @@ KILLED = -signal.SIGKILL
 
 
 def _killed_in_step(step, rank, *words):
-    from dsprune.engine.trainer import Trainer
+    from dsprune.engine.learning.trainer import Trainer
 
     real = Trainer._micro_step
 
@@ -48,7 +48,7 @@ def test_f01_kill_in_a_step(place, undisturbed, tmp_path, rank):
 
 
 def _killed_at(point, ranks, occasion, *words):
-    from dsprune.engine import checkpoint
+    from dsprune.engine.checkpoints import store as checkpoint
 
     passed = []
 
@@ -101,7 +101,7 @@ def test_f02_kill_in_the_first_save(place, undisturbed, tmp_path, point):
 
 
 def _points_of_a_run(*words):
-    from dsprune.engine import checkpoint
+    from dsprune.engine.checkpoints import store as checkpoint
 
     passed = []
     checkpoint.reached = passed.append
@@ -162,7 +162,7 @@ def test_f03_random_kills(place, undisturbed, request, capsys, tmp_path):
 
 
 def _hangs(step, *words):
-    from dsprune.engine.trainer import Trainer
+    from dsprune.engine.learning.trainer import Trainer
 
     real = Trainer._micro_step
 

@@ -110,7 +110,7 @@ VERDICTS = [
 
 @pytest.mark.parametrize(("said", "code", "expected"), VERDICTS)
 def test_f04_only_the_status_tells_success(said, code, expected):
-    from dsprune.engine.supervise import verdict
+    from dsprune.run.supervise import verdict
 
     assert verdict(said, code, 10.0) == expected
 
@@ -183,7 +183,7 @@ def test_f22_requeue_storm(tmp_path):
 MEET = """
 import os, sys
 from dsprune.cli import guarded
-from dsprune.engine.world import start_world
+from dsprune.engine.ranks.world import start_world
 sys.exit(guarded(lambda: start_world(0.1)))
 """
 
@@ -209,7 +209,7 @@ def test_f32_port_taken():
 
 
 def test_f32_every_launch_draws_a_free_port():
-    from dsprune.engine.launch import _free_port
+    from dsprune.run.launch import _free_port
 
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", _free_port()))

@@ -6,7 +6,7 @@ import os
 import pytest
 import torch
 
-from dsprune.engine import guard
+from dsprune.engine.learning import guard
 from dsprune.errors import NumericsError
 from tests.helpers.runs import assert_same, checkpoints, execute, status, words
 from tests.helpers.world import run_to_the_end, run_world
@@ -16,8 +16,8 @@ pytestmark = pytest.mark.dist
 
 def _not_finite(what, steps, *words):
     """On rank 1 a loss, or a gradient of the weights, is not a number at some steps."""
-    from dsprune.engine.student import Student
-    from dsprune.engine.trainer import Trainer
+    from dsprune.engine.learning.student import Student
+    from dsprune.engine.learning.trainer import Trainer
 
     real, forward = Trainer._micro_step, Student.forward
     spoilt = []
@@ -108,8 +108,8 @@ def test_f14_fp16_overflow_is_given_a_chance():
 
 def _skipping(overflows, *words):
     """An engine that skips some steps: the schedule and the gates must not move on without it."""
-    from dsprune.engine.replica import Replica
-    from dsprune.engine.trainer import Trainer
+    from dsprune.engine.learning.replica import Replica
+    from dsprune.engine.learning.trainer import Trainer
 
     applied, after, step = [], Trainer._after, Replica.step
 

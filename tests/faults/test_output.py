@@ -11,8 +11,9 @@ import sys
 
 import pytest
 
-from dsprune.engine.status import RunLock
 from dsprune.errors import OutputError
+from dsprune.run.status import RunLock
+from dsprune.run_folder import RunFolder
 from tests.helpers.runs import assert_same, checkpoints, execute, status, words
 from tests.helpers.world import run_to_the_end, run_world
 
@@ -21,7 +22,7 @@ pytestmark = pytest.mark.dist
 
 def _full_from(step, how, rank, *words):
     """From the save of a step on, one rank cannot write: by a limit of the system, or by its answer."""
-    from dsprune.engine import checkpoint
+    from dsprune.engine.checkpoints import store as checkpoint
 
     saves = []
 
@@ -66,7 +67,7 @@ def test_f10_disk_full_while_writing(place, undisturbed, tmp_path, how, rank, st
 
 
 def _little_room(*words):
-    from dsprune.engine import checkpoint
+    from dsprune.engine.checkpoints import store as checkpoint
 
     checkpoint.free_bytes = lambda folder: 1000
     return execute(*words)
@@ -82,7 +83,7 @@ def test_f10_too_little_room_before_a_byte_is_written(place, tmp_path):
 
 
 def _vanishes(run, *words):
-    from dsprune.engine.trainer import Trainer
+    from dsprune.engine.learning.trainer import Trainer
 
     real = Trainer.step
 
@@ -141,7 +142,7 @@ def test_f11_stale_locks(tmp_path, monkeypatch, case):
     monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
     entry = {"host": socket.gethostname(), "pid": 1, "started": "1", "job": None}
     (tmp_path / "LOCK").write_text("{" if holder is None else json.dumps(entry | holder))
-    lock = RunLock(tmp_path)
+    lock = RunLock(RunFolder(tmp_path))
     if not free:
         with pytest.raises(OutputError, match="in use by process"):
             lock.take()
@@ -149,6 +150,6 @@ def test_f11_stale_locks(tmp_path, monkeypatch, case):
     lock.take()
     assert json.loads((tmp_path / "LOCK").read_text())["pid"] == os.getpid()
     with pytest.raises(OutputError, match="in use by process"):
-        RunLock(tmp_path).take()
+        RunLock(RunFolder(tmp_path)).take()
     lock.release()
     assert not (tmp_path / "LOCK").exists()

@@ -27,8 +27,9 @@ def _ask(how, run, ranks):
 
 def _asked_while(place, how, ranks, run, *words):
     """A run that is asked to stop while it trains, evaluates, saves, or starts."""
-    from dsprune.engine import checkpoint, stages
-    from dsprune.engine.trainer import Trainer
+    from dsprune.engine.checkpoints import store as checkpoint
+    from dsprune.engine.learning.trainer import Trainer
+    from dsprune.run import run as stages
 
     def before(owner, name, when):
         real = getattr(owner, name)
@@ -89,8 +90,8 @@ def test_f19_stop(place, undisturbed, tmp_path, how, ranks, where):
 
 
 def _asked_in_every_stage(stage, how, run, *words):
-    from dsprune.engine import stages
-    from dsprune.engine.trainer import Trainer
+    from dsprune.engine.learning.trainer import Trainer
+    from dsprune.run import run as stages
 
     real_step, real_poll = Trainer.step, stages.Run._start_export
 
@@ -139,7 +140,7 @@ def test_f19_time_limit(place, tmp_path):
 
 
 def test_f19_seconds_left_before_the_end_of_a_slurm_job(monkeypatch):
-    from dsprune.engine.stop import seconds_left
+    from dsprune.engine.ranks.stop import seconds_left
 
     assert seconds_left(None, 5.0) is None
     assert seconds_left(2.0, 5.0) == 120.0
@@ -149,7 +150,7 @@ def test_f19_seconds_left_before_the_end_of_a_slurm_job(monkeypatch):
 
 
 def _asked_twice(run, *words):
-    from dsprune.engine import checkpoint
+    from dsprune.engine.checkpoints import store as checkpoint
 
     real = checkpoint.reached
 
@@ -173,7 +174,7 @@ def test_f21_second_signal_while_saving(place, undisturbed, tmp_path):
 
 
 def _asked_before_anything(run, *words):
-    from dsprune.engine import world
+    from dsprune.engine.ranks import world
 
     real = world.start_world
 

@@ -19,7 +19,7 @@ from tests.helpers.world import run_world
 
 
 def _save(setup: Setup, folder: Path) -> dict[str, Any]:
-    from dsprune.engine.checkpoint import CheckpointStore, Snapshot, save_verification_batch
+    from dsprune.engine.checkpoints.store import CheckpointStore, Snapshot, save_verification_batch
 
     trainer = build_trainer(setup)
     for step in range(3):

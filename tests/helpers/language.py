@@ -113,12 +113,12 @@ def random_text(task: str, count: int = 64) -> Encoded:
 
 def build_language_trainer(setup: Language, *, steps: int = 4) -> Any:
     """A trainer that distils a decoder, or a T5. Collective; call inside a rank of `run_world`."""
-    from dsprune.engine.batches import Batches
-    from dsprune.engine.models import checkpoint_activations
-    from dsprune.engine.replica import Replica
-    from dsprune.engine.student import Student, build_student_engine
-    from dsprune.engine.trainer import LayerMatcher, Trainer
-    from dsprune.engine.world import start_world
+    from dsprune.engine.learning.batches import Batches
+    from dsprune.engine.learning.replica import Replica
+    from dsprune.engine.learning.student import Student, build_student_engine
+    from dsprune.engine.learning.trainer import LayerMatcher, Trainer
+    from dsprune.engine.models.load import checkpoint_activations
+    from dsprune.engine.ranks.world import start_world
     from dsprune.tasks import build_task
 
     world = start_world()

@@ -51,7 +51,7 @@ def words(place: Path, run: Path, *, method: str = "cofi", student: str = "zero2
 def execute(*words: str) -> int:
     """What a rank of a launch does, in this process; returns its exit code."""
     from dsprune.cli import guarded
-    from dsprune.engine.launch import execute
+    from dsprune.run.launch import execute
 
     return guarded(lambda: execute(words[0], words[1:]))
 

@@ -28,9 +28,9 @@ from tests.helpers.models import tiny_model
 from tests.helpers.settings import MethodRow
 
 if TYPE_CHECKING:
-    from dsprune.engine.ds_config import BatchPlan
-    from dsprune.engine.teacher import Teacher
-    from dsprune.engine.world import World
+    from dsprune.engine.learning.teacher import Teacher
+    from dsprune.engine.ranks.world import World
+    from dsprune.engine.zero.config import BatchPlan
     from dsprune.tasks.base import Task
 
 BATCH = 8
@@ -51,7 +51,7 @@ class Setting:
 
     def plan(self, world: World) -> tuple[BatchPlan, dict[str, Any]]:
         """How a step's batch is cut up, and DeepSpeed's configuration of the student."""
-        from dsprune.engine.ds_config import load_ds_config, plan_batch, student_config
+        from dsprune.engine.zero.config import load_ds_config, plan_batch, student_config
 
         batch = plan_batch(BatchConfig(size=BATCH, micro=BATCH // world.size // self.accumulation), world.size)
         suffix = f"_{self.precision}" if self.precision else ""
@@ -59,8 +59,8 @@ class Setting:
 
     def build_teacher(self, model: nn.Module, task: Task, world: World, **parts: Any) -> Teacher:
         """A teacher that is this very model; `parts` is what it shows beside its logits."""
-        import dsprune.engine.teacher as teacher_module
-        from dsprune.engine.ds_config import load_ds_config, teacher_config
+        import dsprune.engine.learning.teacher as teacher_module
+        from dsprune.engine.zero.config import load_ds_config, teacher_config
 
         original = teacher_module.load_model
         teacher_module.load_model = lambda *_, **__: model
@@ -158,11 +158,11 @@ def block_pruning(options: dict[str, Any], plan: Plan, compact: Any) -> tuple[Bl
 def build_trainer(setup: Setup, *, dropout: bool = False, steps: int | None = None) -> Any:
     """A trainer of the prune stage. Collective; call inside a rank of `run_world`."""
     from dsprune.config import DataConfig, TaskConfig
-    from dsprune.engine.batches import Batches
-    from dsprune.engine.replica import Replica
-    from dsprune.engine.student import Student, build_student_engine
-    from dsprune.engine.trainer import LayerMatcher, Trainer
-    from dsprune.engine.world import start_world
+    from dsprune.engine.learning.batches import Batches
+    from dsprune.engine.learning.replica import Replica
+    from dsprune.engine.learning.student import Student, build_student_engine
+    from dsprune.engine.learning.trainer import LayerMatcher, Trainer
+    from dsprune.engine.ranks.world import start_world
 
     world = start_world()
     task = build_task(TaskConfig(name=setup.task, stride=16), DataConfig(), seed=0)

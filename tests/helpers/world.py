@@ -29,14 +29,14 @@ HUNG_SECONDS = 100.0
 
 def preload() -> None:
     """Import, once and before any fork, what every rank would import for itself."""
-    from dsprune.engine.operators import skip_shared_memory
+    from dsprune.engine.zero.operators import skip_shared_memory
 
     skip_shared_memory()
     import torch
     import torch._dynamo
     from deepspeed.runtime.zero.muon import muon_optimizer  # noqa: F401 (imported lazily at engine start)
 
-    import dsprune.engine.stages  # noqa: F401
+    import dsprune.run.run  # noqa: F401
 
     torch.set_num_threads(1)
 

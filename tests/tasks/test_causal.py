@@ -148,7 +148,7 @@ def test_a_tokenizer_without_an_end_of_text_is_refused(folder: Path, tokenizer: 
 
 
 def test_an_encoder_is_refused() -> None:
-    from dsprune.engine.models import check_reads_forward
+    from dsprune.engine.models.load import check_reads_forward
 
     with pytest.raises(ArchitectureError, match="'bert' reads text both ways"):
         check_reads_forward("x", SimpleNamespace(model_type="bert", is_decoder=False))

@@ -1,0 +1,1 @@
+"""Checkpoints while training: saved whole, found, verified, resumed, converted."""

@@ -1,0 +1,272 @@
+"""The training loop of all three training stages: fine-tune the teacher, prune, recover.
+
+A step: gates from the method, a forward and backward pass for every micro-batch, one flat all-reduce
+for everything that is replicated, the engine's step, and, if the engine applied it, the replica's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dsprune.config import OptimConfig
+from dsprune.distill import UNMATCHED, match_layers
+from dsprune.engine.learning import guard
+from dsprune.engine.learning.batches import Batches, MicroBatch
+from dsprune.engine.learning.replica import Reduced, Replica, reduce_flat
+from dsprune.engine.learning.student import PARTS, Lesson
+from dsprune.engine.learning.teacher import Teacher
+from dsprune.engine.ranks.stop import Stop, describe
+from dsprune.engine.ranks.world import World
+from dsprune.methods.noise import stable_seed
+from dsprune.structure import ffn_alive
+
+__all__ = ["LayerMatcher", "StepResult", "Trainer", "learning_rate"]
+
+FINGERPRINT_EVERY = 100
+"""Optimizer steps between two checks that all replicas are bitwise equal."""
+
+
+def learning_rate(config: OptimConfig, step: int, total_steps: int, *, decay_from: int = 0) -> float:
+    """Learning rate of one step: linear warm-up, then constant, or decaying linearly to zero.
+
+    Args:
+        config: peak rate, warm-up share and schedule.
+        step: optimizer step.
+        total_steps: length of the stage.
+        decay_from: step before which nothing decays (the pre-pruning phase).
+    """
+    warmup = round(config.warmup * total_steps)
+    if step < warmup:
+        return config.lr * (step + 1) / warmup
+    if config.schedule == "constant":
+        return config.lr
+    begin = max(warmup, decay_from)
+    return config.lr * min(1.0, (total_steps - step) / max(1, total_steps - begin))
+
+
+@dataclass
+class LayerMatcher:
+    """Which student layer learns from which teacher layer, step after step.
+
+    Attributes:
+        rule: fixed, free or monotone.
+        teacher_layers: counted from 1; 0 stands for the embeddings.
+        sources: per student layer, the dense layer that it was (from 0).
+        stacks: per dense layer, the stack that it stands in, where there is more than one: layers of an encoder and
+            of a decoder are never matched.
+        distances: [teacher layers, student layers] of the last step, globally reduced.
+    """
+
+    rule: Any
+    teacher_layers: Sequence[int]
+    sources: Sequence[int]
+    stacks: Sequence[int] = ()
+    distances: Tensor | None = None
+
+    @property
+    def searches(self) -> bool:
+        return self.rule != "fixed" and bool(self.teacher_layers)
+
+    def match(self, gates: dict[str, Tensor] | None) -> list[int]:
+        """The match of a step; a layer can learn while its FFN sublayer lives (the paper's rule).
+
+        Teacher layer 0, the embeddings, teaches the student's embeddings, which come after its last layer.
+        """
+        live = [True] * len(self.sources)
+        if gates is not None and "ffn" in gates and "ffn_dim" in gates:
+            live = ffn_alive(gates).tolist()
+        match = [UNMATCHED] * len(self.teacher_layers)
+        if self.teacher_layers[0] == 0:
+            match[0] = len(self.sources)
+        for stack in sorted(set(self.stacks)) or [0]:
+            theirs = [i for i, layer in enumerate(self.teacher_layers) if layer > 0 and self._stack(layer - 1) == stack]
+            ours = [j for j, source in enumerate(self.sources) if self._stack(source) == stack]
+            found = match_layers(
+                self.rule,
+                teacher_layers=[self.teacher_layers[i] for i in theirs],
+                live=[live[j] for j in ours],
+                sources=[self.sources[j] for j in ours],
+                distances=None if self.distances is None else self.distances[theirs][:, ours],
+            )
+            for i, j in zip(theirs, found, strict=True):
+                match[i] = UNMATCHED if j == UNMATCHED else ours[j]
+        return match
+
+    def _stack(self, layer: int) -> int:
+        """Stack of a dense layer, counted from 0."""
+        return self.stacks[layer] if self.stacks else 0
+
+
+@dataclass
+class StepResult:
+    """What one optimizer step gave, the same on every rank."""
+
+    losses: dict[str, float]
+    applied: bool
+    match: list[int] = field(default_factory=list)
+    stop: str | None = None
+    """Why the run was asked to stop meanwhile; None to go on."""
+
+
+class Trainer:
+    """Runs optimizer steps of one stage.
+
+    Args:
+        engine: the student's engine.
+        batches: training data of this rank.
+        optim: learning rate and its schedule.
+        total_steps: length of the stage.
+        teacher: who teaches; None in the teacher stage.
+        matcher: layer matching; None without layerwise distillation.
+        replica: a method's state; None outside the prune stage.
+        stop: tells whether this rank was asked to stop; None where nobody asks.
+    """
+
+    def __init__(
+        self,
+        *,
+        stage: str,
+        engine: Any,
+        world: World,
+        batches: Batches,
+        optim: OptimConfig,
+        total_steps: int,
+        seed: int,
+        teacher: Teacher | None = None,
+        matcher: LayerMatcher | None = None,
+        replica: Replica | None = None,
+        stop: Stop | None = None,
+    ) -> None:
+        self.stage = stage
+        self.engine = engine
+        self.world = world
+        self.batches = batches
+        self.optim = optim
+        self.total_steps = total_steps
+        self.seed = seed
+        self.teacher = teacher
+        self.matcher = matcher
+        self.replica = replica
+        self.stop = stop or Stop()
+        self.decay_from = replica.method.start_step if replica else 0
+        self.skipped = 0
+
+    def step(self, step: int) -> StepResult:
+        """One optimizer step. Collective: all ranks must call.
+
+        Raises:
+            NumericsError: losses or gate gradients that are not finite, or replicas that drifted apart.
+        """
+        self.engine.train()
+        where = f"{self.stage} step {step}"
+        gates = self.replica.gates(step, self.world.device) if self.replica else None
+        if self.replica is not None:
+            guard.check_gates(where, self.replica.current or {}, self.replica.method.parameters())
+        signal = self.replica.method.signal(step) if self.replica else "none"
+        match = self.matcher.match(self.replica.current if self.replica else None) if self.matcher else []
+        self._set_lr(step)
+        scale = self._loss_scale()
+        sums: dict[str, Tensor] = {}
+        accumulation = self.batches.plan.accumulation
+        for micro_step in range(accumulation):
+            parts, distances = self._micro_step(step, micro_step, gates, match, probe=signal == "probe")
+            for name, value in (("losses", parts), ("distances", distances)):
+                sums[name] = sums[name] + value if name in sums else value
+            if micro_step < accumulation - 1:
+                self.engine.step()
+        sums |= self._gate_gradients(gates if signal != "none" else None, scale)
+        reduced = reduce_flat(self.world, sums | {"stop": torch.tensor(self.stop.flags())})
+        if not reduced.finite and scale == 1.0:
+            raise guard.not_finite(self.world, where, sums, self.batches.examples(step))
+        self.engine.step()
+        if scale == 1.0:
+            guard.check_norm(where, self.engine.get_global_grad_norm())
+        applied = bool(self.engine.was_step_applied()) and reduced.finite
+        self._after(step, reduced, applied)
+        losses = dict(zip(PARTS, reduced.tensors["losses"].tolist(), strict=True))
+        return StepResult(losses, applied, match, describe(reduced.tensors["stop"].tolist()))
+
+    def _micro_step(
+        self, step: int, micro_step: int, gates: dict[str, Tensor] | None, match: list[int], *, probe: bool
+    ) -> tuple[Tensor, Tensor]:
+        batch = self.batches.micro_batch(step, micro_step)
+        lesson = self._lesson(batch, match)
+        # Dropout is a function of its place in the run, so that a resumed run repeats it exactly.
+        seed = stable_seed("dropout", self.stage, self.seed, step, micro_step, self.world.rank)
+        if probe and gates is not None:
+            torch.manual_seed(seed)
+            self._probe(batch, lesson, gates)
+            gates = {kind: gate.detach() for kind, gate in gates.items()}
+        torch.manual_seed(seed)
+        # A copy of the dict: ZeRO-3 rewrites the dicts among its arguments, and the leaves must stay ours.
+        loss, parts, distances = self.engine(
+            batch.inputs, batch.labels, batch.num_targets, gates and dict(gates), lesson
+        )
+        self.engine.backward(loss)
+        accumulation = self.batches.plan.accumulation
+        return parts / accumulation, distances / accumulation
+
+    def _probe(self, batch: MicroBatch, lesson: Lesson | None, gates: dict[str, Tensor]) -> None:
+        """Add the gradient of the loss without its layerwise part to the gates, and to nothing else.
+
+        A second backward pass through the graph of the training pass would break ZeRO's hooks; a pass
+        that differentiates the gates alone reaches no parameter, so that no stage takes notice.
+        """
+        loss, *_ = self.engine.module(batch.inputs, batch.labels, batch.num_targets, dict(gates), lesson, probe=True)
+        share = self._loss_scale() / self.batches.plan.accumulation
+        gradients = torch.autograd.grad(loss * share, list(gates.values()), allow_unused=True)
+        for gate, gradient in zip(gates.values(), gradients, strict=True):
+            if gradient is not None:
+                gate.grad = gradient if gate.grad is None else gate.grad + gradient
+
+    def _lesson(self, batch: MicroBatch, match: list[int]) -> Lesson | None:
+        if self.teacher is None:
+            return None
+        distill = self.engine.module.distill
+        # A decoder beside an encoder reads what it is to write, one place later.
+        stacks = max(self.teacher.layer_stacks, default=0) + 1
+        index = (batch.token_index, batch.target_index)[:stacks]
+        counts = (batch.num_tokens, batch.num_targets)[:stacks]
+        taught, hidden, attentions = self.teacher.teach(batch.inputs, batch.labels, index, distill)
+        search = self.matcher is not None and self.matcher.searches
+        about = (self.teacher.stacks, index, counts, match, search)
+        return Lesson(taught, hidden, *about, attentions, batch.num_pairs)
+
+    @staticmethod
+    def _gate_gradients(gates: dict[str, Tensor] | None, scale: float) -> dict[str, Tensor]:
+        """Gradients that this rank's passes left on the gates, unscaled."""
+        return {
+            f"gate.{kind}": (gate.grad if gate.grad is not None else torch.zeros_like(gate)) / scale
+            for kind, gate in (gates or {}).items()
+        }
+
+    def _after(self, step: int, reduced: Reduced, applied: bool) -> None:
+        self.skipped = 0 if applied else self.skipped + 1
+        guard.check_skipped(f"{self.stage} step {step}", self.skipped, fp16=self.engine.fp16_enabled())
+        if self.matcher is not None and self.matcher.searches and reduced.finite:
+            self.matcher.distances = reduced.tensors["distances"]
+        if self.replica is not None and applied:
+            grads = {k.removeprefix("gate."): v for k, v in reduced.tensors.items() if k.startswith("gate.")}
+            self.replica.step(step, grads)
+        if self.replica is not None and step % FINGERPRINT_EVERY == 0:
+            self.replica.check_equal(self.world, step)
+
+    def lr(self, step: int) -> float:
+        return learning_rate(self.optim, step, self.total_steps, decay_from=self.decay_from)
+
+    def _set_lr(self, step: int) -> None:
+        for group in self.engine.basic_optimizer.param_groups:
+            group["lr"] = self.lr(step)
+
+    def _loss_scale(self) -> float:
+        """Factor that the engine multiplies losses with: 1 outside fp16."""
+        if not self.engine.fp16_enabled():
+            return 1.0
+        optimizer = self.engine.optimizer
+        scale = optimizer.loss_scale if hasattr(optimizer, "loss_scale") else optimizer.cur_scale
+        return float(scale)

@@ -1,0 +1,1 @@
+"""Everything that talks to DeepSpeed. No other room imports it."""

@@ -1,0 +1,51 @@
+"""Small files and small words that every room needs: JSON written whole, JSON read, first lines, near misses."""
+
+from __future__ import annotations
+
+import difflib
+import json
+import os
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+__all__ = ["did_you_mean", "first_line", "read_json", "write_json"]
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write JSON so that a reader sees the old file or the new one, never half of it."""
+    scratch = path.with_name(f"{path.name}.tmp")
+    with scratch.open("w", encoding="utf-8") as file:
+        json.dump(value, file, indent=2)
+        file.write("\n")
+        file.flush()
+        os.fsync(file.fileno())
+    scratch.replace(path)
+
+
+def read_json(path: Path) -> Any:
+    """The value of a JSON file.
+
+    Raises:
+        OSError: it cannot be read.
+        ValueError: it is not JSON.
+    """
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of somebody else's error, or its class where it says nothing."""
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
+
+
+def did_you_mean(word: str, known: Iterable[str], *, otherwise: str = "", cutoff: float = 0.6) -> str:
+    """`did you mean 'x'?` for the known word that is nearest to a mistaken one.
+
+    Args:
+        word: that nobody knows.
+        known: words that are known.
+        otherwise: what to say where none is near.
+        cutoff: how alike two words have to be, from 0 to 1.
+    """
+    near = difflib.get_close_matches(word, sorted(known), n=1, cutoff=cutoff)
+    return f"did you mean '{near[0]}'?" if near else otherwise

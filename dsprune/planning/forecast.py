@@ -1,0 +1,275 @@
+"""`dsprune plan`: memory per rank of student, teacher, activations and distillation, before anything is downloaded."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
+from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
+
+from dsprune.engine.models.load import AUTO_CLASSES, from_config, resolve_source
+from dsprune.engine.zero.config import check_teacher_stage, load_ds_config, precision, zero_stage
+from dsprune.errors import ArchitectureError, ConfigError
+from dsprune.measure.tables import render_table
+from dsprune.planning.activations import Build, Lecture, MicroStep, trace_step, trace_teacher
+from dsprune.planning.states import States, engine_states
+
+__all__ = [
+    "GIB",
+    "STATE_HEADERS",
+    "Forecast",
+    "Scenario",
+    "describe_forecast",
+    "forecast",
+    "head_of",
+    "plan_model",
+    "state_cells",
+]
+
+GIB = 2**30
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+STATE_HEADERS = ["parameters", "gradients", "fp32 masters", "optimizer", "bucket", "GiB per rank", "on host", "on NVMe"]
+STAGES = ("zero0", "zero1", "zero2", "zero3", "zero3_offload", "zero3_nvme")
+"""Shipped configurations that the overview goes through, in the precision of the student's."""
+
+
+@dataclass(frozen=True)
+class Scenario:
+    """What is to be trained, and how.
+
+    Attributes:
+        student: source of the model.
+        teacher: source of the teacher.
+        student_ds: checked DeepSpeed configuration.
+        teacher_ds: likewise.
+        ranks: number of ranks.
+        batch: sequences of a micro-batch.
+        length: tokens of each.
+        chunk: tokens whose logits exist at a time.
+    """
+
+    student: str
+    teacher: str
+    student_ds: Mapping[str, Any]
+    teacher_ds: Mapping[str, Any]
+    ranks: int
+    batch: int
+    length: int
+    chunk: int
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """Bytes on one rank.
+
+    Attributes:
+        parameters: of student and teacher, elements.
+        student: its states.
+        teacher: its states.
+        teaching: the teacher's forward pass.
+        activations: the student's pass with the task's loss alone; the second number with checkpointing.
+        distilling: what distillation adds to that; likewise.
+    """
+
+    parameters: tuple[int, int]
+    student: States
+    teacher: States
+    teaching: float
+    activations: tuple[float, float]
+    distilling: tuple[float, float]
+
+    def peak(self, *, checkpointing: bool) -> float:
+        """The largest of the three phases of a step: the teacher answers, the student learns, the weights move."""
+        here = self.student.resident + self.teacher.parameters
+        index = int(checkpointing)
+        answering = self.teacher.gathered + self.teaching
+        learning = self.student.gathered + self.activations[index] + self.distilling[index] + self.student.reduction
+        return here + max(answering, learning, self.student.step)
+
+    def whole(self, *, checkpointing: bool) -> float:
+        """Both models held whole by every rank, in fp32: weights, gradients and moments, the teacher's weights."""
+        index = int(checkpointing)
+        student, teacher = self.parameters
+        return 16 * student + 4 * teacher + self.activations[index] + self.distilling[index]
+
+
+def _config(source: str) -> PretrainedConfig:
+    try:
+        # A single file will do, whatever its name.
+        return AutoConfig.from_pretrained(source if Path(source).is_file() else resolve_source(source))
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"cannot load model '{source}': {str(error).strip().splitlines()[0]}") from error
+
+
+def head_of(config: PretrainedConfig) -> str:
+    """The head that the configuration names, or the one that its kind of model is trained with."""
+    for head in AUTO_CLASSES:
+        if any(name.endswith(head) for name in config.architectures or []):
+            return head
+    if config.is_encoder_decoder:
+        return "ForConditionalGeneration"
+    encoder = config.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES
+    return "ForSequenceClassification" if encoder else "ForCausalLM"
+
+
+def _builder(source: str) -> Build:
+    config = _config(source)
+
+    def build() -> PreTrainedModel:
+        try:
+            return from_config(head_of(config), config)
+        except ValueError as error:
+            raise ArchitectureError(f"model '{source}': {str(error).splitlines()[0]}") from error
+
+    return build
+
+
+def _sizes(build: Build) -> tuple[list[int], int]:
+    """Elements of each parameter, and the model's width."""
+    with torch.device("meta"):
+        model = build()
+    return [param.numel() for param in model.parameters()], int(model.config.hidden_size)
+
+
+def forecast(scenario: Scenario) -> Forecast:
+    """Memory of a training step with a teacher. Nothing but configurations is read.
+
+    Raises:
+        ConfigError: a source that cannot be read.
+        ArchitectureError: a model that cannot be trained so.
+    """
+    student, teacher = _builder(scenario.student), _builder(scenario.teacher)
+    (sizes, _), (teacher_sizes, width) = _sizes(student), _sizes(teacher)
+    micro = MicroStep(scenario.batch, scenario.length, DTYPES[precision(scenario.student_ds)], scenario.chunk)
+    lecture = Lecture(width, gathers_head=zero_stage(scenario.teacher_ds) == 3)
+    pairs = []
+    for checkpointing in (False, True):
+        step = MicroStep(**{**vars(micro), "checkpointing": checkpointing})
+        alone, taught = trace_step(student, step, None), trace_step(student, step, lecture)
+        pairs.append((float(alone), float(taught - alone)))
+    (plain, adds), (plain_again, adds_again) = pairs
+    asked = MicroStep(scenario.batch, scenario.length, DTYPES[precision(scenario.teacher_ds)], scenario.chunk)
+    return Forecast(
+        parameters=(sum(sizes), sum(teacher_sizes)),
+        student=engine_states(sizes, scenario.student_ds, scenario.ranks, trained=True),
+        teacher=engine_states(teacher_sizes, scenario.teacher_ds, scenario.ranks, trained=False),
+        teaching=float(trace_teacher(teacher, asked)),
+        activations=(plain, plain_again),
+        distilling=(adds, adds_again),
+    )
+
+
+def state_cells(states: States) -> list[str]:
+    """A row of states under `STATE_HEADERS`."""
+    parts = (states.parameters, states.gradients, states.masters, states.optimizer, states.bucket)
+    return [f"{value / GIB:.3f}" for value in (*parts, states.resident, states.host, states.disk)]
+
+
+def _overview(scenario: Scenario) -> str:
+    """The student's states at every ZeRO stage, in the precision of its configuration."""
+    sizes, _ = _sizes(_builder(scenario.student))
+    kind = precision(scenario.student_ds)
+    rows = []
+    for name in STAGES:
+        ds_config = load_ds_config(name)
+        if kind != "fp32":
+            ds_config |= {kind: {"enabled": True}}
+        rows.append([name, *state_cells(engine_states(sizes, ds_config, scenario.ranks, trained=True))])
+    return render_table(["student", *STATE_HEADERS], rows)
+
+
+def _engines(scenario: Scenario, found: Forecast) -> str:
+    rows = [
+        [name, f"ZeRO {zero_stage(ds_config)}", precision(ds_config), *state_cells(states)]
+        for name, ds_config, states in (
+            ("student", scenario.student_ds, found.student),
+            ("teacher", scenario.teacher_ds, found.teacher),
+        )
+    ]
+    return render_table(["engine", "stage", "dtype", *STATE_HEADERS], rows)
+
+
+def _step(found: Forecast) -> str:
+    rows = []
+    for name, index in (("all activations", 0), ("checkpointing", 1)):
+        again = bool(index)
+        cells = (
+            found.activations[index],
+            found.distilling[index],
+            found.student.gathered,
+            found.student.reduction,
+            found.teacher.gathered + found.teaching,
+            found.student.step,
+            found.peak(checkpointing=again),
+            found.whole(checkpointing=again),
+        )
+        rows.append([name, *(f"{cell / GIB:.3f}" for cell in cells)])
+    headers = [
+        "GiB",
+        "activations",
+        "distillation",
+        "gathered",
+        "reduction",
+        "teacher's pass",
+        "step",
+        "peak",
+        "both whole, fp32",
+    ]
+    return render_table(headers, rows)
+
+
+def describe_forecast(scenario: Scenario) -> str:
+    """The whole forecast as text."""
+    found = forecast(scenario)
+    student, teacher = found.parameters
+    sections = {
+        "models": f"student {scenario.student}: {student:,} parameters\n"
+        f"teacher {scenario.teacher}: {teacher:,} parameters",
+        f"the student's states on {scenario.ranks} rank(s), stage by stage": _overview(scenario),
+        "both engines as configured": _engines(scenario, found),
+        f"a step of {scenario.batch} x {scenario.length} tokens a rank": _step(found),
+    }
+    note = (
+        "peak = states of both + the largest of: the teacher's pass; activations + distillation + gathered weights + "
+        "reduction; the step.\n"
+        "The framework's own memory (CUDA context, NCCL buffers, libraries) and fragmentation come on top."
+    )
+    body = "\n\n".join(f"{title}\n{'-' * len(title)}\n{text}" for title, text in sections.items())
+    return f"{body}\n{note}"
+
+
+def plan_model(
+    student: str,
+    *,
+    teacher: str | None,
+    student_ds: str,
+    teacher_ds: str,
+    ranks: int,
+    batch: int,
+    length: int,
+    chunk: int,
+) -> str:
+    """What `dsprune plan` prints.
+
+    Raises:
+        ConfigError: with all mistakes of the command line together.
+        ArchitectureError: a model that cannot be trained so.
+    """
+    mistakes: list[str] = []
+    wrong = {"--ranks": ranks, "--batch": batch, "--length": length, "--chunk": chunk}
+    mistakes += [f"{name} {value}: at least 1" for name, value in wrong.items() if value < 1]
+    found = []
+    for name in (student_ds, teacher_ds):
+        try:
+            found.append(load_ds_config(name))
+        except ConfigError as error:
+            mistakes += error.mistakes
+    if len(found) == 2:
+        check_teacher_stage(found[1])
+    if mistakes:
+        raise ConfigError(*mistakes)
+    return describe_forecast(Scenario(student, teacher or student, found[0], found[1], ranks, batch, length, chunk))

@@ -1,0 +1,233 @@
+"""Everything that can be known to be wrong before training starts, found before training starts."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from dsprune.arch import family_for
+from dsprune.config import RunConfig
+from dsprune.consolidate import factor_embedding, is_stock
+from dsprune.distill import check_teacher_layers, default_teacher_layers
+from dsprune.engine.models.factoring import check_rank
+from dsprune.engine.models.load import check_reads_forward, from_config, label_config, load_tokenizer, resolve_source
+from dsprune.engine.zero.config import BatchPlan, load_ds_config, plan_batch, student_config, teacher_config
+from dsprune.errors import ArchitectureError, ConfigError, OutputError
+from dsprune.methods import Method, Plan, method_class
+from dsprune.methods.shapes import aimed_sparsity
+from dsprune.structure import Selection, Structure, analyze, block_grid, shape_gates
+from dsprune.tasks import Task, build_task
+from dsprune.tasks.labels import label_permutation
+
+__all__ = ["Preflight", "check_output", "preflight", "skeleton"]
+
+
+@dataclass(frozen=True)
+class Preflight:
+    """What was found good."""
+
+    task: Task
+    tokenizer: PreTrainedTokenizerBase
+    batch: BatchPlan
+    structure: Structure
+    student_ds: dict[str, Any]
+    teacher_ds: dict[str, Any]
+    teacher_layers: tuple[int, ...]
+    vocab_size: int
+    target: float
+    """Sparsity to reach: `prune.target`, or that of the shape that is asked for."""
+
+
+def skeleton(source: str, task: Task, revision: str | None = None) -> PreTrainedModel:
+    """The dense model with the task's head, on the meta device: shapes without weights.
+
+    Raises:
+        ConfigError: the source cannot be read.
+    """
+    try:
+        config = AutoConfig.from_pretrained(resolve_source(source), revision=revision, **label_config(task))
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"cannot load model '{source}': {str(error).splitlines()[0]}") from error
+    if task.head == "ForCausalLM":
+        check_reads_forward(source, config)
+    try:
+        with torch.device("meta"):
+            return from_config(task.head, config)
+    except ValueError as error:
+        raise ArchitectureError(f"model '{source}': {str(error).splitlines()[0]}") from error
+
+
+def check_output(folder: Path) -> None:
+    """See that a run folder can be written.
+
+    Raises:
+        OutputError: it cannot, or is a file.
+    """
+    nearest = folder
+    while not nearest.exists():
+        nearest = nearest.parent
+    if not nearest.is_dir():
+        raise OutputError(f"output '{folder}': {nearest} is a file: choose another folder")
+    if not os.access(nearest, os.W_OK | os.X_OK):
+        raise OutputError(
+            f"output '{folder}': {nearest} cannot be written: choose another folder or mend its permissions"
+        )
+
+
+def _check_teacher(config: RunConfig, task: Task, vocab_size: int) -> None:
+    """A given teacher must know the task's labels, in some order, or the student's tokens."""
+    if config.teacher.path is None:
+        return
+    source = resolve_source(config.teacher.path)
+    try:
+        teacher = AutoConfig.from_pretrained(source)
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"cannot load teacher '{source}': {str(error).splitlines()[0]}") from error
+    if task.problem == "text":
+        if teacher.vocab_size != vocab_size:
+            raise ArchitectureError(
+                f"teacher '{source}' has {teacher.vocab_size} tokens and model '{config.model.name}' has {vocab_size}: "
+                "distillation compares their probabilities token by token"
+            )
+        return
+    if teacher.num_labels != task.num_labels:
+        raise ArchitectureError(
+            f"teacher '{source}' has {teacher.num_labels} labels and task '{task.name}' has {task.num_labels}"
+        )
+    if task.labels and label_permutation(teacher.id2label, task.labels) and config.prune.start == "teacher":
+        raise ConfigError(
+            f"prune.start = 'teacher' and teacher '{source}' has the task's labels in another order "
+            f"({', '.join(teacher.id2label.values())}): start from 'pretrained', or reorder its head"
+        )
+
+
+def _check_text(config: RunConfig, task: Task, vocab_size: int) -> None:
+    """Settings that only text tasks read, or that they need."""
+    top_k = config.distill.top_k
+    if top_k is not None and task.problem != "text":
+        raise ConfigError(f"distill.top_k: for logits over a vocabulary, which task '{task.name}' has not")
+    if top_k is not None and top_k >= vocab_size:
+        raise ConfigError(f"distill.top_k = {top_k}: the model has {vocab_size} tokens; give fewer, or leave it out")
+    if config.model.from_scratch and config.prune.start == "pretrained" and "prune" in config.stages:
+        raise ConfigError(
+            "model.from_scratch = true: there are no pretrained weights for the student to start from; set "
+            "prune.start = 'teacher'"
+        )
+
+
+def _check_attentions(config: RunConfig, structure: Structure) -> None:
+    """Attention maps are compared over one sequence of tokens."""
+    if config.distill.attentions > 0 and len(structure.stacks) > 1:
+        raise ConfigError(
+            f"distill.attentions = {config.distill.attentions:g}: the layers of an encoder-decoder "
+            f"('{structure.family.name}') attend over different sequences, and their maps are not distilled: set it to "
+            "0; distill.layers compares hidden states"
+        )
+
+
+def _check_lengths(config: RunConfig, model: PreTrainedModel) -> None:
+    positions = getattr(model.config, "max_position_embeddings", None)
+    if positions is not None and config.task.max_length > positions:
+        raise ConfigError(f"task.max_length = {config.task.max_length}: the model has {positions} positions")
+
+
+def _check_padding(model: PreTrainedModel, task: Task) -> None:
+    """A decoder finds the last token of a sequence, which it classifies, by the padding behind it."""
+    reads_last = family_for(model.config.model_type).every_token and task.head == "ForSequenceClassification"
+    if reads_last and model.config.pad_token_id is None:
+        raise ConfigError(
+            f"model: a {type(model).__name__} reads the last token before the padding, and its config.json says no "
+            "pad_token_id: set it there"
+        )
+
+
+def _check_blocks(config: RunConfig, structure: Structure) -> None:
+    """Blocks must fit into the matrices of the dense model, to begin with."""
+    if config.blocks.duration.count == 0:
+        return
+    if structure.family.blocks_refusal is not None:
+        raise ArchitectureError(f"blocks.duration: {structure.family.blocks_refusal}")
+    for param in structure.params.values():
+        if param.part != "encoder" or len(param.shape) != 2:
+            continue
+        try:
+            block_grid(param.shape, config.blocks.shape)
+        except ConfigError as error:
+            raise ConfigError(f"blocks.shape: {param.name}: {error}") from error
+
+
+def _check_stock(config: RunConfig, model: PreTrainedModel, method: Method) -> None:
+    """A shape that is given is given for a stock model."""
+    gates = shape_gates(method.structure, config.shape.sizes)
+    if gates and not is_stock(model, Selection.from_gates(method.structure, gates, empty=method.empty)):
+        sizes = ", ".join(f"{name} = {size}" for name, size in config.shape.sizes.items())
+        raise ConfigError(f"shape: {type(model).__name__} has no stock form with {sizes}")
+
+
+def build_method(config: RunConfig, structure: Structure, *, total_steps: int, steps_per_epoch: int) -> Method:
+    """The configured method on this structure.
+
+    Raises:
+        ConfigError: a target or a shape out of reach, or options that do not fit the length of the stage.
+    """
+    cls = method_class(config.method.name)
+    plan = Plan(
+        target=aimed_sparsity(config, structure, empty=cls.empty),
+        target_of=config.prune.target_of,
+        total_steps=total_steps,
+        steps_per_epoch=steps_per_epoch,
+        seed=config.seed,
+        shape=config.shape,
+    )
+    return cls(structure, config.method.options, plan)
+
+
+def preflight(config: RunConfig, world_size: int) -> Preflight:
+    """Check the whole configuration against model, task, DeepSpeed and machine. No weights, no data, no collective.
+
+    Raises:
+        ConfigError: with all mistakes of configuration together; other errors as found.
+    """
+    mistakes: list[str] = []
+
+    def collect(check: Any, *args: Any, **kwargs: Any) -> Any:
+        try:
+            return check(*args, **kwargs)
+        except ConfigError as error:
+            mistakes.extend(error.mistakes)
+            return None
+
+    batch = collect(plan_batch, config.batch, world_size)
+    student = collect(load_ds_config, config.deepspeed.student)
+    teacher = collect(load_ds_config, config.deepspeed.teacher)
+    student_ds = collect(student_config, student, batch, clip=config.prune.clip) if student and batch else None
+    teacher_ds = collect(teacher_config, teacher, world_size) if teacher is not None else None
+    task = collect(build_task, config.task, config.data, seed=config.seed)
+    tokenizer = collect(load_tokenizer, config.model.name, config.model.revision)
+    if mistakes:
+        raise ConfigError(*mistakes)
+    assert student_ds is not None
+    assert teacher_ds is not None
+    check_output(Path(config.output))
+    model = skeleton(config.model.name, task, config.model.revision)
+    if config.prune.embedding_rank:
+        check_rank(model, config.prune.embedding_rank)
+        factor_embedding(model, family_for(model.config.model_type).as_dict(), config.prune.embedding_rank)
+    structure = analyze(model)
+    _check_lengths(config, model)
+    vocab_size = int(model.config.vocab_size)
+    _check_padding(model, task)
+    _check_teacher(config, task, vocab_size)
+    _check_text(config, task, vocab_size)
+    _check_attentions(config, structure)
+    layers = config.distill.teacher_layers or default_teacher_layers(structure.sizes.num_layers)
+    layers = check_teacher_layers(layers, structure.sizes.num_layers)
+    method = build_method(config, structure, total_steps=0, steps_per_epoch=0)
+    _check_stock(config, model, method)
+    _check_blocks(config, structure)
+    return Preflight(task, tokenizer, batch, structure, student_ds, teacher_ds, layers, vocab_size, method.plan.target)

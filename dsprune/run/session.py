@@ -1,0 +1,121 @@
+"""One launch in a run folder: locked against others, its status on record, every ending told to all ranks."""
+
+from __future__ import annotations
+
+import errno
+from types import TracebackType
+
+import dsprune
+from dsprune.config import RunConfig
+from dsprune.engine.ranks.stop import Stop, seconds_left
+from dsprune.engine.ranks.world import World
+from dsprune.engine.zero.operators import build_operators
+from dsprune.errors import OutputError, Preempted
+from dsprune.files import write_json
+from dsprune.run.journal import Journal
+from dsprune.run.preflight import Preflight
+from dsprune.run.provenance import collect_provenance
+from dsprune.run.run import Run
+from dsprune.run.status import Failures, RunLock, Status, lost_a_peer
+from dsprune.run_folder import RunFolder
+
+__all__ = ["Session"]
+
+DISK_TROUBLE = frozenset(
+    {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.ESTALE}
+    | {errno.ENOENT, errno.ENOTDIR}
+)
+"""What the system says where a folder cannot be written any more, which is no bug of ours."""
+
+
+class Session:
+    """Holds the run folder while stages run. A context manager; entering is collective.
+
+    Args:
+        config: checked configuration.
+        world: the ranks.
+        stop: listening already.
+
+    Raises:
+        OutputError: the folder cannot be written, or another launch is at work in it.
+    """
+
+    def __init__(self, config: RunConfig, world: World, stop: Stop) -> None:
+        self.config = config
+        self.world = world
+        self.stop = stop
+        self.folder = RunFolder(config.output)
+        self.status = Status(self.folder, active=world.is_main)
+        self.failures = Failures(self.folder, world.rank)
+        self._lock = RunLock(self.folder)
+
+    def __enter__(self) -> Session:
+        with self.world.together("opening the run folder"):
+            if self.world.is_main:
+                try:
+                    self.folder.root.mkdir(parents=True, exist_ok=True)
+                except OSError as error:
+                    raise OutputError(f"cannot write to the run folder {self.folder}: {error.strerror}") from error
+                self._lock.take()
+                self.failures.clear()
+        cluster = self.config.cluster
+        seconds = seconds_left(cluster.time_limit_minutes, cluster.margin_minutes)
+        self.stop.watch(self.folder.stop if self.world.is_main else None, seconds=seconds)
+        return self
+
+    def run_stages(self, ready: Preflight) -> None:
+        """Load the data and run the stages of this launch. Collective: all ranks must call.
+
+        Raises:
+            DspruneError: on every rank, whichever rank it happened on.
+        """
+        world, config = self.world, self.config
+        with world.together("loading the data"):
+            data = ready.task.load(ready.tokenizer, vocab_size=ready.vocab_size, progress=world.is_main)
+        with world.together("opening the journal"):
+            journal = Journal(config, active=world.is_main)
+            if world.is_main:
+                write_json(self.folder.config, config.model_dump(mode="json"))
+        with world.together("recording where model and data came from"):
+            provenance = world.broadcast(collect_provenance(config, data) if world.is_main else None)
+            if world.is_main:
+                write_json(self.folder.provenance, provenance.facts)
+        with world.together("compiling DeepSpeed's operators"):
+            build_operators(ready.student_ds, ready.teacher_ds, say=journal.say)
+        run = Run(config, ready, data, world, journal, self.stop, provenance)
+        self.status = run.status
+        journal.say(
+            f"dsprune {dsprune.__version__}: {world.size} rank(s) on {world.device.type}, run folder {run.folder}"
+        )
+        for stage in config.stages:
+            run.run_stage(stage)
+        journal.close()
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, _trace: TracebackType | None
+    ) -> None:
+        try:
+            if error is None:
+                self.status.write("done")
+                return
+            told = self._told(error)
+            self.status.ended(told)
+            if isinstance(told, Preempted):
+                self.stop.consume()
+            if told is not error:
+                raise told from error
+        finally:
+            self._lock.release()
+
+    def _told(self, error: BaseException) -> BaseException:
+        """The error that this rank ends with: its own, which the others learn of, or that of a rank that is gone."""
+        where = f"{self.status.stage or 'start'} step {self.status.step}"
+        if lost_a_peer(error):
+            assert isinstance(error, Exception)
+            return self.failures.explain(error, where)
+        told: BaseException = error
+        if isinstance(error, OSError) and error.errno in DISK_TROUBLE:
+            told = OutputError(f"{where}: {error.strerror}: {error.filename or self.folder}")
+        if not isinstance(error, Preempted):
+            self.failures.report(told)
+        return told
