@@ -6,6 +6,7 @@ import argparse
 import logging
 import os
 import sys
+import time
 import traceback
 import warnings
 from collections.abc import Callable, Sequence
@@ -224,17 +225,26 @@ def _sides(text: str) -> tuple[int, int]:
 
 
 def _status(options: argparse.Namespace) -> int:
+    from dsprune.engine.ranks.pulse import STALE_SECONDS, describe_ranks, read_beats, wait_for_stacks
     from dsprune.run.status import read_status
     from dsprune.run.supervise import verdict
     from dsprune.run_folder import RunFolder
 
-    status = read_status(RunFolder(options.run_folder))
+    folder = RunFolder(options.run_folder)
+    status = read_status(folder)
     if status.get("written", 0.0) < options.since:
         print(f"{options.run_folder}: no launch has come to write a status{' since then' if options.since else ''}")
         return DspruneError.exit_code
     place = f"stage {status['stage']}, step {status['step']}" if status["stage"] else "before the first stage"
     reason = f": {status['reason']}" if "reason" in status else ""
     print(f"{options.run_folder}: {status['state']}, {place}{reason}")
+    if status["state"] == "running" and (
+        ranks := describe_ranks(read_beats(folder), time.time(), patience=STALE_SECONDS)
+    ):
+        print(ranks)
+    if options.stacks:
+        answered = wait_for_stacks(folder)
+        print("\n".join(f"stacks: {path}" for path in answered) or "stacks: no rank answers")
     return verdict(status, 0, options.since)
 
 
@@ -364,12 +374,18 @@ def _add_status(commands: Commands) -> None:
     status = commands.add_parser(
         "status",
         help="how a run stands or ended, as an exit code, too",
-        description="Reads status.json of a run folder. Exit codes as of training; 69 where a run neither ended nor "
-        "goes on.",
+        description="Reads status.json of a run folder, and the heartbeats of its ranks: who is silent, and what the "
+        "others wait in since when. Exit codes as of training; 69 where a run neither ended nor goes on.",
     )
     status.add_argument("run_folder", help="folder of a run")
     status.add_argument(
         "--since", type=float, default=0.0, help="only of a launch after this time (seconds since 1970)"
+    )
+    status.add_argument(
+        "--stacks",
+        action="store_true",
+        help="make every rank write what its threads are doing, and name the files; a rank that is stopped cannot "
+        "answer (kill -QUIT does the same to one rank)",
     )
     status.set_defaults(run=_status)
 

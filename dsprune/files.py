@@ -12,14 +12,21 @@ from typing import Any
 __all__ = ["did_you_mean", "first_line", "read_json", "write_json"]
 
 
-def write_json(path: Path, value: Any) -> None:
-    """Write JSON so that a reader sees the old file or the new one, never half of it."""
+def write_json(path: Path, value: Any, *, sync: bool = True) -> None:
+    """Write JSON so that a reader sees the old file or the new one, never half of it.
+
+    Args:
+        path: to write.
+        value: JSON value.
+        sync: wait until it is on the disk; what is written again in a moment need not be.
+    """
     scratch = path.with_name(f"{path.name}.tmp")
     with scratch.open("w", encoding="utf-8") as file:
         json.dump(value, file, indent=2)
         file.write("\n")
         file.flush()
-        os.fsync(file.fileno())
+        if sync:
+            os.fsync(file.fileno())
     scratch.replace(path)
 
 

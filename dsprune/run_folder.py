@@ -227,6 +227,11 @@ class RunFolder:
         return self.root / "stacks" / f"rank{rank}.txt"
 
     @property
+    def stacks_request(self) -> Path:
+        """Touched by whoever wants the stacks of all ranks."""
+        return self.root / "stacks" / "REQUEST"
+
+    @property
     def report(self) -> Path:
         """Dense and compact side by side, for programs."""
         return self.root / "report.json"

@@ -35,7 +35,7 @@ def _score(run: Run, source: str) -> dict[str, float]:
         run.data.evals,
         run.world,
         batch_size=run.config.batch.eval,
-        pulse=lambda: run.stop.check(run.world, "closing evaluation"),
+        before_batch=lambda: run.stop.check(run.world, "closing evaluation"),
     )
     release(model.engine)
     return scores

@@ -37,6 +37,7 @@ from dsprune.engine.models.load import (
     resolve_source,
     whole,
 )
+from dsprune.engine.ranks.pulse import pulse
 from dsprune.engine.ranks.stop import Stop, unheard
 from dsprune.engine.ranks.world import World
 from dsprune.engine.zero.config import engine_precision, student_config
@@ -199,6 +200,7 @@ class Run:
             return
         self.status.stage, self.status.step = stage, 0
         self.status.write("running")
+        pulse.at(stage=stage, step=0, phase="starting")
         self.stop.check(self.world, f"before stage '{stage}'")
         began = time.perf_counter()
         getattr(self, f"_{stage}")()
@@ -485,7 +487,7 @@ class Run:
             self.data.evals,
             self.world,
             batch_size=self.config.batch.eval,
-            pulse=lambda: self.stop.check(self.world, f"{trainer.stage} step {done}, while evaluating, saved"),
+            before_batch=lambda: self.stop.check(self.world, f"{trainer.stage} step {done}, while evaluating, saved"),
         )
         self.journal.log(trainer.stage, done, {f"eval/{name}": value for name, value in scores.items()})
         self.journal.say(f"{trainer.stage}: step {done}: " + "  ".join(f"{k} {v:.4f}" for k, v in scores.items()))

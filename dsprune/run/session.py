@@ -7,6 +7,7 @@ from types import TracebackType
 
 import dsprune
 from dsprune.config import RunConfig
+from dsprune.engine.ranks.pulse import Heartbeat, ask_for_stacks
 from dsprune.engine.ranks.stop import Stop, seconds_left
 from dsprune.engine.ranks.world import World
 from dsprune.engine.zero.operators import build_operators
@@ -48,6 +49,7 @@ class Session:
         self.status = Status(self.folder, active=world.is_main)
         self.failures = Failures(self.folder, world.rank)
         self._lock = RunLock(self.folder)
+        self._heartbeat = Heartbeat(self.folder, world.rank, also=lambda: self.status.refresh())
 
     def __enter__(self) -> Session:
         with self.world.together("opening the run folder"):
@@ -58,9 +60,12 @@ class Session:
                     raise OutputError(f"cannot write to the run folder {self.folder}: {error.strerror}") from error
                 self._lock.take()
                 self.failures.clear()
+                for path in self.folder.all_heartbeats():
+                    path.unlink(missing_ok=True)
         cluster = self.config.cluster
         seconds = seconds_left(cluster.time_limit_minutes, cluster.margin_minutes)
         self.stop.watch(self.folder.stop if self.world.is_main else None, seconds=seconds)
+        self._heartbeat.__enter__()
         return self
 
     def run_stages(self, ready: Preflight) -> None:
@@ -95,10 +100,11 @@ class Session:
         self, kind: type[BaseException] | None, error: BaseException | None, _trace: TracebackType | None
     ) -> None:
         try:
-            if error is None:
+            told = None if error is None else self._told(error)
+            self._heartbeat.__exit__()
+            if told is None:
                 self.status.write("done")
                 return
-            told = self._told(error)
             self.status.ended(told)
             if isinstance(told, Preempted):
                 self.stop.consume()
@@ -112,6 +118,9 @@ class Session:
         where = f"{self.status.stage or 'start'} step {self.status.step}"
         if lost_a_peer(error):
             assert isinstance(error, Exception)
+            self._heartbeat.beat()
+            self._heartbeat.dump_stacks()
+            ask_for_stacks(self.folder)
             return self.failures.explain(error, where)
         told: BaseException = error
         if isinstance(error, OSError) and error.errno in DISK_TROUBLE:

@@ -9,14 +9,17 @@ from __future__ import annotations
 import json
 import os
 import socket
+import threading
 import time
+from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from dsprune import errors
+from dsprune.engine.ranks.pulse import describe_ranks, read_beats
 from dsprune.errors import DspruneError, OutputError, PeerLostError
-from dsprune.files import write_json
+from dsprune.files import first_line, write_json
 from dsprune.run_folder import RunFolder
 
 __all__ = ["Failures", "RunLock", "Status", "read_status"]
@@ -66,13 +69,27 @@ class Status:
         self.active = active
         self.stage: str | None = None
         self.step = 0
+        self._state: str | None = None
+        self._writing = threading.Lock()
 
     def write(self, state: str, **facts: Any) -> None:
+        """Write how the run stands, and on the disk before this returns."""
         if not self.active:
             return
+        with self._writing:
+            self._state = state
+            self._write(state, facts)
+
+    def refresh(self) -> None:
+        """Bring the step of a run that goes on up to date; from the thread that beats."""
+        with self._writing:
+            if self._state == "running":
+                self._write("running", {}, sync=False)
+
+    def _write(self, state: str, facts: Mapping[str, Any], *, sync: bool = True) -> None:
         place = {"stage": self.stage, "step": self.step}
         entry = {"state": state, **place, **facts, **_identity(), "written": time.time()}
-        write_json(self.folder.status, entry)
+        write_json(self.folder.status, entry, sync=sync)
 
     def ended(self, error: BaseException) -> None:
         """Record how the run ended. The error matters more than a status that cannot be written."""
@@ -170,10 +187,11 @@ class Failures:
                     return kind(f"{words['message']} (on rank {words['rank']})")  # type: ignore[no-any-return]
                 return DspruneError(f"{doing}: rank {words['rank']} failed: {words['kind']}: {words['message']}")
             time.sleep(0.1)
-        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        ranks = describe_ranks(read_beats(self.folder), time.time())
         return PeerLostError(
-            f"{doing}: another rank is gone, killed or hung for longer than cluster.timeout_minutes ({reason}): start "
-            "the same command again to go on from the newest checkpoint"
+            f"{doing}: another rank is gone, killed or hung for longer than cluster.timeout_minutes"
+            f"{f': {ranks}' if ranks else ''} ({first_line(error)}); start the same command again to go on from the "
+            f"newest checkpoint; stacks of the ranks that still answered: {self.folder.stacks(0).parent}"
         )
 
 

@@ -10,6 +10,7 @@ from dsprune.engine.checkpoints.resume import Restored
 from dsprune.engine.checkpoints.store import CheckpointStore, Snapshot
 from dsprune.engine.learning.guard import check_before_commit
 from dsprune.engine.learning.trainer import Trainer
+from dsprune.engine.ranks.pulse import pulse
 from dsprune.errors import NumericsError, Preempted
 from dsprune.files import write_json
 from dsprune.run.journal import Journal
@@ -80,6 +81,7 @@ class Course:
         """
         begin, total = self._take_up(restored), self.trainer.total_steps
         self.status.stage, self.status.step = self.trainer.stage, begin
+        pulse.at(stage=self.trainer.stage, step=begin, phase="starting")
         self.status.write("running")
         self.journal.start_bar(self.trainer.stage, total, begin)
         if restored is not None and not restored.state["evaluated"]:
@@ -114,6 +116,7 @@ class Course:
             note = log_step(self.journal, self.trainer, self.meter, done)
         self.journal.advance(note)
         self.status.step = done
+        pulse.at(step=done, phase="between steps")
         return result.stop
 
     def _conclude(self, done: int, stop: str | None) -> None:
@@ -137,6 +140,7 @@ class Course:
 
     def _save(self, done: int, *, evaluated: bool, score: float | None = None) -> None:
         trainer = self.trainer
+        pulse.at(phase="saving")
         try:
             check_before_commit(trainer, done)
         except NumericsError as error:

@@ -126,7 +126,7 @@ def _predictions(setup, count):
         data,
         trainer.world,
         batch_size=2,
-        pulse=lambda: None,
+        before_batch=lambda: None,
     )
     return gathered["all"].numpy()
 

@@ -2,6 +2,7 @@
 
 import os
 import random
+import re
 import shutil
 import signal
 import time
@@ -191,7 +192,13 @@ def test_f05_hung_rank(place, undisturbed, tmp_path, monkeypatch):
 
     ending = run_to_the_end(_hangs, 2, 3, *words(place, run), "cluster.timeout_minutes=0.15", meddle=wake_for_the_end)
     assert ending.codes == [69, KILLED], ending.log
-    assert "hung for longer than cluster.timeout_minutes" in status(run)["reason"]
+    reason = status(run)["reason"]
+    assert "hung for longer than cluster.timeout_minutes" in reason
+    assert "rank 1 (process " in reason
+    assert re.search(
+        r"was last heard of \d+ s ago, at prune step 3, .*; rank 0 (is at|waits in) .*prune step 3", reason
+    )
+    assert "trainer.py" in (run / "stacks" / "rank0.txt").read_text(encoding="utf-8")
     waited = status(run)["written"] - (run / "metrics.jsonl").stat().st_mtime
     assert waited < 10 + 5 + 5, "time-out, last words, and some"
     assert run_world(execute, 2, *words(place, run)) == [0, 0]

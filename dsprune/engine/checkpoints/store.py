@@ -174,7 +174,9 @@ class CheckpointStore:
         reached("all written")
         with self._writing("hashing a checkpoint"):
             share = self._hash_share(scratch)
-        digests = {name: entry for part in self.world.gather(share) for name, entry in part.items()}
+        digests = {
+            name: entry for part in self.world.gather(share, "collecting hashes") for name, entry in part.items()
+        }
         reached("hashed")
         with self._writing("describing a checkpoint"):
             if self.world.is_main:

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dsprune.engine.learning.batches import to_device
+from dsprune.engine.ranks.pulse import pulse
 from dsprune.engine.ranks.world import World
 from dsprune.tasks import Encoded, Task
 from dsprune.tasks.sampling import eval_shard
@@ -17,13 +18,13 @@ __all__ = ["evaluate", "evaluate_all"]
 
 Forward = Callable[[Mapping[str, Tensor], Tensor], Tensor]
 """Inputs and labels on the device to what metrics are made of: [batch, n], or [batch, length, classes]."""
-Pulse = Callable[[], None]
+BeforeBatch = Callable[[], None]
 """Called on all ranks before every batch; may raise to give up."""
 
 
 @torch.no_grad()
 def evaluate(
-    forward: Forward, task: Task, data: Encoded, world: World, *, batch_size: int, pulse: Pulse
+    forward: Forward, task: Task, data: Encoded, world: World, *, batch_size: int, before_batch: BeforeBatch
 ) -> dict[str, float]:
     """The task's metrics on one split. Collective: all ranks must call, and under ZeRO-3 forward in step."""
     found: list[Tensor] = []
@@ -31,26 +32,34 @@ def evaluate(
     width = int(data.lengths.max())
     shard = eval_shard(len(data), rank=world.rank, world_size=world.size, batch_size=batch_size, lengths=data.lengths)
     for indices, num_real in shard:
-        pulse()
+        before_batch()
+        pulse.at(phase=f"evaluating {data.name}")
         inputs, labels, _ = to_device(data.collate(indices), world)
         out = forward(inputs, labels)[:num_real].float().cpu()
         found.append(out if out.dim() == 2 else F.pad(out, (0, 0, 0, width - out.shape[1])))
         kept.append(torch.as_tensor(indices[:num_real], dtype=torch.int64))
-    shards = world.gather((torch.cat(kept).numpy(), torch.cat(found).numpy()))
+    shards = world.gather((torch.cat(kept).numpy(), torch.cat(found).numpy()), "collecting predictions")
     order = torch.cat([torch.from_numpy(indices) for indices, _ in shards])
     predictions = torch.cat([torch.from_numpy(values) for _, values in shards])
     return task.score(predictions[order.argsort()], data)
 
 
 def evaluate_all(
-    forward: Forward, task: Task, evals: Mapping[str, Encoded], world: World, *, batch_size: int, pulse: Pulse
+    forward: Forward,
+    task: Task,
+    evals: Mapping[str, Encoded],
+    world: World,
+    *,
+    batch_size: int,
+    before_batch: BeforeBatch,
 ) -> dict[str, float]:
     """Metrics of all evaluation splits; named `metric`, or `split/metric` unless the split is the only official one.
 
     Collective: all ranks must call.
     """
     scores = {
-        split: evaluate(forward, task, data, world, batch_size=batch_size, pulse=pulse) for split, data in evals.items()
+        split: evaluate(forward, task, data, world, batch_size=batch_size, before_batch=before_batch)
+        for split, data in evals.items()
     }
     if list(scores) == ["validation"]:
         return scores["validation"]

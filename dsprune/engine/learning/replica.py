@@ -35,7 +35,7 @@ def reduce_flat(world: World, tensors: Mapping[str, Tensor]) -> Reduced:
     The sum of a value that is not finite is not finite, so every rank learns of it.
     """
     flat = torch.cat([tensor.detach().float().flatten().to(world.device) for tensor in tensors.values()])
-    flat = (world.sum_(flat) / world.size).cpu()
+    flat = (world.sum_(flat, "summing gate gradients and losses") / world.size).cpu()
     parts = torch.split(flat, [tensor.numel() for tensor in tensors.values()])
     means = {name: part.view(tensor.shape) for (name, tensor), part in zip(tensors.items(), parts, strict=True)}
     return Reduced(means, bool(flat.isfinite().all()))
@@ -128,7 +128,7 @@ class Replica:
         Raises:
             NumericsError: naming the ranks that differ from rank 0.
         """
-        prints = world.gather(self.fingerprint())
+        prints = world.gather(self.fingerprint(), "comparing replicas")
         differing = [rank for rank, value in enumerate(prints) if value != prints[0]]
         if differing:
             raise NumericsError(

@@ -20,6 +20,7 @@ from dsprune.engine.learning.batches import Batches, MicroBatch
 from dsprune.engine.learning.replica import Reduced, Replica, reduce_flat
 from dsprune.engine.learning.student import PARTS, Lesson
 from dsprune.engine.learning.teacher import Teacher
+from dsprune.engine.ranks.pulse import pulse
 from dsprune.engine.ranks.stop import Stop, describe
 from dsprune.engine.ranks.world import World
 from dsprune.methods.noise import stable_seed
@@ -163,6 +164,7 @@ class Trainer:
             NumericsError: losses or gate gradients that are not finite, or replicas that drifted apart.
         """
         self.engine.train()
+        pulse.at(stage=self.stage, step=step, phase="gates")
         where = f"{self.stage} step {step}"
         gates = self.replica.gates(step, self.world.device) if self.replica else None
         if self.replica is not None:
@@ -179,10 +181,12 @@ class Trainer:
                 sums[name] = sums[name] + value if name in sums else value
             if micro_step < accumulation - 1:
                 self.engine.step()
+        pulse.at(phase="after backward")
         sums |= self._gate_gradients(gates if signal != "none" else None, scale)
         reduced = reduce_flat(self.world, sums | {"stop": torch.tensor(self.stop.flags())})
         if not reduced.finite and scale == 1.0:
             raise guard.not_finite(self.world, where, sums, self.batches.examples(step))
+        pulse.at(phase="engine step")
         self.engine.step()
         if scale == 1.0:
             guard.check_norm(where, self.engine.get_global_grad_norm())
@@ -195,18 +199,22 @@ class Trainer:
         self, step: int, micro_step: int, gates: dict[str, Tensor] | None, match: list[int], *, probe: bool
     ) -> tuple[Tensor, Tensor]:
         batch = self.batches.micro_batch(step, micro_step)
+        pulse.at(phase="teacher forward")
         lesson = self._lesson(batch, match)
         # Dropout is a function of its place in the run, so that a resumed run repeats it exactly.
         seed = stable_seed("dropout", self.stage, self.seed, step, micro_step, self.world.rank)
         if probe and gates is not None:
             torch.manual_seed(seed)
+            pulse.at(phase="probe")
             self._probe(batch, lesson, gates)
             gates = {kind: gate.detach() for kind, gate in gates.items()}
         torch.manual_seed(seed)
+        pulse.at(phase="forward")
         # A copy of the dict: ZeRO-3 rewrites the dicts among its arguments, and the leaves must stay ours.
         loss, parts, distances = self.engine(
             batch.inputs, batch.labels, batch.num_targets, gates and dict(gates), lesson
         )
+        pulse.at(phase="backward")
         self.engine.backward(loss)
         accumulation = self.batches.plan.accumulation
         return parts / accumulation, distances / accumulation

@@ -92,7 +92,7 @@ class Stop:
 
     def agreed(self, world: World) -> str | None:
         """Why to stop, the same on all ranks; None to go on. Collective: all ranks must call."""
-        flags = world.sum_(torch.tensor(self.flags(), device=world.device))
+        flags = world.sum_(torch.tensor(self.flags(), device=world.device), "agreeing whether to stop")
         return describe(flags.tolist())
 
     def check(self, world: World, doing: str) -> None:

@@ -15,6 +15,7 @@ import torch
 import torch._dynamo  # before any model is built under ZeRO-3, whose patched constructors break its lazy import
 import torch.distributed as dist
 
+from dsprune.engine.ranks.pulse import pulse
 from dsprune.engine.zero.communication import join_ranks, pick_device
 from dsprune.errors import ConfigError, DspruneError
 
@@ -36,25 +37,43 @@ class World:
     def is_main(self) -> bool:
         return self.rank == 0
 
-    def broadcast(self, value: T | None) -> T:
-        """Rank 0's value on every rank. Collective: all ranks must call."""
+    def broadcast(self, value: T | None, doing: str = "broadcast") -> T:
+        """Rank 0's value on every rank. Collective: all ranks must call.
+
+        Args:
+            value: of rank 0; those of the others do not matter.
+            doing: name of the collective, for whoever waits in it.
+        """
         box: list[Any] = [value]
         if self.size > 1:
-            dist.broadcast_object_list(box, src=0)
+            with pulse.waiting(doing):
+                dist.broadcast_object_list(box, src=0)
         return box[0]  # type: ignore[no-any-return]
 
-    def gather(self, value: T) -> list[T]:
-        """Every rank's value on every rank. Collective: all ranks must call."""
+    def gather(self, value: T, doing: str = "gather") -> list[T]:
+        """Every rank's value on every rank. Collective: all ranks must call.
+
+        Args:
+            value: of this rank.
+            doing: name of the collective.
+        """
         if self.size == 1:
             return [value]
         values: list[Any] = [None] * self.size
-        dist.all_gather_object(values, value)
+        with pulse.waiting(doing):
+            dist.all_gather_object(values, value)
         return values
 
-    def sum_(self, tensor: torch.Tensor) -> torch.Tensor:
-        """Sum over ranks, in place. Collective: all ranks must call."""
+    def sum_(self, tensor: torch.Tensor, doing: str = "sum") -> torch.Tensor:
+        """Sum over ranks, in place. Collective: all ranks must call.
+
+        Args:
+            tensor: of this rank.
+            doing: name of the collective.
+        """
         if self.size > 1:
-            dist.all_reduce(tensor)
+            with pulse.waiting(doing):
+                dist.all_reduce(tensor)
         return tensor
 
     def agree(self, doing: str, error: Exception | None) -> None:
@@ -64,7 +83,7 @@ class World:
             DspruneError: of the class of the first rank that failed, naming the ranks; a rank whose error
                 is none of ours raises that itself, for its traceback.
         """
-        told = self.gather(None if error is None else (type(error), str(error)))
+        told = self.gather(None if error is None else (type(error), str(error)), doing)
         failed = {rank: report for rank, report in enumerate(told) if report is not None}
         if not failed:
             return
