@@ -119,7 +119,7 @@ class Session:
         if lost_a_peer(error):
             assert isinstance(error, Exception)
             self._heartbeat.beat()
-            self._heartbeat.dump_stacks()
+            self._heartbeat.dump_stacks(error)
             ask_for_stacks(self.folder)
             return self.failures.explain(error, where)
         told: BaseException = error

@@ -195,9 +195,7 @@ def test_f05_hung_rank(place, undisturbed, tmp_path, monkeypatch):
     reason = status(run)["reason"]
     assert "hung for longer than cluster.timeout_minutes" in reason
     assert "rank 1 (process " in reason
-    assert re.search(
-        r"was last heard of \d+ s ago, at prune step 3, .*; rank 0 (is at|waits in) .*prune step 3", reason
-    )
+    assert re.search(r"was last heard of \d+ s ago, at .*; rank 0 (is at|waits in) .*prune step 3", reason)
     assert "trainer.py" in (run / "stacks" / "rank0.txt").read_text(encoding="utf-8")
     waited = status(run)["written"] - (run / "metrics.jsonl").stat().st_mtime
     assert waited < 10 + 5 + 5, "time-out, last words, and some"

@@ -16,6 +16,7 @@ import signal
 import socket
 import threading
 import time
+import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
@@ -157,13 +158,13 @@ class Heartbeat:
         beat = Beat(self.rank, socket.gethostname(), os.getpid(), time.time(), pulse.place)
         write_json(self.folder.heartbeat(self.rank), asdict(beat), sync=False)
 
-    def dump_stacks(self) -> Path:
-        """Write what every thread of this process is doing; returns the file."""
+    def dump_stacks(self, error: BaseException | None = None) -> None:
+        """Write what every thread of this process is doing, and where an error came from that has left that place."""
         self._stacks.write(f"--- rank {self.rank}, {time.strftime('%Y-%m-%d %H:%M:%S')}, {pulse.place}\n")
         self._stacks.flush()
         faulthandler.dump_traceback(self._stacks, all_threads=True)
+        self._stacks.writelines(traceback.format_exception(error) if error is not None else ())
         self._stacks.flush()
-        return self.folder.stacks(self.rank)
 
     def _run(self) -> None:
         while not self._over.wait(INTERVAL_SECONDS):
