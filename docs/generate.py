@@ -13,6 +13,16 @@ from pathlib import Path
 
 DOCS = Path(__file__).parent
 HEAD = "<!-- Made by docs/generate.py: change the code, not this page. -->\n\n"
+ABOUT_RECIPES = """\
+`dsprune train NAME` runs one; any key can be overridden (`prune.target=0.6 output=runs/x`). Their files, with the
+reasons for their values, are in `dsprune/recipes/`."""
+ABOUT_FAMILIES = """\
+What `dsprune families` prints: each cell is run by a test, each gap has the reason that refuses a run."""
+BELOW_FAMILIES = """\
+`deberta-v2` is DeBERTa-v2 and v3, whose scores stay those of the dense head whatever size its heads come out. Under
+grouped-query attention a head is a key/value head with all queries that share it; under rotary positions a query
+dimension is a pair. Decoders generate with a cache, token for token what the masked model would. A family is one TOML
+file: [how to add one](../CONTRIBUTING.md)."""
 
 
 def _first_words(text: str) -> str:
@@ -42,28 +52,14 @@ def recipes_page() -> str:
             _first_words(text),
         ]
         rows.append("| " + " | ".join(cells) + " |")
-    return (
-        "# Recipes\n\n"
-        + HEAD
-        + "`dsprune train NAME` runs one; any key can be overridden (`prune.target=0.6 output=runs/x`). Their files, with the\n"
-        "reasons for their values, are in `dsprune/recipes/`.\n\n" + "\n".join(rows) + "\n"
-    )
+    return f"# Recipes\n\n{HEAD}{ABOUT_RECIPES}\n\n" + "\n".join(rows) + "\n"
 
 
 def families_page() -> str:
     """The table of what prunes what, with the reasons for its gaps."""
     from dsprune.methods.families import families_table
 
-    return (
-        "# Families\n\n"
-        + HEAD
-        + "What `dsprune families` prints: each cell is run by a test, each gap has the reason that refuses a run.\n\n"
-        + families_table()
-        + "\n\n`deberta-v2` is DeBERTa-v2 and v3, whose scores stay those of the dense head whatever size its heads come out.\n"
-        "Under grouped-query attention a head is a key/value head with all queries that share it; under rotary positions a\n"
-        "query dimension is a pair. Decoders generate with a cache, token for token what the masked model would. A family is\n"
-        "one TOML file: [how to add one](../CONTRIBUTING.md).\n"
-    )
+    return f"# Families\n\n{HEAD}{ABOUT_FAMILIES}\n\n{families_table()}\n\n{BELOW_FAMILIES}\n"
 
 
 PAGES = {"recipes.md": recipes_page, "families.md": families_page}

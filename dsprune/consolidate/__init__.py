@@ -1,6 +1,6 @@
 """What comes out: checkpoints to compact model folders, offline, in bounded memory. No DeepSpeed, no engine."""
 
-from dsprune.consolidate import modeling_dsprune
+from dsprune.consolidate import modeling_dsprune, verify
 from dsprune.consolidate.compact import (
     EMBEDDING_RANK,
     apply_blocks,
@@ -10,7 +10,7 @@ from dsprune.consolidate.compact import (
     load_compact,
 )
 from dsprune.consolidate.export import ConsolidationReport, consolidate, open_checkpoint
-from dsprune.consolidate.heads import auto_with_own_head, with_own_head
+from dsprune.consolidate.heads import auto_with_own_head, own_head_keys, with_own_head
 from dsprune.consolidate.manifest import FORMAT, check_files, find_checkpoint, read_manifest, render_manifest, sha256
 from dsprune.consolidate.modeling_dsprune import factor_embedding
 from dsprune.consolidate.shards import ShardedTensors, open_moments, open_shards
@@ -37,9 +37,11 @@ __all__ = [
     "open_checkpoint",
     "open_moments",
     "open_shards",
+    "own_head_keys",
     "position_table",
     "read_manifest",
     "render_manifest",
     "sha256",
+    "verify",
     "with_own_head",
 ]

@@ -18,6 +18,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
+from dsprune.arch import family_for
 from dsprune.consolidate import verify
 from dsprune.consolidate.card import render_card
 from dsprune.consolidate.compact import (
@@ -29,6 +30,7 @@ from dsprune.consolidate.compact import (
     surviving,
     without_weights,
 )
+from dsprune.consolidate.heads import own_head_keys
 from dsprune.consolidate.manifest import check_files, find_checkpoint, read_manifest
 from dsprune.consolidate.memory import give_back
 from dsprune.consolidate.shards import ShardedTensors, open_shards
@@ -232,11 +234,26 @@ class _Export:
         self.head_multiple = head_multiple
         self.weights = open_checkpoint(checkpoint)
         self.trained = _read_json(checkpoint / "model" / "config.json")
-        try:
-            self.model = without_weights(self.trained)
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise CheckpointError(f"{checkpoint}/model/config.json does not describe a model: {error}") from error
+        self.model = self._build()
+        if self._has_own_head():
+            self.trained |= own_head_keys(self.trained["model_type"])
+            self.model = self._build()
         self._check_names()
+
+    def _build(self) -> Any:
+        try:
+            return without_weights(self.trained)
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise CheckpointError(f"{self.checkpoint}/model/config.json does not describe a model: {error}") from error
+
+    def _has_own_head(self) -> bool:
+        """Whether a weight that the configuration takes for another one was trained apart: what is live is right."""
+        stored = {param: PREFIX + name for name, param in self.model.named_parameters()}
+        for name, param in self.model.named_parameters(remove_duplicate=False):
+            ours, first = PREFIX + name, stored[param]
+            if ours in self.weights and first in self.weights and not self.weights.same(ours, first):
+                return True
+        return False
 
     def _read(self, name: str) -> Tensor:
         return self.weights.read(f"{PREFIX}{name}")
@@ -268,6 +285,7 @@ class _Export:
         else:
             difference = None
             self._run_plain()
+        self._verify_trained()
         self._write_config()
         return difference
 
@@ -364,7 +382,7 @@ class _Export:
         names = [name for name, _ in self.model.named_parameters()]
         shapes = {name: self.weights.shape(f"{PREFIX}{name}") for name in names}
         self._write(((name, self._read(name)) for name in names), shapes)
-        self._verify_plain()
+        self._verify(lambda logits: logits)
 
     def _dense_facts(self) -> dict[str, Any]:
         cost = CostModel(analyze(self.model))
@@ -416,17 +434,25 @@ class _Export:
             logger.warning("written in %s: logits differ from fp32 by up to %.1e", self.dtype, difference)
         return difference
 
-    def _verify_plain(self) -> None:
-        logits = self._written_logits(self._batch())
-        verify.compare(logits, logits, "written model")
+    def _verify_trained(self) -> None:
+        """What was written against what the live engine said, which owes nothing to the files of the checkpoint."""
+        trained = verify.recorded(self.checkpoint)
+        if trained is None:
+            logger.warning("%s does not say what its model answered: compared with its weights alone", self.checkpoint)
+            return
+        written = verify.sample(self._written_logits(verify.shortened(self._batch())))
+        exact = self.dtype is torch.float32 and self.manifest.get("precision", "fp32") == "fp32"
+        verify.compare_trained(written, trained, "fp32" if exact else "half")
 
     # --- everything else --------------------------------------------------------------------
 
     def _write_config(self) -> None:
         for path in (self.checkpoint / "model").iterdir():
-            if path.is_file() and path.name != "config.json":
+            if path.is_dir():
+                shutil.copytree(path, self.scratch / path.name)
+            elif path.name != "config.json":
                 shutil.copy2(path, self.scratch / path.name)
-        config = {**self.config, "dtype": str(self.dtype).removeprefix("torch.")}
+        config = {**self.config, **self._untied(), "dtype": str(self.dtype).removeprefix("torch.")}
         text = json.dumps(config, indent=2, sort_keys=True)
         (self.scratch / "config.json").write_text(text + "\n", encoding="utf-8")
         if "auto_map" in config:
@@ -435,6 +461,13 @@ class _Export:
             path = self.checkpoint / "figures.json"
             figures = _read_json(path) if path.exists() else {}
             (self.scratch / "README.md").write_text(render_card(config, figures), encoding="utf-8")
-        for path in self.scratch.iterdir():
-            with path.open("rb") as file:
-                os.fsync(file.fileno())
+        for path in self.scratch.rglob("*"):
+            if path.is_file():
+                with path.open("rb") as file:
+                    os.fsync(file.fileno())
+
+    def _untied(self) -> dict[str, Any]:
+        """What is said of a head with weights of its own, even where it is what the class takes for granted."""
+        family = family_for(self.trained["model_type"].removeprefix("dsprune_"))
+        own = self.model.get_output_embeddings() is not None and not verify.tied_names(self.model)
+        return {"tie_word_embeddings": False} if own and family.scaled_head is None else {}

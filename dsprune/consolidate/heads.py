@@ -11,12 +11,25 @@ from typing import Any, TypeVar
 
 from transformers import PretrainedConfig
 
-from dsprune.arch import list_families, load_family
+from dsprune.arch import family_for, list_families, load_family
 from dsprune.consolidate import modeling_dsprune
 
-__all__ = ["auto_with_own_head", "with_own_head"]
+__all__ = ["auto_with_own_head", "own_head_keys", "with_own_head"]
 
 T = TypeVar("T")
+
+
+def own_head_keys(model_type: str) -> dict[str, Any]:
+    """What a configuration has to say of a head that is not the word embedding, whatever it said before.
+
+    Where the key that everybody reads means something else as well (T5: whether the head's inputs are scaled), it is
+    left as it is, and a key of our own says it.
+
+    Args:
+        model_type: of a dense or compact model.
+    """
+    family = family_for(model_type.removeprefix("dsprune_"))
+    return {"tie_word_embeddings": False} if family.scaled_head is None else {modeling_dsprune.OWN_HEAD: True}
 
 
 def with_own_head(cls: Any, config: PretrainedConfig, make: Callable[[], T]) -> T:

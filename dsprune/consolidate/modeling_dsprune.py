@@ -43,6 +43,8 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 FORMAT = 1
+OWN_HEAD = "own_head"
+"""Key of a configuration: the head has a weight of its own, though the class ties every head."""
 HEADS = {
     "Model": "AutoModel",
     "ForSequenceClassification": "AutoModelForSequenceClassification",
@@ -998,7 +1000,7 @@ def dense_view(config: Any) -> Any:
 def tied_weights(cls: Any, family: dict[str, Any], config: Any) -> dict[str, str]:
     """What a class ties to what; a head with a weight of its own keeps it, though the class may tie every head."""
     tied: dict[str, str] = cls._tied_weights_keys or {}
-    if getattr(config, family.get("scaled_head", ""), True):
+    if getattr(config, family.get("scaled_head", ""), True) and not getattr(config, OWN_HEAD, False):
         return tied
     heads = {f"{path}.weight" for table in family["heads"].values() for path in table}
     return {path: source for path, source in tied.items() if path not in heads}

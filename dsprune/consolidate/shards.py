@@ -85,6 +85,12 @@ class ShardedTensors:
         """Full shape of a tensor."""
         return self._placed[name].shape
 
+    def same(self, name: str, other: str) -> bool:
+        """Whether two names stand for equal values; read only where they lie in different places."""
+        ours, theirs = self._placed[name], self._placed[other]
+        places = [[(piece.data_ptr(), piece.numel()) for piece in placed.pieces] for placed in (ours, theirs)]
+        return places[0] == places[1] or torch.equal(self.read(name), self.read(other))
+
     def read(self, name: str) -> Tensor:
         """One tensor, fp32 on the CPU: a view of the file where it lies in one piece, else a copy.
 

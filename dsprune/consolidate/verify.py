@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from dsprune.arch import family_for
@@ -19,10 +20,35 @@ from dsprune.consolidate.memory import give_back
 from dsprune.consolidate.writer import names_in
 from dsprune.errors import CheckpointError
 
-__all__ = ["TOLERANCE", "SafetensorsReader", "compare", "logits", "position_table", "stream_weights", "tied_names"]
+__all__ = [
+    "TOLERANCE",
+    "SafetensorsReader",
+    "compare",
+    "compare_trained",
+    "logits",
+    "outputs",
+    "position_table",
+    "record",
+    "recorded",
+    "sample",
+    "shortened",
+    "stream_weights",
+    "tied_names",
+]
 
 TOLERANCE = 1e-4
 """Largest difference of logits, relative to the largest logit (at least 1), that rounding may cause in fp32."""
+TRAINED_TOLERANCE = 1e-3
+"""The same between two devices or attention kernels: where training ran, and where it is verified."""
+HALF_TOLERANCE = 0.2
+"""Norm of a difference relative to the norm of the logits that training in half precision may cause. Coarse, as deep
+models round a lot; another head or a permuted one is further away."""
+RECORDED = "trained_logits.safetensors"
+"""File of a checkpoint with what the live engine said when it was saved."""
+SHORT_TOKENS = 32
+SAMPLED_PLACES = 4
+"""What is recorded: the first tokens of each example, and of token outputs a few places. With a large vocabulary all
+outputs of a batch take gigabytes."""
 
 Reader = Callable[[str], Tensor]
 
@@ -94,15 +120,56 @@ def _drop(owner: nn.Module, names: list[str]) -> Any:
     return hook
 
 
+def outputs(given: Any) -> Tensor:
+    """What a model gives out, as one tensor: its first output, for spans start and end side by side."""
+    if hasattr(given, "end_logits"):
+        return torch.stack([given.start_logits, given.end_logits], -1)
+    first: Tensor = given[0]
+    return first
+
+
+def shortened(batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The first tokens of a batch: [batch, at most `SHORT_TOKENS`] each."""
+    return {name: tensor[:, :SHORT_TOKENS].contiguous() for name, tensor in batch.items()}
+
+
+def sample(logits: Tensor) -> Tensor:
+    """A few places of outputs, [batch, places, n], or outputs without places, [batch, n]; fp32 on the CPU."""
+    if logits.dim() == 3:
+        places = torch.linspace(0, logits.shape[1] - 1, min(SAMPLED_PLACES, logits.shape[1])).long()
+        logits = logits[:, places.to(logits.device)]
+    return logits.float().cpu().contiguous()
+
+
+def record(checkpoint: Path, logits: Tensor) -> None:
+    """Write what the live engine says on `shortened` examples, `sample`d, into a checkpoint."""
+    save_file({"logits": logits}, str(checkpoint / RECORDED))
+
+
+def recorded(checkpoint: Path) -> Tensor | None:
+    """What the live engine said; None where an older version saved the checkpoint.
+
+    Raises:
+        CheckpointError: it cannot be read.
+    """
+    path = checkpoint / RECORDED
+    if not path.exists():
+        return None
+    try:
+        return load_file(str(path))["logits"]
+    except (OSError, KeyError, SafetensorError) as error:
+        raise CheckpointError(f"{path} cannot be read: {error}") from error
+
+
 @torch.inference_mode()
 def logits(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
-    """First output of a model on a batch, fp32.
+    """Outputs of a model on a batch, fp32.
 
     Raises:
         CheckpointError: the batch is not one for this model.
     """
     try:
-        return model(**batch)[0].float()  # type: ignore[no-any-return]
+        return outputs(model(**batch)).float()
     except (IndexError, TypeError) as error:
         raise CheckpointError(f"the batch to verify on does not fit the model: {error}") from error
 
@@ -125,3 +192,25 @@ def compare(ours: Tensor, theirs: Tensor, what: str, *, tolerance: float | None 
     if tolerance is not None and difference > tolerance * max(1.0, float(theirs.abs().max())):
         raise CheckpointError(f"{what}: logits differ by {difference:.2e}; nothing was exported")
     return difference
+
+
+def compare_trained(ours: Tensor, theirs: Tensor, precision: str) -> None:
+    """See that what was written says what the live engine said.
+
+    Args:
+        ours: `sample` of what was written.
+        theirs: recorded.
+        precision: fp32, or the half precision that either ran in.
+
+    Raises:
+        CheckpointError: it says something else.
+    """
+    what = "trained and written model"
+    if ours.shape != theirs.shape:
+        raise CheckpointError(f"{what}: outputs are {list(theirs.shape)} and {list(ours.shape)}; nothing was exported")
+    if precision == "fp32":
+        compare(ours, theirs, what, tolerance=TRAINED_TOLERANCE)
+        return
+    difference = float((ours - theirs).norm() / theirs.norm().clamp(min=1e-6))
+    if not difference <= HALF_TOLERANCE:
+        raise CheckpointError(f"{what}: logits differ by {difference:.0%} of their size; nothing was exported")

@@ -207,9 +207,7 @@ def _load(source: str | Path, dtype: torch.dtype) -> nn.Module:
         own_code = local and "auto_map" in json.loads((folder / "config.json").read_text(encoding="utf-8"))
         config = transformers.AutoConfig.from_pretrained(str(source), trust_remote_code=own_code)
         auto_class = _auto_class(str(source), config)
-        model: nn.Module = auto_class.from_pretrained(
-            str(source), dtype=dtype, trust_remote_code=own_code, use_safetensors=True
-        )
+        model: nn.Module = auto_class.from_pretrained(str(source), dtype=dtype, trust_remote_code=own_code)
     except (OSError, ValueError, RuntimeError, ImportError, SafetensorError) as error:
         where = "" if local else ", no folder here and not to be had from the hub"
         raise ConfigError(f"cannot load model '{source}'{where}: {str(error).splitlines()[0]}") from error

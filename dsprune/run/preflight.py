@@ -16,6 +16,7 @@ from dsprune.consolidate import factor_embedding, is_stock
 from dsprune.distill import check_teacher_layers, default_teacher_layers
 from dsprune.engine.models.factoring import check_rank
 from dsprune.engine.models.load import check_reads_forward, from_config, label_config, load_tokenizer, resolve_source
+from dsprune.engine.models.load.loading import plan_loading
 from dsprune.engine.zero.config import BatchPlan, load_ds_config, plan_batch, student_config, teacher_config
 from dsprune.errors import ArchitectureError, ConfigError, OutputError
 from dsprune.methods import Method, Plan, method_class
@@ -99,11 +100,19 @@ def _check_teacher(config: RunConfig, task: Task, vocab_size: int) -> None:
         raise ArchitectureError(
             f"teacher '{source}' has {teacher.num_labels} labels and task '{task.name}' has {task.num_labels}"
         )
-    if task.labels and label_permutation(teacher.id2label, task.labels) and config.prune.start == "teacher":
-        raise ConfigError(
-            f"prune.start = 'teacher' and teacher '{source}' has the task's labels in another order "
-            f"({', '.join(teacher.id2label.values())}): start from 'pretrained', or reorder its head"
-        )
+    if task.labels:
+        label_permutation(teacher.id2label, task.labels)
+
+
+def _check_weights(config: RunConfig, task: Task) -> None:
+    """What is to be loaded must hold the model that the task needs; weights that are not here yet are seen later."""
+    prunes, teaches = "prune" in config.stages, "teacher" in config.stages and config.teacher.path is None
+    model = config.model
+    if (teaches or (prunes and config.prune.start == "pretrained")) and not model.from_scratch:
+        source = resolve_source(model.name)
+        plan_loading(source, task, revision=model.revision, fresh_head=True, download=False)
+    if config.teacher.path is not None:
+        plan_loading(resolve_source(config.teacher.path), task, download=False)
 
 
 def _check_text(config: RunConfig, task: Task, vocab_size: int) -> None:
@@ -223,6 +232,7 @@ def preflight(config: RunConfig, world_size: int) -> Preflight:
     vocab_size = int(model.config.vocab_size)
     _check_padding(model, task)
     _check_teacher(config, task, vocab_size)
+    _check_weights(config, task)
     _check_text(config, task, vocab_size)
     _check_attentions(config, structure)
     layers = config.distill.teacher_layers or default_teacher_layers(structure.sizes.num_layers)

@@ -61,7 +61,7 @@ def _source(name: str, revision: str | None) -> dict[str, Any]:
     source = resolve_source(name)
     folder = Path(source)
     if folder.is_dir():
-        files = sorted(path for path in folder.iterdir() if path.suffix in (".safetensors", ".json"))
+        files = sorted(path for path in folder.iterdir() if path.suffix in (".safetensors", ".bin", ".json"))
         return {"source": source, "sha256": {path.name: sha256(path) for path in files}}
     config = AutoConfig.from_pretrained(source, revision=revision)
     return {"source": source, "asked": revision, "commit": getattr(config, "_commit_hash", None)}

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import subprocess
 import sys
 import time
@@ -18,7 +17,7 @@ from transformers import PreTrainedModel
 
 import dsprune
 from dsprune.config import OptimConfig, RunConfig
-from dsprune.consolidate import kept_heads, open_checkpoint
+from dsprune.consolidate import kept_heads, open_checkpoint, verify
 from dsprune.distill import default_teacher_layers
 from dsprune.engine.checkpoints.resume import Restored, check_drift, find_newest, restore
 from dsprune.engine.checkpoints.store import CheckpointStore, Snapshot, save_verification_batch
@@ -37,6 +36,7 @@ from dsprune.engine.models.load import (
     resolve_source,
     whole,
 )
+from dsprune.engine.models.side_files import copy_side_files
 from dsprune.engine.ranks.pulse import pulse
 from dsprune.engine.ranks.stop import Stop, unheard
 from dsprune.engine.ranks.world import World
@@ -54,6 +54,7 @@ from dsprune.run.training_loop import Course, Pace
 from dsprune.run_folder import RunFolder
 from dsprune.structure import (
     BlockGating,
+    BlockSelection,
     Selection,
     analyze_blocks,
     attach_gates,
@@ -66,6 +67,8 @@ __all__ = ["Run"]
 
 VERIFY_EXAMPLES = 8
 """Evaluation examples that consolidation compares logits on."""
+OF_OUTPUTS = ("id2label", "label2id", "problem_type", "tie_word_embeddings", "own_head")
+"""Keys of a configuration that say what the model's outputs are."""
 
 
 class Run:
@@ -221,11 +224,11 @@ class Run:
         config = self.config.teacher
         ds_config = self._student_ds(config)
         self._seed("head")
-        model = self._load_student(self.config.model.name, ds_config)
+        model = self._load_student(None, ds_config)
         student = Student(model, self.task)
         engine = build_student_engine(student, ds_config, lr=config.lr, weight_decay=config.weight_decay)
         trainer = self._trainer("teacher", engine, config, config.duration.steps(self.batches.steps_per_epoch))
-        best, scores = self._train(trainer, {"figures": {"stage": "teacher"}})
+        best, scores = self._train(trainer, {})
         release(engine)
         self._export(best, self.folder / "teacher" / "model")
         self._finish("teacher", checkpoint=str(best), metrics=scores)
@@ -236,7 +239,7 @@ class Run:
         total = method.plan.total_steps
         teacher = self._load_teacher()
         ds_config = self._student_ds(config)
-        source = self.teacher_source if config.start == "teacher" else self.config.model.name
+        source = self.teacher_source if config.start == "teacher" else None
         self._seed("head")
         model = self._load_student(source, ds_config)
         if config.embedding_rank:
@@ -254,7 +257,7 @@ class Run:
         engine = build_student_engine(student, ds_config, lr=config.lr, weight_decay=config.weight_decay)
         sources = tuple(range(self.ready.structure.sizes.num_layers))
         trainer = self._trainer("prune", engine, config, total, teacher, sources, Replica(method))
-        last, scores = self._train(trainer, {"method": method})
+        last, scores = self._train(trainer, {"method": method, "source": source})
         release(engine, teacher.engine)
         self._finish("prune", checkpoint=str(last), metrics=scores)
 
@@ -286,7 +289,7 @@ class Run:
         engine = build_student_engine(student, ds_config, lr=config.lr, weight_decay=config.weight_decay)
         sources = self._compact_layers(source)
         trainer = self._trainer("recover", engine, config, total, teacher, sources)
-        best, scores = self._train(trainer, {"source": source})
+        best, scores = self._train(trainer, {"compact": source})
         release(engine, teacher.engine)
         self._export(best, self.folder / "recovered")
         self._finish("recover", checkpoint=str(best), metrics=scores, model=str(self.folder / "recovered"))
@@ -318,7 +321,7 @@ class Run:
         engine = build_student_engine(student, ds_config, lr=config.lr, weight_decay=config.weight_decay)
         sources = tuple(range(num_layers))
         trainer = self._trainer("blocks", engine, config, total, teacher, sources, Replica(method), layers=layers)
-        last, scores = self._train(trainer, {"method": method, "source": source})
+        last, scores = self._train(trainer, {"method": method, "compact": source})
         release(engine, teacher.engine)
         self._export(last, self.folder / "sparse")
         self._finish("blocks", checkpoint=str(last), metrics=scores, model=str(self.folder / "sparse"))
@@ -345,17 +348,20 @@ class Run:
         total = self.config.prune.duration.steps(per_epoch)
         return build_method(self.config, self.ready.structure, total_steps=total, steps_per_epoch=per_epoch)
 
-    def _load_student(self, source: str, ds_config: Mapping[str, Any]) -> PreTrainedModel:
-        """A model that is to be trained: the configured one, or one that an earlier stage left."""
+    def _load_student(self, source: str | None, ds_config: Mapping[str, Any]) -> PreTrainedModel:
+        """A model that is to be trained: one that an earlier stage left, or None for the configured one."""
         config = self.config.model
-        pretrained = source == config.name
-        model = load_model(
-            source,
-            self.task,
-            ds_config,
-            revision=config.revision if pretrained else None,
-            from_scratch=config.from_scratch and pretrained,
-        )
+        if source is None:
+            model = load_model(
+                config.name,
+                self.task,
+                ds_config,
+                revision=config.revision,
+                from_scratch=config.from_scratch,
+                fresh_head=True,
+            )
+        else:
+            model = load_model(source, self.task, ds_config)
         if self.config.student.activation_checkpointing:
             checkpoint_activations(model)
         return model
@@ -503,38 +509,73 @@ class Run:
         own: Mapping[str, Any],
     ) -> Snapshot:
         distances = trainer.matcher.distances if trainer.matcher else None
+        batch = self._verification_batch(trainer)
+        selection = about["method"].select() if "method" in about else None
+        logits = self._trained_logits(trainer, batch, selection)
+
+        def describe(folder: Path) -> None:
+            self._describe_model(folder / "model", trainer.engine.module.model, about)
+            save_verification_batch(folder / "verify.safetensors", batch)
+            verify.record(folder, logits)
+            if selection is not None:
+                selection.save(folder / "selection.safetensors")
+            write_json(folder / "figures.json", self._figures(trainer.stage, scores))
+
         return Snapshot(
             step=done,
             state={"metrics": scores, "settings": self._trained_with(trainer), **own},
             tensors={} if distances is None else {"distances": distances},
             score=score,
-            describe=lambda folder: self._describe(folder, trainer, scores, about),
+            describe=describe,
             provenance=self.provenance.facts,
         )
 
-    def _describe(self, folder: Path, trainer: Trainer, scores: Mapping[str, float], about: Mapping[str, Any]) -> None:
-        """Write what turns weights into a model: configuration, tokenizer, selection, a batch, figures."""
-        model = folder / "model"
-        model.mkdir()
-        if "source" in about:
-            for path in about["source"].iterdir():
-                if path.suffix in (".json", ".py", ".txt", ".model") and "safetensors" not in path.name:
-                    shutil.copy2(path, model / path.name)
-        else:
-            hf_model = trainer.engine.module.model
-            config = type(hf_model.config).from_dict(hf_model.config.to_dict())
-            config.architectures = [type(hf_model).__name__]
-            config.save_pretrained(model)
-            self.ready.tokenizer.save_pretrained(model)
+    def _verification_batch(self, trainer: Trainer) -> dict[str, Tensor]:
+        """Real evaluation examples, as arguments of the model."""
         first = next(iter(self.data.evals.values()))
         batch = first.collate(list(range(min(VERIFY_EXAMPLES, len(first)))))
         labels = batch.pop("labels")
         if isinstance(self.task, TextTask):
             batch = self.task.arguments(trainer.engine.module.model, batch, labels)
-        save_verification_batch(folder / "verify.safetensors", batch)
-        if "method" in about:
-            about["method"].select().save(folder / "selection.safetensors")
-        write_json(folder / "figures.json", self._figures(trainer.stage, scores))
+        return batch
+
+    def _trained_logits(self, trainer: Trainer, batch: Mapping[str, Tensor], selection: Any) -> Tensor:
+        """What the engine itself says, now, with the gates of a selection: the export has to say the same. Collective.
+
+        Taken from the live engine, it rests on nothing that was written.
+        """
+        engine, device = trainer.engine, self.world.device
+        gates = None
+        if selection is not None:
+            values = selection.masks if isinstance(selection, BlockSelection) else selection.gates
+            gates = {name: value.to(device) for name, value in values.items()}
+        inputs = {name: tensor.to(device) for name, tensor in verify.shortened(batch).items()}
+        engine.eval()
+        with torch.no_grad():
+            return verify.sample(engine(inputs, None, None, gates, bare=True)[0])
+
+    def _describe_model(self, folder: Path, model: PreTrainedModel, about: Mapping[str, Any]) -> None:
+        """Write what turns weights into a model: configuration, tokenizer, what else lies beside them.
+
+        Args:
+            folder: to be made.
+            model: that is trained.
+            about: where its weights came from: `compact`, a folder whose sizes it keeps, or `source`, if it was not
+                the configured model.
+        """
+        folder.mkdir()
+        name, compact = resolve_source(self.config.model.name), about.get("compact")
+        source = str(compact or about.get("source") or name)
+        copy_side_files(name, source, self.ready.tokenizer, folder, revision=self.config.model.revision)
+        if compact is not None:
+            config = json.loads((compact / "config.json").read_text(encoding="utf-8"))
+            # The sizes are those of the folder; of the outputs the live model knows better.
+            live = json.loads(model.config.to_json_string(use_diff=False))
+            write_json(folder / "config.json", {**config, **{key: live[key] for key in OF_OUTPUTS if key in live}})
+            return
+        config = type(model.config).from_dict(model.config.to_dict())
+        config.architectures = [type(model).__name__]
+        config.save_pretrained(folder)
 
     def _figures(self, stage: str, scores: Mapping[str, float]) -> dict[str, Any]:
         """Figures for the model card."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import logging
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
@@ -173,15 +173,6 @@ class LabelTask(Task):
         logits: Tensor = model_output.logits
         return logits
 
-    def reorder(self, outputs: Tensor, permutation: Sequence[int]) -> Tensor:
-        """Outputs in the task's order of labels.
-
-        Args:
-            outputs: [..., classes].
-            permutation: of `label_permutation`.
-        """
-        return outputs[..., list(permutation)]
-
     @abstractmethod
     def loss(self, outputs: Tensor, labels: Tensor, *, count: Tensor) -> Tensor:
         """The task's own loss, summed over targets and divided by `count`: [].
@@ -200,7 +191,7 @@ class LabelTask(Task):
 
         Args:
             student: outputs, as `outputs` gives them.
-            teacher: outputs for the same batch, in the task's order of labels.
+            teacher: outputs for the same batch.
             labels: of the same batch; only where they are -100 matters.
             temperature: T.
             count: [] targets of a mean micro-batch of the step.

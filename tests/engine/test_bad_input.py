@@ -7,6 +7,8 @@ import shutil
 from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file, save_file
+from transformers import AutoConfig, BertForSequenceClassification
 
 from tests.helpers.folders import tiny_folder, tiny_recipe
 from tests.helpers.world import run_world
@@ -38,6 +40,16 @@ def _teacher(folder: Path, **changes) -> str:
     config |= {"architectures": ["BertForSequenceClassification"], **changes}
     (target / "config.json").write_text(json.dumps(config))
     return f"teacher.path={target}"
+
+
+def _fine_tuned(folder: Path, *labels: str, without: str = "") -> str:
+    target = Path(shutil.copytree(folder / "dense", folder / "fine-tuned"))
+    config = AutoConfig.from_pretrained(target, id2label=dict(enumerate(labels)))
+    BertForSequenceClassification(config).save_pretrained(target)
+    tensors = load_file(target / "model.safetensors")
+    tensors.pop(without, None)
+    save_file(tensors, target / "model.safetensors", metadata={"format": "pt"})
+    return f"model.name={target}"
 
 
 def _unwritable(folder: Path) -> str:
@@ -84,10 +96,20 @@ CASES = {
         "3 labels",
         lambda f: (_teacher(f, id2label={str(i): f"LABEL_{i}" for i in range(3)}),),
     ),
-    "start from a teacher with reordered labels": (
-        64,
-        "in another order",
-        lambda f: (_teacher(f, id2label={"0": "follows", "1": "contradicts"}), "prune.start=teacher"),
+    "teacher without its classifier": (
+        65,
+        "2 weights are not there, the first is classifier.bias",
+        lambda f: (_teacher(f, id2label={"0": "follows", "1": "contradicts"}),),
+    ),
+    "model with other labels": (
+        65,
+        "(yes, no) are not the task's (contradicts, follows)",
+        lambda f: (_fine_tuned(f, "yes", "no"),),
+    ),
+    "model whose weights are not all there": (
+        65,
+        "1 weights are not there, the first is bert.pooler.dense.bias",
+        lambda f: (_fine_tuned(f, "follows", "contradicts", without="bert.pooler.dense.bias"),),
     ),
     "missing column": (65, "sentence", lambda f: _data(f, GOOD.replace("sentence", "text"))),
     "empty split": (65, "validation", lambda f: _data(f, GOOD, "sentence,label\n")),

@@ -1,12 +1,10 @@
 from __future__ import annotations
 
-import logging
-
 import pytest
 import torch
 
 from dsprune.errors import ArchitectureError
-from dsprune.tasks.labels import label_permutation
+from dsprune.tasks.labels import has_default_names, label_permutation
 
 MNLI = ("entailment", "neutral", "contradiction")
 
@@ -28,10 +26,11 @@ def test_names_are_compared_loosely() -> None:
     assert label_permutation({1: "POSITIVE", 0: "NEGATIVE"}, ("negative", "positive")) is None
 
 
-def test_default_names_are_believed_with_a_warning(caplog: pytest.LogCaptureFixture) -> None:
-    with caplog.at_level(logging.WARNING):
-        assert label_permutation({0: "LABEL_0", 1: "LABEL_1", 2: "LABEL_2"}, MNLI) is None
-    assert "taken to be in the task's order" in caplog.text
+def test_default_names_are_believed() -> None:
+    names = {0: "LABEL_0", 1: "LABEL_1", 2: "LABEL_2"}
+    assert label_permutation(names, MNLI) is None
+    assert has_default_names(names)
+    assert not has_default_names(dict(enumerate(MNLI)))
 
 
 @pytest.mark.parametrize(

@@ -89,16 +89,13 @@ class OutputScorer(Scorer):
 
     Args:
         task: whose outputs they are.
-        order: the model's place for each of the task's labels; None where they are the same.
     """
 
-    def __init__(self, task: LabelTask, order: list[int] | None) -> None:
+    def __init__(self, task: LabelTask) -> None:
         self.task = task
-        self._order = order
 
     def predict(self, run: Callable[..., Any], inputs: Mapping[str, Tensor], labels: Tensor) -> Tensor:
-        outputs = self.task.outputs(run(**inputs))
-        return outputs if self._order is None else self.task.reorder(outputs, self._order)
+        return self.task.outputs(run(**inputs))
 
     def teach(
         self, run: Callable[..., Any], inputs: Mapping[str, Tensor], labels: Tensor, distill: DistillConfig
@@ -216,15 +213,14 @@ def _shares(taught: Taught | None, distill: DistillConfig | None) -> list[float]
     return [distill.logits, distill.labels] if distill.labels > 0 else [distill.logits]
 
 
-def make_scorer(task: Task, model: PreTrainedModel, order: list[int] | None = None) -> Scorer:
+def make_scorer(task: Task, model: PreTrainedModel) -> Scorer:
     """What reads a model's answers to a task; made before the model becomes an engine.
 
     Args:
         task: to be answered.
-        model: that answers.
-        order: the model's place for each of the task's labels; None where they are the same.
+        model: that answers, its outputs in the task's order.
     """
     if isinstance(task, TextTask):
         return VocabularyScorer(task, model)
     assert isinstance(task, LabelTask)
-    return OutputScorer(task, order)
+    return OutputScorer(task)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from dsprune.config import DistillConfig
+from dsprune.consolidate import verify
 from dsprune.distill import UNMATCHED, AttentionTap, HiddenTap, attention_loss, layer_distances, layer_loss
 from dsprune.engine.learning.losses import Taught, make_scorer
 from dsprune.engine.models.load import announce_tables, attention_modules, hidden_states, layer_stacks
@@ -120,22 +121,24 @@ class Student(nn.Module):
     def forward(
         self,
         inputs: Mapping[str, Tensor],
-        labels: Tensor,
+        labels: Tensor | None,
         num_targets: Tensor | None = None,
         gates: Gates | None = None,
         lesson: Lesson | None = None,
         *,
         probe: bool = False,
+        bare: bool = False,
     ) -> tuple[Tensor, ...]:
         """Losses of one micro-batch; without a number of targets, what metrics are made of.
 
         Args:
             inputs: the model's arguments.
-            labels: as the task has them.
+            labels: as the task has them; None where only the model's own outputs are wanted.
             num_targets: [] what losses of the outputs are divided by; see `MicroBatch`.
             gates: of the model; None is the model as it is.
             lesson: what the teacher says; None where nobody teaches.
             probe: leave out the layerwise loss, and give gated weights no gradients.
+            bare: give out what the model itself does, `(outputs,)`.
 
         Returns:
             `(predictions,)`, or `(loss, parts [len(PARTS)], distances)` with distances [teacher layers,
@@ -144,6 +147,10 @@ class Student(nn.Module):
         if self.gating is not None:
             self.gating.set(gates)
             self.gating.frozen = probe
+        if bare or labels is None:
+            outputs = verify.outputs(self.model(**inputs))
+            self._let_go()
+            return (outputs,)
         if num_targets is None:
             predictions = self.scorer.predict(self.model, inputs, labels)
             self._let_go()

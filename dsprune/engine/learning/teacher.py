@@ -16,7 +16,6 @@ from dsprune.engine.models.load import announce_tables, attention_modules, hidde
 from dsprune.engine.zero.config import precision
 from dsprune.engine.zero.requirements import quiet_import
 from dsprune.tasks import Task
-from dsprune.tasks.labels import label_permutation
 
 deepspeed = quiet_import()
 
@@ -38,7 +37,7 @@ class Teacher:
 
     Args:
         source: folder or hub id of the fine-tuned model.
-        task: its labels decide the order of the logits.
+        task: decides the head, and the order of its outputs.
         ds_config: filled teacher configuration, ZeRO stage 0 or 3.
         layers: layers whose hidden states are wanted, counted from 1; 0 stands for the embeddings.
         attentions: whether their attention maps are wanted as well.
@@ -48,7 +47,7 @@ class Teacher:
         stacks: likewise for the layers that teach.
 
     Raises:
-        ArchitectureError: the model's labels are not the task's.
+        ArchitectureError: the model's labels are not the task's, or weights of it are missing.
     """
 
     def __init__(
@@ -62,8 +61,7 @@ class Teacher:
     ) -> None:
         model = load_model(source, task, ds_config)
         self.width = int(model.config.hidden_size)
-        order = label_permutation(model.config.id2label, task.labels) if task.labels else None
-        self.scorer = make_scorer(task, model, order)
+        self.scorer = make_scorer(task, model)
         model.to(_DTYPES[precision(ds_config)])
         self.layer_stacks = layer_stacks(model)
         self.stacks = tuple(self.layer_stacks[i - 1] if i > 0 else 0 for i in layers)

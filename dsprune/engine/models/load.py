@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import gc
 import importlib.util
-import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -14,11 +13,6 @@ import torch
 from torch import Tensor
 from transformers import (
     AutoConfig,
-    AutoModelForCausalLM,
-    AutoModelForQuestionAnswering,
-    AutoModelForSeq2SeqLM,
-    AutoModelForSequenceClassification,
-    AutoModelForTokenClassification,
     AutoTokenizer,
     PretrainedConfig,
     PreTrainedModel,
@@ -27,8 +21,10 @@ from transformers import (
 from transformers.integrations import HfDeepSpeedConfig, unset_hf_deepspeed_config
 from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
-from dsprune.arch import FamilySpec, StackSpec, family_for
-from dsprune.consolidate import auto_with_own_head, load_compact, position_table
+from dsprune.arch import StackSpec, family_for
+from dsprune.consolidate import auto_with_own_head, position_table
+from dsprune.engine.models.load.labelling import label_config, name_labels
+from dsprune.engine.models.load.loading import AUTO_CLASSES, family_of, output_module, plan_loading
 from dsprune.engine.zero.config import precision, zero_stage
 from dsprune.engine.zero.requirements import quiet_import
 from dsprune.errors import ArchitectureError, ConfigError
@@ -44,7 +40,7 @@ __all__ = [
     "from_config",
     "gathered",
     "hidden_states",
-    "is_compact",
+    "label_config",
     "layer_stacks",
     "load_model",
     "load_tokenizer",
@@ -53,16 +49,7 @@ __all__ = [
     "whole",
 ]
 
-logger = logging.getLogger(__name__)
 PACKAGE_PREFIX = "package:"
-AUTO_CLASSES: Mapping[str, Any] = {
-    "ForSequenceClassification": AutoModelForSequenceClassification,
-    "ForQuestionAnswering": AutoModelForQuestionAnswering,
-    "ForTokenClassification": AutoModelForTokenClassification,
-    "ForCausalLM": AutoModelForCausalLM,
-    "ForConditionalGeneration": AutoModelForSeq2SeqLM,
-}
-"""By the head that a task needs."""
 
 
 def resolve_source(name: str) -> str:
@@ -104,12 +91,6 @@ def _first_line(error: Exception) -> str:
     return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
 
 
-def is_compact(source: str) -> bool:
-    """Whether a folder holds a compact model, of sizes that no stock class has."""
-    config = Path(source) / "config.json"
-    return config.is_file() and '"dsprune' in config.read_text(encoding="utf-8")
-
-
 @contextmanager
 def _partitioned_loading(ds_config: Mapping[str, Any]) -> Iterator[None]:
     """Under ZeRO-3, let weights go straight into partitions while they are loaded."""
@@ -134,11 +115,12 @@ def load_model(
     *,
     revision: str | None = None,
     from_scratch: bool = False,
+    fresh_head: bool = False,
 ) -> PreTrainedModel:
-    """A model with the task's head, dense or compact, ready to become an engine.
+    """A model with the task's head, dense or compact, ready to become an engine. Collective under ZeRO-3.
 
-    Weights missing from the source (a fresh task head) are initialised from torch's seed, which the
-    caller sets. Under ZeRO-3 the weights never stand whole on one rank.
+    Its outputs are in the task's order and its configuration names them as the task does. Weights that are random (a
+    fresh head) come from torch's seed, which the caller sets. Under ZeRO-3 the weights never stand whole on one rank.
 
     Args:
         source: folder or hub id.
@@ -146,52 +128,40 @@ def load_model(
         ds_config: filled configuration of the engine that the model is for.
         revision: of the hub.
         from_scratch: take the configuration alone, and begin with random weights.
+        fresh_head: whether the source may lack the task's head, which then begins with random weights.
 
     Raises:
         ConfigError: the source cannot be read.
-        ArchitectureError: a family that dsprune does not know, or that does not fit the task.
+        ArchitectureError: a family that dsprune does not know, or a model that is not complete or does not fit the
+            task.
     """
     quiet_import()
     source = resolve_source(source)
     options: dict[str, Any] = {"dtype": _DTYPES[precision(ds_config)] if zero_stage(ds_config) == 3 else torch.float32}
-    with _partitioned_loading(ds_config):
-        if is_compact(source):
-            return load_compact(source, **options)
+    if from_scratch:
         try:
-            config = AutoConfig.from_pretrained(source, revision=revision)
+            config = AutoConfig.from_pretrained(source, revision=revision, **label_config(task))
         except (OSError, ValueError) as error:
             raise ConfigError(f"cannot load model '{source}': {_first_line(error)}") from error
         family_for(config.model_type)
-        if from_scratch:
-            config = AutoConfig.from_pretrained(source, revision=revision, **label_config(task))
+        with _partitioned_loading(ds_config):
             return from_config(task.head, config, **options)
-        return _load_dense(source, task, config, revision, options)
+    plan = plan_loading(source, task, revision=revision, fresh_head=fresh_head)
+    with _partitioned_loading(ds_config):
+        model = plan.load(**options)
+    if plan.order is not None:
+        _reorder_outputs(model, plan.order)
+    name_labels(model.config, task)
+    return model
 
 
-def _load_dense(
-    source: str, task: Task, config: PretrainedConfig, revision: str | None, options: dict[str, Any]
-) -> PreTrainedModel:
-    trained = any(name.endswith(task.head) for name in config.architectures or [])
-    if trained and task.problem != "text" and config.num_labels != task.num_labels:
-        raise ArchitectureError(
-            f"model '{source}' has {config.num_labels} labels and task '{task.name}' has {task.num_labels}"
-        )
-    if not trained:
-        options |= label_config(task)
-    try:
-        # Weights that are pickled are refused: opening them could run whatever they hold.
-        model, found = _with_info(
-            AUTO_CLASSES[task.head], config, source, revision=revision, use_safetensors=True, **options
-        )
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"cannot load model '{source}': {_first_line(error)}{_scratch_hint(error)}") from error
-    missing = sorted(found["missing_keys"])
-    if task.problem == "text" and missing:
-        raise ArchitectureError(
-            f"model '{source}' was not trained for task '{task.name}': {len(missing)} weights are not there, the first "
-            f"is {missing[0]}"
-        )
-    return model  # type: ignore[no-any-return]
+def _reorder_outputs(model: PreTrainedModel, order: Sequence[int]) -> None:
+    """Let output i be what output `order[i]` was. Collective under ZeRO-3."""
+    module = model.get_submodule(output_module(model))
+    weights = [param for param in (module.weight, module.bias) if param is not None]
+    with gathered(*weights, rewritten=True) as writes, torch.no_grad():
+        for param in weights if writes else ():
+            param.copy_(param[list(order)])
 
 
 def from_config(head: str, config: PretrainedConfig, **options: Any) -> PreTrainedModel:
@@ -199,24 +169,6 @@ def from_config(head: str, config: PretrainedConfig, **options: Any) -> PreTrain
     auto = AUTO_CLASSES[head]
     model: PreTrainedModel = auto_with_own_head(auto, config, lambda: auto.from_config(config, **options))
     return model
-
-
-def _with_info(
-    auto: Any, config: PretrainedConfig, source: str, **options: Any
-) -> tuple[PreTrainedModel, dict[str, Any]]:
-    """A model with its weights, and what is to be said of them."""
-    found: dict[str, Any] = {}
-
-    def make() -> PreTrainedModel:
-        model, info = auto.from_pretrained(source, output_loading_info=True, **options)
-        found.update(info)
-        return model  # type: ignore[no-any-return]
-
-    return auto_with_own_head(auto, config, make), found
-
-
-def _scratch_hint(error: Exception) -> str:
-    return "; to begin with random weights, say model.from_scratch=true" if "no file named" in str(error) else ""
 
 
 def check_reads_forward(source: str, config: PretrainedConfig) -> None:
@@ -245,27 +197,9 @@ def checkpoint_activations(model: PreTrainedModel) -> None:
         raise ArchitectureError(f"student.activation_checkpointing: {_first_line(error)}") from error
 
 
-def label_config(task: Task) -> dict[str, Any]:
-    """What a fresh head's configuration says about its labels."""
-    if task.problem == "text":
-        return {}
-    if task.problem == "spans":
-        return {"num_labels": task.num_labels}
-    names = task.labels or ("score",)
-    labels = {
-        "num_labels": task.num_labels,
-        "id2label": dict(enumerate(names)),
-        "label2id": {name: i for i, name in enumerate(names)},
-    }
-    if task.problem == "tokens":
-        return labels
-    regression = task.problem == "regression"
-    return labels | {"problem_type": "regression" if regression else "single_label_classification"}
-
-
 def _stacks(model: PreTrainedModel) -> list[tuple[StackSpec, list[str]]]:
     """The stacks that a dense or compact model has, and the paths of their layers from its root."""
-    family = _family(model)
+    family = family_of(model.config)
     base = family.base if hasattr(model, family.base) else ""
     found = []
     for stack in family.stacks:
@@ -274,10 +208,6 @@ def _stacks(model: PreTrainedModel) -> list[tuple[StackSpec, list[str]]]:
             count = len(list(model.get_submodule(root).children()))
             found.append((stack, [f"{root}.{i}" for i in range(count)]))
     return found
-
-
-def _family(model: PreTrainedModel) -> FamilySpec:
-    return family_for(str(model.config.model_type).removeprefix("dsprune_"))
 
 
 def encoder_layers(model: PreTrainedModel) -> list[str]:
@@ -292,7 +222,7 @@ def layer_stacks(model: PreTrainedModel) -> tuple[int, ...]:
 
 def hidden_states(model: PreTrainedModel, *, embeddings: bool) -> list[str]:
     """Modules whose outputs are the hidden states: the layers, and after them the embeddings if wanted."""
-    family = _family(model)
+    family = family_of(model.config)
     base = getattr(model, family.base, model)
     module = family.stacks[0].embedding or family.word_embeddings.split(".")[0]
     if family.embedding_projection is not None and hasattr(base, family.embedding_projection):
@@ -327,13 +257,21 @@ def announce_tables(model: PreTrainedModel) -> None:
 
 
 @contextmanager
-def gathered(*weights: Tensor) -> Iterator[None]:
-    """Parameters as a whole, wherever ZeRO-3 keeps their parts. Collective under ZeRO-3."""
+def gathered(*weights: Tensor, rewritten: bool = False) -> Iterator[bool]:
+    """Parameters as a whole, wherever ZeRO-3 keeps their parts. Collective under ZeRO-3.
+
+    Args:
+        weights: parameters.
+        rewritten: let one rank write to them, for all.
+
+    Yields:
+        Whether this rank is to write.
+    """
     if not any(hasattr(weight, "ds_id") for weight in weights):
-        yield
+        yield rewritten
         return
-    with quiet_import().zero.GatheredParameters(list(weights)):
-        yield
+    with quiet_import().zero.GatheredParameters(list(weights), modifier_rank=0 if rewritten else None):
+        yield rewritten and torch.distributed.get_rank() == 0
 
 
 def whole(model: PreTrainedModel, name: str) -> Tensor:

@@ -1,0 +1,69 @@
+"""What a model's configuration says of its outputs, and how it comes to say what the task says."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from transformers import PretrainedConfig
+
+from dsprune.errors import ArchitectureError
+from dsprune.tasks import Task
+from dsprune.tasks.labels import label_permutation
+
+__all__ = ["label_config", "listed", "name_labels", "output_order"]
+
+
+def label_config(task: Task) -> dict[str, Any]:
+    """What a configuration says about the task's labels."""
+    if task.problem == "text":
+        return {}
+    if task.problem == "spans":
+        return {"num_labels": task.num_labels}
+    names = task.labels or ("score",)
+    labels = {
+        "num_labels": task.num_labels,
+        "id2label": dict(enumerate(names)),
+        "label2id": {name: i for i, name in enumerate(names)},
+    }
+    if task.problem == "tokens":
+        return labels
+    regression = task.problem == "regression"
+    return labels | {"problem_type": "regression" if regression else "single_label_classification"}
+
+
+def name_labels(config: PretrainedConfig, task: Task) -> None:
+    """Let a model's configuration name its outputs as the task does, in the task's order."""
+    for key, value in label_config(task).items():
+        setattr(config, key, value)
+
+
+def listed(config: PretrainedConfig) -> str:
+    """A model's label names in the order of its outputs."""
+    return ", ".join(str(config.id2label[i]) for i in sorted(config.id2label))
+
+
+def output_order(source: str, config: PretrainedConfig, task: Task) -> list[int] | None:
+    """Which output of a fine-tuned model is which of the task's labels; None where they are in the task's order.
+
+    Args:
+        source: folder or hub id, for messages.
+        config: of the model.
+        task: whose labels they are.
+
+    Raises:
+        ArchitectureError: another number of outputs, or names that are not the task's.
+    """
+    if task.problem == "text":
+        return None
+    if config.num_labels != task.num_labels:
+        ours = f" ({', '.join(task.labels)})" if task.labels else ""
+        raise ArchitectureError(
+            f"model '{source}' has {config.num_labels} labels ({listed(config)}) and task '{task.name}' has "
+            f"{task.num_labels}{ours}"
+        )
+    if not task.labels:
+        return None
+    try:
+        return label_permutation(config.id2label, task.labels)
+    except ArchitectureError as error:
+        raise ArchitectureError(f"model '{source}': {error}") from error
