@@ -18,7 +18,7 @@ from dsprune.tasks.batching import Encoded, Flat, Tokeniser, Tokens, flatten
 from dsprune.tasks.checks import check_columns, check_text, refuse_first
 from dsprune.tasks.losses import IGNORED
 from dsprune.tasks.metrics import check_finite
-from dsprune.tasks.rouge import reads_more, rouge_l
+from dsprune.tasks.rouge_l import reads_more, rouge_l
 from dsprune.tasks.sources import Split, Splits
 from dsprune.tasks.text import DecodedTask, end_of_text, text_settings
 
@@ -151,7 +151,7 @@ def _noted(split: Split, column: str) -> Split:
 
 
 def text_scores(written: Sequence[str], references: Sequence[str]) -> dict[str, float]:
-    """ROUGE-L (see `dsprune.tasks.rouge` for its tokens), and exact match.
+    """ROUGE-L (see `dsprune.tasks.rouge_l` for its tokens), and exact match.
 
     Args:
         written: texts to score; spaces at the ends do not count.

@@ -20,7 +20,7 @@ import torch
 from dsprune.tasks.answers import score_answers, score_or_none
 from dsprune.tasks.conll import TAG_NAMES
 from dsprune.tasks.metrics import METRICS, score
-from dsprune.tasks.rouge import UnicodeTokenizer, reads_more, rouge_l
+from dsprune.tasks.rouge_l import UnicodeTokenizer, reads_more, rouge_l
 from dsprune.tasks.tokens import entity_scores
 from tests.tasks import official
 

@@ -6,7 +6,7 @@ import unicodedata
 
 import pytest
 
-from dsprune.tasks.rouge import UnicodeTokenizer, reads_more, rouge_l
+from dsprune.tasks.rouge_l import UnicodeTokenizer, reads_more, rouge_l
 
 
 @pytest.mark.parametrize(
