@@ -45,16 +45,19 @@ def plot_run(
     dense_sizes: Mapping[str, int],
     path: Path,
     *,
+    metric: str,
     title: str,
 ) -> None:
     """Draw a run into a PNG of 1800 x 1200 pixels: kept heads, kept FFN sizes, curves over all stages.
 
     Args:
         metrics: lines of the run's metrics.jsonl: `stage` and `step` (each stage counts from 0), with any of
-            `sparsity/target`, `sparsity/expected`, `sparsity/hard` and `eval/NAME`. What is missing is not drawn.
+            `sparsity/target`, `sparsity/expected`, `sparsity/hard` and `eval/METRIC` or `eval/SPLIT/METRIC`. What is
+            missing is not drawn.
         layers: for each dense layer, the kept `heads` and `ffn_dim`; 0 is a removed sublayer.
         dense_sizes: `heads` and `ffn_dim` of every dense layer.
         path: file to write.
+        metric: name of the one to draw, of all splits: others, such as thresholds, are not on its scale.
         title: above it all.
 
     Raises:
@@ -72,7 +75,7 @@ def plot_run(
         _tidy(axes)
     for kind, name in (("heads", "attention heads"), ("ffn_dim", "FFN size")):
         _draw_kept(panels[kind], [layer[kind] for layer in layers], dense_sizes[kind], name)
-    _draw_curves(panels["curves"], metrics)
+    _draw_curves(panels["curves"], metrics, metric)
     try:
         figure.savefig(path, dpi=DPI, format="png")
     except OSError as error:
@@ -108,8 +111,8 @@ def _draw_kept(axes: Axes, kept: Sequence[int], dense: int, name: str) -> None:
     axes.legend(loc="lower right", bbox_to_anchor=(1, 1), ncols=2, frameon=False, fontsize=9, borderaxespad=0.2)
 
 
-def _draw_curves(axes: Axes, metrics: Metrics) -> None:
-    """Sparsity on the left axis, metrics on the right one, the stages one after another."""
+def _draw_curves(axes: Axes, metrics: Metrics, metric: str) -> None:
+    """Sparsity on the left axis, the metric on the right one, the stages one after another."""
     starts = _stage_starts(metrics)
     axes.set_title("sparsity and metric", loc="left", fontsize=11, color=INK, pad=20)
     axes.set_xlabel("optimizer step, the stages one after another", color=INK)
@@ -118,7 +121,7 @@ def _draw_curves(axes: Axes, metrics: Metrics) -> None:
     axes.yaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
     end = max(1, sum(steps for _, steps in starts.values()))
     axes.set_xlim(-0.01 * end, 1.01 * end)
-    lines = _draw_sparsities(axes, metrics, starts) + _draw_metrics(axes, metrics, starts)
+    lines = _draw_sparsities(axes, metrics, starts) + _draw_metric(axes, metrics, starts, metric)
     if lines:
         style: dict[str, Any] = {"loc": "lower right", "bbox_to_anchor": (1, 1.04), "frameon": False, "fontsize": 9}
         axes.legend(handles=lines, ncols=len(lines), **style)
@@ -166,8 +169,9 @@ def _draw_sparsities(axes: Axes, metrics: Metrics, starts: Mapping[str, tuple[in
     return lines
 
 
-def _draw_metrics(axes: Axes, metrics: Metrics, starts: Mapping[str, tuple[int, int]]) -> list[Line2D]:
-    names = sorted({name for line in metrics for name in line if name.startswith("eval/")})
+def _draw_metric(axes: Axes, metrics: Metrics, starts: Mapping[str, tuple[int, int]], metric: str) -> list[Line2D]:
+    logged = {name for line in metrics for name in line if name.startswith("eval/")}
+    names = sorted(name for name in logged if name.split("/")[-1] == metric)
     if not names:
         return []
     twin = axes.twinx()

@@ -178,6 +178,7 @@ def _plot(run: Run, final: Path) -> None:
         layers,
         {"heads": sizes.num_groups, "ffn_dim": sizes.ffn_dim},
         run.folder / "report.png",
+        metric=run.task.primary,
         title=f"{run.config.model.name} on {run.task.name}: {run.config.method.name}, "
         f"target {run.ready.target:.0%} of the {run.config.prune.target_of}",
     )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -18,6 +18,7 @@ from dsprune.tasks.batching import Encoded, Flat, Tokeniser, Tokens, flatten
 from dsprune.tasks.checks import check_columns, check_text, refuse_first
 from dsprune.tasks.losses import IGNORED
 from dsprune.tasks.metrics import check_finite
+from dsprune.tasks.rouge_l import reads_more, rouge_l
 from dsprune.tasks.sources import Split, Splits
 from dsprune.tasks.text import DecodedTask, end_of_text, text_settings
 
@@ -107,7 +108,7 @@ class Seq2SeqTask(DecodedTask):
             for column in self.columns:
                 blank = (not text.strip() for text in split.columns[column])
                 refuse_first(split, column, blank, "expected text that is not blank")
-        return splits
+        return replace(splits, evals={name: _noted(split, self.columns[1]) for name, split in splits.evals.items()})
 
     def _encode(self, split: Split, tokeniser: Tokeniser) -> TextPairs:
         tokenizer, end = tokeniser.tokenizer, end_of_text(tokeniser.tokenizer)
@@ -136,20 +137,28 @@ class Seq2SeqTask(DecodedTask):
         )
 
 
+def _noted(split: Split, column: str) -> Split:
+    """The split, with a word on ROUGE-L where rouge_score's own tokenizer would have given another one."""
+    targets = split.columns[column]
+    count = sum(map(reads_more, targets))
+    if not count:
+        return split
+    note = (
+        f"{split.name}: rougeL is of Unicode words (of characters, in scripts without spaces); rouge_score's default "
+        f"tokenizer, which reads a-z and 0-9 only, would read {count} of {len(targets)} targets otherwise"
+    )
+    return replace(split, notes=(*split.notes, note))
+
+
 def text_scores(written: Sequence[str], references: Sequence[str]) -> dict[str, float]:
-    """ROUGE-L (Lin 2004; F1 of the longest common subsequence of words, lower case, unstemmed), and exact match.
+    """ROUGE-L (see `dsprune.tasks.rouge_l` for its tokens), and exact match.
 
     Args:
         written: texts to score; spaces at the ends do not count.
         references: as many right ones.
     """
-    from rouge_score import rouge_scorer  # brings nltk along, which takes a second
-
-    scorer = rouge_scorer.RougeScorer(["rougeL"])
-    pairs = list(zip(written, references, strict=True))
-    overlap = sum(scorer.score(right, text)["rougeL"].fmeasure for text, right in pairs)
-    exact = sum(text.strip() == right.strip() for text, right in pairs)
-    return dict(zip(TEXT_METRICS, (overlap / len(pairs), exact / len(pairs)), strict=True))
+    exact = sum(text.strip() == right.strip() for text, right in zip(written, references, strict=True))
+    return dict(zip(TEXT_METRICS, (rouge_l(written, references), exact / len(references)), strict=True))
 
 
 def build_seq2seq(task: TaskConfig, data: DataConfig, seed: int) -> Seq2SeqTask:

@@ -134,7 +134,7 @@ class SpanTask(LabelTask):
         return losses.span_divergence(student, teacher, labels, temperature=temperature) / count
 
     def score(self, predictions: Tensor, data: Encoded) -> dict[str, float]:
-        """F1 and exact match by the official definitions, as fractions of 1 where the scripts print percent.
+        """The figures of the official scripts, see `answers`.
 
         Args:
             predictions: [features, width, 2] start and end logits; anything past each feature's length.
@@ -144,9 +144,10 @@ class SpanTask(LabelTask):
             NumericsError: outputs that are not finite.
         """
         assert isinstance(data, Windows)
-        given = self.answers(predictions, data)
-        official = answers.score_or_none if self.may_be_unanswerable else answers.score_answers
-        return official([given[question] for question in data.questions.ids], data.questions.answers)
+        given, margins = self._best_answers(predictions, data)
+        if self.may_be_unanswerable:
+            return answers.score_or_none(given, data.questions.answers, margins, self.null_threshold)
+        return answers.score_answers(given, data.questions.answers)
 
     def answers(self, predictions: Tensor, data: Windows) -> dict[str, str]:
         """The answer to each question by its id, as the official scripts read them; "" for none.
@@ -158,24 +159,30 @@ class SpanTask(LabelTask):
         Raises:
             NumericsError: outputs that are not finite.
         """
+        given, margins = self._best_answers(predictions, data)
+        none = [self.may_be_unanswerable and margin > self.null_threshold for margin in margins]
+        return {
+            question: "" if skip else text for question, text, skip in zip(data.questions.ids, given, none, strict=True)
+        }
+
+    def _best_answers(self, predictions: Tensor, data: Windows) -> tuple[list[str], list[float]]:
+        """The best span of each question ("" where there is none), and by how much no answer exceeds it."""
         check_finite(predictions)
         allowed = data.in_context(predictions.shape[1])
         spans = answers.best_spans(predictions, allowed, n_best=self.n_best, max_length=self.max_answer_length)
-        num_questions = len(data.questions.ids)
-        no_answer = torch.full((num_questions,), torch.inf)
+        no_answer = torch.full((len(data.questions.ids),), torch.inf)
         no_answer.scatter_reduce_(0, data.question_of, predictions[:, 0].float().sum(-1), "amin")
         best: dict[int, int] = {}
         scores, question_of = spans.scores.tolist(), data.question_of.tolist()
         for feature, question in enumerate(question_of):
             if question not in best or scores[feature] > scores[best[question]]:
                 best[question] = feature
-        given = {}
-        for question, feature in best.items():
-            margin = no_answer[question].item() - scores[feature]
-            none = scores[feature] == -torch.inf or (self.may_be_unanswerable and margin > self.null_threshold)
-            span = int(spans.starts[feature]), int(spans.ends[feature])
-            given[data.questions.ids[question]] = "" if none else data.text(feature, *span)
-        return given
+        chosen = [best[question] for question in range(len(data.questions.ids))]
+        texts = [
+            "" if scores[row] == -torch.inf else data.text(row, int(spans.starts[row]), int(spans.ends[row]))
+            for row in chosen
+        ]
+        return texts, [none - scores[row] for none, row in zip(no_answer.tolist(), chosen, strict=True)]
 
     # --- examples -------------------------------------------------------------------------
 
@@ -183,7 +190,7 @@ class SpanTask(LabelTask):
         checked = splits.map(self._check_split)
         for split in checked.evals.values():
             kinds = {bool(found["text"]) for found in split.columns["answers"]}
-            needed = {"has_answer_f1": True, "no_answer_f1": False}.get(self.primary)
+            needed = {"HasAns": True, "NoAns": False}.get(self.primary.partition("_")[0])
             if needed is not None and needed not in kinds:
                 raise DataError(f"{split.origin}: has no questions that task.metric = '{self.primary}' is measured on")
         return checked

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from dsprune.config import DataConfig, TaskConfig
 from dsprune.errors import ConfigError
+from dsprune.tasks.answers import ANSWER_METRICS, OR_NONE_METRICS
 from dsprune.tasks.base import Task, choose_metric
 from dsprune.tasks.sources import HubData, split_reader
 from dsprune.tasks.spans import SpanTask
@@ -24,10 +25,8 @@ class SquadTask:
 
 
 SQUAD: Mapping[str, SquadTask] = {
-    "squad": SquadTask(HubData("rajpurkar/squad"), ("f1", "exact"), may_be_unanswerable=False),
-    "squad_v2": SquadTask(
-        HubData("rajpurkar/squad_v2"), ("f1", "exact", "has_answer_f1", "no_answer_f1"), may_be_unanswerable=True
-    ),
+    "squad": SquadTask(HubData("rajpurkar/squad"), ANSWER_METRICS, may_be_unanswerable=False),
+    "squad_v2": SquadTask(HubData("rajpurkar/squad_v2"), OR_NONE_METRICS, may_be_unanswerable=True),
 }
 """Both versions by the name of their task."""
 

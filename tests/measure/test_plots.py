@@ -23,7 +23,7 @@ RECOVER = [{"stage": "recover", "step": 30, "eval/accuracy": 0.88}]
 
 
 def _draw(metrics: Sequence[Mapping[str, Any]], path: Path = Path("unused.png"), *, repeat: int = 1) -> None:
-    plot_run(metrics, LAYERS * repeat, DENSE, path, title="a model on a task: 60% of the encoder")
+    plot_run(metrics, LAYERS * repeat, DENSE, path, metric="accuracy", title="a model on a task: 60% of the encoder")
 
 
 @pytest.fixture
@@ -71,6 +71,13 @@ def test_stages_lie_one_after_another(panels: list[Axes]) -> None:
     assert names == ["target sparsity", "expected sparsity", "hard sparsity", "accuracy (right)"]
 
 
+def test_the_metric_of_every_split_is_drawn_and_no_other(panels: list[Axes]) -> None:
+    scores = {"eval/matched/accuracy": 0.8, "eval/mismatched/accuracy": 0.7, "eval/matched/best_f1_thresh": -12.5}
+    _draw([{"stage": "prune", "step": 10} | scores])
+    labels = [line.get_label() for line in panels[3].lines]
+    assert labels == ["matched/accuracy (right)", "mismatched/accuracy (right)"]
+
+
 def test_a_missing_stage_takes_no_room(panels: list[Axes]) -> None:
     _draw(PRUNE)
     assert [text.get_text() for text in panels[2].texts] == ["prune"]
@@ -106,4 +113,4 @@ def test_the_backend_is_left_alone(panels: list[Axes]) -> None:
 
 def test_a_path_that_cannot_be_written(tmp_path: Path) -> None:
     with pytest.raises(OutputError, match="cannot write the picture"):
-        plot_run(PRUNE, LAYERS, DENSE, tmp_path / "missing" / "run.png", title="")
+        plot_run(PRUNE, LAYERS, DENSE, tmp_path / "missing" / "run.png", metric="accuracy", title="")

@@ -59,28 +59,47 @@ def test_empty_answers_differ_between_the_versions() -> None:
 
 def test_the_best_of_several_true_answers_counts() -> None:
     scores = score_answers(["Denver Broncos", "gold"], [["Carolina", "the Broncos", "Denver"], ["red", "Gold"]])
-    assert scores == {"f1": pytest.approx((2 / 3 + 1) / 2), "exact": pytest.approx(1 / 2)}
+    assert scores == {"f1": pytest.approx((2 / 3 + 1) / 2), "exact_match": pytest.approx(1 / 2)}
 
 
 def test_questions_without_answer() -> None:
-    scores = score_or_none(["", "cat", "", "the big cat"], [[], [], ["cat"], ["cat", "dog"]])
+    predicted = ["dog", "cat", "cat", "the big cat"]
+    scores = score_or_none(predicted, [[], [], ["cat"], ["cat", "dog"]], [1.0, -1.0, 0.5, 0.0], 0.0)
     assert scores == {
         "f1": pytest.approx((1 + 0 + 0 + 2 / 3) / 4),
         "exact": pytest.approx(1 / 4),
-        "has_answer_f1": pytest.approx((0 + 2 / 3) / 2),
-        "no_answer_f1": pytest.approx(1 / 2),
+        "HasAns_f1": pytest.approx((0 + 2 / 3) / 2),
+        "HasAns_exact": 0.0,
+        "NoAns_f1": pytest.approx(1 / 2),
+        "NoAns_exact": pytest.approx(1 / 2),
+        # In the order of the margins: cat for none, 2/3 or nothing, the right cat, and then dog for none. At 0.5
+        # three are answered and one is right as none.
+        "best_f1": pytest.approx((0 + 2 / 3 + 1 + 1) / 4),
+        "best_f1_thresh": 0.5,
+        # Exactly, that is no more than without any answer, which the script calls a threshold of 0.
+        "best_exact": pytest.approx(2 / 4),
+        "best_exact_thresh": 0.0,
     }
 
 
+def test_the_threshold_has_to_be_exceeded() -> None:
+    assert score_or_none(["cat"], [["cat"]], [0.5], 0.5)["f1"] == 1.0
+    assert score_or_none(["cat"], [["cat"]], [0.5], 0.4)["f1"] == 0.0
+    assert score_or_none(["cat"], [[]], [0.5], 0.4)["f1"] == 1.0
+
+
 def test_kinds_of_questions_that_do_not_occur_have_no_figure() -> None:
-    assert set(score_or_none(["cat"], [["cat"]])) == {"f1", "exact", "has_answer_f1"}
-    assert set(score_or_none(["cat"], [[]])) == {"f1", "exact", "no_answer_f1"}
+    always = {"f1", "exact", "best_f1", "best_exact", "best_f1_thresh", "best_exact_thresh"}
+    assert set(score_or_none(["cat"], [["cat"]], [0.0], 0.0)) == always | {"HasAns_f1", "HasAns_exact"}
+    assert set(score_or_none(["cat"], [[]], [0.0], 0.0)) == always | {"NoAns_f1", "NoAns_exact"}
 
 
 def test_true_answers_of_nothing_but_punctuation_do_not_count_in_v2() -> None:
-    scores = score_or_none([""], [["."]])
-    assert (scores["f1"], scores["has_answer_f1"]) == (1.0, 1.0)
-    assert score_or_none([""], [[".", "cat"]])["f1"] == 0.0
+    scores = score_or_none(["the"], [["."]], [-1.0], 0.0)
+    assert (scores["f1"], scores["HasAns_f1"]) == (1.0, 1.0)
+    assert score_or_none(["the"], [[".", "cat"]], [-1.0], 0.0)["f1"] == 0.0
+    # No answer is wrong even there: the script goes by whether answers are listed.
+    assert score_or_none(["the"], [["."]], [1.0], 0.0)["f1"] == 0.0
 
 
 def spans(starts: list[float], ends: list[float], allowed: list[int], n_best: int = 20, max_length: int = 30):

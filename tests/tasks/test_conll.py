@@ -19,7 +19,7 @@ from dsprune.errors import ArchitectureError, ConfigError, DataError, NumericsEr
 from dsprune.tasks import TaskData, batching, build_task
 from dsprune.tasks.conll import TAG_NAMES
 from dsprune.tasks.losses import IGNORED
-from dsprune.tasks.tokens import TaggedWords, TokenTask, entity_scores, first_pieces
+from dsprune.tasks.tokens import ENTITY_METRICS, TaggedWords, TokenTask, entity_scores, first_pieces
 from tests.tasks.conftest import Write
 
 O, B_PER, I_PER, B_ORG, I_ORG, B_LOC, I_LOC, B_MISC, I_MISC = range(9)  # noqa: E741  (the tag's own name)
@@ -61,35 +61,39 @@ def certain(split: TaggedWords, width: int) -> Tensor:
 
 @pytest.mark.filterwarnings("error")
 @pytest.mark.parametrize(
-    ("predicted", "true", "precision", "recall"),
+    ("predicted", "true", "precision", "recall", "strict"),
     [
-        ("B-PER I-PER O B-LOC", "B-PER I-PER O B-LOC", 1, 1),
-        ("B-PER O O B-LOC", "B-PER I-PER O B-LOC", 1 / 2, 1 / 2),  # half an entity is none
-        ("B-PER I-PER O O", "B-PER I-PER O B-LOC", 1, 1 / 2),
-        ("B-PER I-PER B-ORG B-LOC", "B-PER I-PER O B-LOC", 2 / 3, 1),
-        ("B-ORG I-ORG O B-LOC", "B-PER I-PER O B-LOC", 1 / 2, 1 / 2),  # the right words and the wrong kind
-        ("B-PER B-PER O B-LOC", "B-PER I-PER O B-LOC", 1 / 3, 1 / 2),
-        # Strict: what does not begin with B is no entity, nor does another kind go on.
-        ("I-PER I-PER O B-LOC", "B-PER I-PER O B-LOC", 1, 1 / 2),
-        ("B-PER I-ORG O B-LOC", "B-PER I-PER O B-LOC", 1 / 2, 1 / 2),
-        ("O O O O", "B-PER I-PER O B-LOC", 0, 0),
-        ("B-PER O O O", "O O O O", 0, 0),
-        ("O O O O", "O O O O", 0, 0),
+        ("B-PER I-PER O B-LOC", "B-PER I-PER O B-LOC", 1, 1, 1),
+        ("B-PER O O B-LOC", "B-PER I-PER O B-LOC", 1 / 2, 1 / 2, 1 / 2),  # half an entity is none
+        ("B-PER I-PER O O", "B-PER I-PER O B-LOC", 1, 1 / 2, 2 / 3),
+        ("B-PER I-PER B-ORG B-LOC", "B-PER I-PER O B-LOC", 2 / 3, 1, 4 / 5),
+        # the right words and the wrong kind
+        ("B-ORG I-ORG O B-LOC", "B-PER I-PER O B-LOC", 1 / 2, 1 / 2, 1 / 2),
+        ("B-PER B-PER O B-LOC", "B-PER I-PER O B-LOC", 1 / 3, 1 / 2, 2 / 5),
+        # An I tag without its B begins an entity, and so does one of another kind; strictly both are nothing.
+        ("I-PER I-PER O B-LOC", "B-PER I-PER O B-LOC", 1, 1, 2 / 3),
+        ("B-PER I-ORG O B-LOC", "B-PER I-PER O B-LOC", 1 / 3, 1 / 2, 1 / 2),
+        ("O I-PER O B-LOC", "B-PER I-PER O B-LOC", 1 / 2, 1 / 2, 2 / 3),
+        ("I-LOC O O O", "B-LOC O O O", 1, 1, 0),
+        ("O O O O", "B-PER I-PER O B-LOC", 0, 0, 0),
+        ("B-PER O O O", "O O O O", 0, 0, 0),
+        ("O O O O", "O O O O", 0, 0, 0),
     ],
 )
-def test_entities_by_hand(predicted: str, true: str, precision: float, recall: float) -> None:
+def test_entities_by_hand(predicted: str, true: str, precision: float, recall: float, strict: float) -> None:
     f1 = 2 * precision * recall / (precision + recall) if precision else 0.0
     assert entity_scores([predicted.split()], [true.split()]) == {
         "f1": pytest.approx(f1),
         "precision": pytest.approx(precision),
         "recall": pytest.approx(recall),
+        "strict_f1": pytest.approx(strict),
     }
 
 
 def test_entities_of_all_kinds_and_sentences_count_alike() -> None:
     predicted = [["B-PER", "O"], ["B-LOC", "B-LOC", "B-LOC"]]
     true = [["B-PER", "B-ORG"], ["B-LOC", "B-LOC", "O"]]
-    assert entity_scores(predicted, true) == {"f1": 0.75, "precision": 0.75, "recall": 0.75}
+    assert entity_scores(predicted, true) == dict.fromkeys(ENTITY_METRICS, 0.75)
 
 
 def test_an_entity_ends_with_its_sentence(tmp_path: Path, write: Write, speller: PreTrainedTokenizerFast) -> None:
@@ -98,7 +102,9 @@ def test_an_entity_ends_with_its_sentence(tmp_path: Path, write: Write, speller:
     split = validation(task.load(speller))
     outputs = certain(split, 64)
     outputs[1] = torch.nn.functional.one_hot(torch.tensor(I_PER), 9).float()
-    assert task.score(outputs, split) == {"f1": pytest.approx(2 / 3), "precision": 1.0, "recall": 0.5}
+    # I-PER at the start of the second sentence does not go on with the first one's: it is an entity of its own.
+    scores = {"f1": 1.0, "precision": 1.0, "recall": 1.0, "strict_f1": pytest.approx(2 / 3)}
+    assert task.score(outputs, split) == scores
 
 
 # --- alignment ----------------------------------------------------------------------------
@@ -108,7 +114,7 @@ def test_what_the_engine_asks(tmp_path: Path, write: Write) -> None:
     task = build(tmp_path, write)
     assert (task.problem, task.head) == ("tokens", "ForTokenClassification")
     assert (task.labels, task.num_labels) == (TAG_NAMES, 9)
-    assert (task.primary, task.metrics) == ("f1", ("f1", "precision", "recall"))
+    assert (task.primary, task.metrics) == ("f1", ("f1", "precision", "recall", "strict_f1"))
     logits = torch.randn(2, 3, 9)
     assert task.outputs(SimpleNamespace(logits=logits)) is logits
 
@@ -201,9 +207,10 @@ def test_certain_outputs_find_all_entities(tmp_path: Path, write: Write, speller
     assert data.notes == ()
     split = validation(data)
     outputs = certain(split, 64)
-    assert task.score(outputs, split) == {"f1": 1.0, "precision": 1.0, "recall": 1.0}
+    assert task.score(outputs, split) == dict.fromkeys(task.metrics, 1.0)
     outputs[1, 1] = 0.0  # Oslo is missed: 4 of 5
-    assert task.score(outputs, split) == {"f1": pytest.approx(8 / 9), "precision": 1.0, "recall": pytest.approx(4 / 5)}
+    f1 = pytest.approx(8 / 9)
+    assert task.score(outputs, split) == {"f1": f1, "precision": 1.0, "recall": pytest.approx(4 / 5), "strict_f1": f1}
 
 
 def test_words_that_are_cut_count_as_missed(tmp_path: Path, write: Write, speller: PreTrainedTokenizerFast) -> None:
@@ -219,7 +226,8 @@ def test_words_that_are_cut_count_as_missed(tmp_path: Path, write: Write, spelle
     split = validation(shorter.load(speller))  # now without Bob and York: New alone is another entity
     assert split.targets.tolist() == [3, 1, 4]
     scores = shorter.score(certain(split, 11), split)
-    assert scores == {"f1": pytest.approx(2 * 3 / (4 + 5)), "precision": pytest.approx(3 / 4), "recall": 3 / 5}
+    f1 = pytest.approx(2 * 3 / (4 + 5))
+    assert scores == {"f1": f1, "precision": pytest.approx(3 / 4), "recall": 3 / 5, "strict_f1": f1}
 
 
 def test_outputs_that_are_not_finite_are_refused(

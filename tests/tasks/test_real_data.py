@@ -50,7 +50,7 @@ def test_labels_of_squad_give_its_answers(bert: PreTrainedTokenizerFast) -> None
         if answers[0] not in given[question]
     ]
     assert wrong == []
-    assert scores["exact"] == pytest.approx(1 - 23 / 10_570)
+    assert scores["exact_match"] == pytest.approx(1 - 23 / 10_570)
     assert scores["f1"] > 0.998
 
 

@@ -121,6 +121,18 @@ def test_scores_by_hand() -> None:
     assert scores["exact"] == 0.5
 
 
+def test_figures_say_which_tokens_rouge_has_where_it_matters(
+    tmp_path: Path, write: Write, closing: PreTrainedTokenizerFast
+) -> None:
+    write(tmp_path / "train.parquet", {"source": SOURCES, "target": ["кот", "собака", "кот"]})
+    write(tmp_path / "validation.parquet", {"source": SOURCES, "target": ["кот", "a dog", "naïve cat"]})
+    data = _task(tmp_path).load(closing)
+    assert data.notes == (
+        "validation: rougeL is of Unicode words (of characters, in scripts without spaces); rouge_score's default "
+        "tokenizer, which reads a-z and 0-9 only, would read 2 of 3 targets otherwise",
+    )
+
+
 @pytest.mark.parametrize(
     ("columns", "message"),
     [

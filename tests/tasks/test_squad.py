@@ -75,7 +75,7 @@ def certain(split: Windows, width: int) -> Tensor:
 def test_what_the_engine_asks(tmp_path: Path, write: Write) -> None:
     task = build(tmp_path, write, SHORT)
     assert (task.problem, task.head, task.labels, task.num_labels) == ("spans", "ForQuestionAnswering", (), 2)
-    assert (task.primary, task.metrics) == ("f1", ("f1", "exact"))
+    assert (task.primary, task.metrics) == ("f1", ("f1", "exact_match"))
     start, end = torch.randn(2, 3, 7)
     outputs = task.outputs(SimpleNamespace(start_logits=start, end_logits=end))
     assert outputs.shape == (3, 7, 2)
@@ -170,8 +170,8 @@ def test_certain_outputs_give_the_answers(tmp_path: Path, write: Write, tokenize
     split = validation(task.load(tokenizer))
     outputs = certain(split, task.max_length)
     assert task.answers(outputs, split) == {"q0": "a mat", "q1": "the dog ran", "q2": "dog"}
-    assert task.score(outputs, split) == {"f1": 1.0, "exact": 1.0}
-    assert task.score(torch.zeros_like(outputs), split)["exact"] == 0.0
+    assert task.score(outputs, split) == {"f1": 1.0, "exact_match": 1.0}
+    assert task.score(torch.zeros_like(outputs), split)["exact_match"] == 0.0
 
 
 def test_what_stands_past_the_features_does_not_matter(
@@ -181,7 +181,7 @@ def test_what_stands_past_the_features_does_not_matter(
     split = validation(task.load(tokenizer))
     outputs = certain(split, task.max_length)
     outputs[torch.arange(task.max_length) >= split.lengths[:, None]] = 1e3
-    assert task.score(outputs, split) == {"f1": 1.0, "exact": 1.0}
+    assert task.score(outputs, split) == {"f1": 1.0, "exact_match": 1.0}
 
 
 def test_answers_come_from_the_context_alone(tmp_path: Path, write: Write, tokenizer: PreTrainedTokenizerFast) -> None:
@@ -244,13 +244,17 @@ def test_questions_without_answer_point_at_the_first_token(
 ) -> None:
     task = build(tmp_path, write, V2, name="squad_v2", max_length=25, stride=6)
     split = validation(task.load(tokenizer))
-    assert task.metrics == ("f1", "exact", "has_answer_f1", "no_answer_f1")
+    parts = ("HasAns_f1", "HasAns_exact", "NoAns_f1", "NoAns_exact")
+    assert task.metrics == ("f1", "exact", *parts, "best_f1", "best_exact")
     labels = split.collate([4])["labels"][0]
     assert labels.tolist() == [STARTS | ENDS] + [0] * 12 + [0]
     outputs = certain(split, 25)
     outputs[:3] = 0.0  # windows without the answer would otherwise say no answer, but the last one does not
     assert task.answers(outputs, split) == {"q0": "cat ran", "q1": "", "q2": "the dog"}
-    assert task.score(outputs, split) == dict.fromkeys(task.metrics, 1.0)
+    scores = task.score(outputs, split)
+    # q0 and q2 are answered with 20 where none has 0, q1 is not: no margin but -20 is needed to be right throughout.
+    thresholds = {"best_f1_thresh": -20.0, "best_exact_thresh": -20.0}
+    assert scores == dict.fromkeys(task.metrics, 1.0) | thresholds
 
 
 def test_no_answer_takes_all_windows(tmp_path: Path, write: Write, tokenizer: PreTrainedTokenizerFast) -> None:
@@ -287,7 +291,7 @@ def test_version_1_always_answers(tmp_path: Path, write: Write, tokenizer: PreTr
     assert all(task.answers(outputs, validation(task.load(tokenizer))).values())
 
 
-@pytest.mark.parametrize(("metric", "kept"), [("no_answer_f1", [0, 2]), ("has_answer_f1", [1])])
+@pytest.mark.parametrize(("metric", "kept"), [("NoAns_f1", [0, 2]), ("HasAns_exact", [1])])
 def test_a_metric_without_questions_to_measure_it_on(
     metric: str, kept: list[int], tmp_path: Path, write: Write, tokenizer: PreTrainedTokenizerFast
 ) -> None:
@@ -413,7 +417,7 @@ def test_a_question_just_short_enough(tmp_path: Path, write: Write, tokenizer: P
     task = build(tmp_path, write, data)
     split = validation(task.load(tokenizer))
     assert len(split) == 44  # 9 words of context fit, of which one is new
-    assert task.score(certain(split, 64), split) == {"f1": 1.0, "exact": 1.0}
+    assert task.score(certain(split, 64), split) == {"f1": 1.0, "exact_match": 1.0}
 
 
 @pytest.mark.parametrize("column", ["id", "question", "context", "answers"])
@@ -435,8 +439,8 @@ def test_slow_tokenizers_are_refused(
     ("settings", "message"),
     [
         ({"stride": 64}, "task.stride = 64: windows of task.max_length = 64"),
-        ({"metric": "exac"}, "did you mean 'exact'"),
-        ({"metric": "no_answer_f1"}, "task 'squad' has no such metric; it has f1, exact"),
+        ({"metric": "exact"}, "did you mean 'exact_match'"),
+        ({"metric": "NoAns_f1"}, "task 'squad' has no such metric"),
     ],
 )
 def test_settings_that_cannot_be(settings: dict[str, Any], message: str) -> None:
