@@ -16,7 +16,7 @@ from dsprune.consolidate import factor_embedding, is_stock
 from dsprune.distill import check_teacher_layers, default_teacher_layers
 from dsprune.engine.models.factoring import check_rank
 from dsprune.engine.models.load import check_reads_forward, from_config, label_config, load_tokenizer, resolve_source
-from dsprune.engine.models.load.loading import plan_loading
+from dsprune.engine.models.loading import plan_loading
 from dsprune.engine.zero.config import BatchPlan, load_ds_config, plan_batch, student_config, teacher_config
 from dsprune.errors import ArchitectureError, ConfigError, OutputError
 from dsprune.methods import Method, Plan, method_class

@@ -8,13 +8,13 @@ import re
 
 import pytest
 import torch
-from dsprune.engine.models.load.weight_files import find_weights
-from dsprune.engine.models.load.weight_names import match_names
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig
 
 from dsprune.config import DataConfig, TaskConfig
 from dsprune.engine.models.load import load_model, loading
+from dsprune.engine.models.weight_files import find_weights
+from dsprune.engine.models.weight_names import match_names
 from dsprune.errors import ArchitectureError, ConfigError
 from dsprune.tasks import build_task
 from tests.helpers.models import ALL, batch_for, tiny_model

@@ -23,8 +23,8 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_N
 
 from dsprune.arch import StackSpec, family_for
 from dsprune.consolidate import auto_with_own_head, position_table
-from dsprune.engine.models.load.labelling import label_config, name_labels
-from dsprune.engine.models.load.loading import AUTO_CLASSES, family_of, output_module, plan_loading
+from dsprune.engine.models.labelling import label_config, name_labels
+from dsprune.engine.models.loading import AUTO_CLASSES, family_of, output_module, plan_loading
 from dsprune.engine.zero.config import precision, zero_stage
 from dsprune.engine.zero.requirements import quiet_import
 from dsprune.errors import ArchitectureError, ConfigError

@@ -33,9 +33,9 @@ from transformers.utils import logging as transformers_logging
 
 from dsprune.arch import FamilySpec, family_for
 from dsprune.consolidate import own_head_keys, with_own_head
-from dsprune.engine.models.load.labelling import listed, name_labels, output_order
-from dsprune.engine.models.load.weight_files import WeightFiles, find_weights
-from dsprune.engine.models.load.weight_names import MatchedNames, match_names
+from dsprune.engine.models.labelling import listed, name_labels, output_order
+from dsprune.engine.models.weight_files import WeightFiles, find_weights
+from dsprune.engine.models.weight_names import MatchedNames, match_names
 from dsprune.errors import ArchitectureError, ConfigError
 from dsprune.tasks import Task
 from dsprune.tasks.labels import has_default_names
