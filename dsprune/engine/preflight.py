@@ -14,6 +14,7 @@ from dsprune.arch import family_for
 from dsprune.config import RunConfig
 from dsprune.consolidate import factor_embedding, is_stock
 from dsprune.distill import check_teacher_layers, default_teacher_layers
+from dsprune.engine.ds_autocast import check_autocast
 from dsprune.engine.ds_config import BatchPlan, load_ds_config, plan_batch, student_config, teacher_config
 from dsprune.engine.factoring import check_rank
 from dsprune.engine.models import check_reads_forward, from_config, label_config, load_tokenizer, resolve_source
@@ -205,6 +206,9 @@ def preflight(config: RunConfig, world_size: int) -> Preflight:
     batch = collect(plan_batch, config.batch, world_size)
     student = collect(load_ds_config, config.deepspeed.student)
     teacher = collect(load_ds_config, config.deepspeed.teacher)
+    for where, found in (("deepspeed.student", student), ("deepspeed.teacher", teacher)):
+        if found is not None:
+            collect(check_autocast, where, found)
     student_ds = collect(student_config, student, batch, clip=config.prune.clip) if student and batch else None
     teacher_ds = collect(teacher_config, teacher, world_size) if teacher is not None else None
     task = collect(build_task, config.task, config.data, seed=config.seed)

@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 
 from dsprune.config import DistillConfig
 from dsprune.distill import AttentionTap, HiddenTap
+from dsprune.engine.ds_autocast import forget_autocast
 from dsprune.engine.ds_config import precision
 from dsprune.engine.models import announce_tables, attention_modules, hidden_states, layer_stacks, load_model
 from dsprune.engine.requirements import quiet_import
@@ -75,6 +76,7 @@ class Teacher:
             modules = attention_modules(model)
             self.attention_tap = AttentionTap(model, [modules[i - 1] for i in layers if i > 0])
         announce_tables(model)
+        forget_autocast()
         self.engine, *_ = deepspeed.initialize(model=model, config=dict(ds_config))
         self.engine.eval()
 

@@ -18,6 +18,7 @@ from dsprune.config import OptimConfig
 from dsprune.distill import UNMATCHED, match_layers
 from dsprune.engine import guard
 from dsprune.engine.batches import Batches, MicroBatch
+from dsprune.engine.ds_autocast import autocasting
 from dsprune.engine.journal import Journal
 from dsprune.engine.replica import Reduced, Replica, reduce_flat
 from dsprune.engine.stop import Stop, describe
@@ -219,7 +220,9 @@ class Trainer:
         A second backward pass through the graph of the training pass would break ZeRO's hooks; a pass
         that differentiates the gates alone reaches no parameter, so that no stage takes notice.
         """
-        loss, *_ = self.engine.module(batch.inputs, batch.labels, batch.num_targets, dict(gates), lesson, probe=True)
+        arguments = (batch.inputs, batch.labels, batch.num_targets, dict(gates), lesson)
+        with autocasting(self.engine):
+            loss, *_ = self.engine.module(*arguments, probe=True)
         share = self._loss_scale() / self.batches.plan.accumulation
         gradients = torch.autograd.grad(loss * share, list(gates.values()), allow_unused=True)
         for gate, gradient in zip(gates.values(), gradients, strict=True):

@@ -12,6 +12,7 @@ from tests.helpers.training import Setup, build_trainer, spoiled, trajectory
 from tests.helpers.world import run_world
 
 pytestmark = pytest.mark.dist
+AUTOCAST = {"enabled": True, "dtype": "bfloat16"}
 
 
 def test_every_method_has_a_row():
@@ -66,19 +67,28 @@ def test_decoders_are_one_trajectory(row_index, family):
     _assert_same(results[0], _reference(row_index, family), rtol=2e-5)
 
 
-def _with_nothing_kept_whole(setup):
-    """A trajectory under ZeRO-3 that shards even the smallest weight. Runs on every rank."""
+def _with_ds_config(change, setup):
+    """A trajectory with another DeepSpeed configuration, of the teacher as well. Runs on every rank."""
     import dsprune.engine.ds_config as ds_config
 
     load = ds_config.load_ds_config
+    ds_config.load_ds_config = lambda name: change(load(name))
+    return trajectory(setup)
 
-    def sharded(name):
-        config = load(name)
+
+def _with_nothing_kept_whole(setup):
+    """A trajectory under ZeRO-3 that shards even the smallest weight. Runs on every rank."""
+
+    def sharded(config):
         config["zero_optimization"]["stage3_param_persistence_threshold"] = 0
         return config
 
-    ds_config.load_ds_config = sharded
-    return trajectory(setup)
+    return _with_ds_config(sharded, setup)
+
+
+def _with_autocast(setup):
+    """A trajectory with torch's linears in bf16, weights and everything else in fp32. Runs on every rank."""
+    return _with_ds_config(lambda config: {**config, "torch_autocast": AUTOCAST}, setup)
 
 
 @pytest.mark.parametrize(
@@ -136,6 +146,26 @@ def test_bf16_follows_fp32():
     assert len({result["fingerprint"] for result in results}) == 1
     for ours, theirs in zip(results[0]["losses"], reference["losses"], strict=True):
         assert ours["total"] == pytest.approx(theirs["total"], rel=0.05)
+
+
+@pytest.mark.parametrize(
+    ("row_index", "world_size", "changes"),
+    [
+        (0, 2, {"stage": 2}),
+        (1, 2, {"stage": 3, "teacher": "teacher_zero3", "accumulation": 2}),
+        (2, 1, {"stage": 0}),
+        (1, 1, {"stage": 1, "activation_checkpointing": True}),
+    ],
+    ids=["cofi, zero2 x2", "grain, zero3 x2, sharded teacher", "mlpruning, zero0 x1", "grain, zero1 x1, checkpointing"],
+)
+def test_autocast_follows_fp32(row_index, world_size, changes):
+    """The probe pass, which does not go through the engine, included; every loss within bf16's reach."""
+    reference = _reference(row_index, "bert")
+    results = run_world(_with_autocast, world_size, Setup(ROWS[row_index]).at(**changes))
+    assert len({result["fingerprint"] for result in results}) == 1
+    for ours, theirs in zip(results[0]["losses"], reference["losses"], strict=True):
+        assert ours["total"] == pytest.approx(theirs["total"], rel=0.05)
+        assert ours["total"] != theirs["total"], "nothing was cast"
 
 
 def _diverge(setup):

@@ -56,6 +56,34 @@ def test_sharded_is_whole(setup):
     _assert_same(run_world(language_losses, 2, sharded)[0], _reference(setup))
 
 
+def _autocast_losses(setup):
+    import dsprune.engine.ds_config as ds_config
+
+    load = ds_config.load_ds_config
+    ds_config.load_ds_config = lambda name: {
+        **load(name),
+        "torch_autocast": {"enabled": True, "dtype": "bfloat16"},
+    }
+    return language_losses(setup)
+
+
+@pytest.mark.parametrize(
+    ("model", "changes"),
+    [
+        ("llama-tied", {"stage": 2}),
+        ("llama", {"stage": 3, "teacher": "teacher_zero3", "method": 1}),
+        ("t5", {"stage": 3, "activation_checkpointing": True}),
+    ],
+)
+def test_heads_work_under_autocast(model, changes):
+    """ZeRO-3 gathers a head in bf16 there, beside hidden states in fp32."""
+    ours = run_world(_autocast_losses, 2, Language(model).at(**changes))[0]
+    theirs = _reference(Language(model, method=changes.get("method")))
+    for mine, reference in zip(ours, theirs, strict=True):
+        assert mine["total"] == pytest.approx(reference["total"], rel=0.05)
+        assert mine["total"] != reference["total"], "nothing was cast"
+
+
 def _by_all_logits(setup):
     """The first step's loss and gradients, and the same from whole logits."""
     trainer = build_language_trainer(setup)
