@@ -35,7 +35,7 @@ RowLoss = Callable[[Tensor, slice], Tensor]
 
 
 def _like(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    """A head in the dtype of the hidden states; under autocast, or where ZeRO-3 gathers in bf16, they differ."""
+    """A head in the dtype of the hidden states; under autocast they differ."""
     return weight.to(hidden.dtype), None if bias is None else bias.to(hidden.dtype)
 
 

@@ -8,11 +8,10 @@ import pytest
 
 from dsprune.methods import METHODS
 from tests.helpers.settings import BLOCKS, ROWS
-from tests.helpers.training import Setup, build_trainer, spoiled, trajectory
+from tests.helpers.training import Setup, build_trainer, spoiled, trajectory, under_autocast
 from tests.helpers.world import run_world
 
 pytestmark = pytest.mark.dist
-AUTOCAST = {"enabled": True, "dtype": "bfloat16"}
 
 
 def test_every_method_has_a_row():
@@ -67,28 +66,19 @@ def test_decoders_are_one_trajectory(row_index, family):
     _assert_same(results[0], _reference(row_index, family), rtol=2e-5)
 
 
-def _with_ds_config(change, setup):
-    """A trajectory with another DeepSpeed configuration, of the teacher as well. Runs on every rank."""
+def _with_nothing_kept_whole(setup):
+    """A trajectory under ZeRO-3 that shards even the smallest weight. Runs on every rank."""
     import dsprune.engine.ds_config as ds_config
 
     load = ds_config.load_ds_config
-    ds_config.load_ds_config = lambda name: change(load(name))
-    return trajectory(setup)
 
-
-def _with_nothing_kept_whole(setup):
-    """A trajectory under ZeRO-3 that shards even the smallest weight. Runs on every rank."""
-
-    def sharded(config):
+    def sharded(name):
+        config = load(name)
         config["zero_optimization"]["stage3_param_persistence_threshold"] = 0
         return config
 
-    return _with_ds_config(sharded, setup)
-
-
-def _with_autocast(setup):
-    """A trajectory with torch's linears in bf16, weights and everything else in fp32. Runs on every rank."""
-    return _with_ds_config(lambda config: {**config, "torch_autocast": AUTOCAST}, setup)
+    ds_config.load_ds_config = sharded
+    return trajectory(setup)
 
 
 @pytest.mark.parametrize(
@@ -161,7 +151,7 @@ def test_bf16_follows_fp32():
 def test_autocast_follows_fp32(row_index, world_size, changes):
     """The probe pass, which does not go through the engine, included; every loss within bf16's reach."""
     reference = _reference(row_index, "bert")
-    results = run_world(_with_autocast, world_size, Setup(ROWS[row_index]).at(**changes))
+    results = run_world(under_autocast, world_size, trajectory, Setup(ROWS[row_index]).at(**changes))
     assert len({result["fingerprint"] for result in results}) == 1
     for ours, theirs in zip(results[0]["losses"], reference["losses"], strict=True):
         assert ours["total"] == pytest.approx(theirs["total"], rel=0.05)

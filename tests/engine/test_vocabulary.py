@@ -8,6 +8,7 @@ import torch.nn.functional as F
 
 from tests.helpers.language import Language, build_language_trainer, language_losses, random_text
 from tests.helpers.settings import ROWS
+from tests.helpers.training import under_autocast
 from tests.helpers.world import run_world
 
 pytestmark = pytest.mark.dist
@@ -56,17 +57,6 @@ def test_sharded_is_whole(setup):
     _assert_same(run_world(language_losses, 2, sharded)[0], _reference(setup))
 
 
-def _autocast_losses(setup):
-    import dsprune.engine.ds_config as ds_config
-
-    load = ds_config.load_ds_config
-    ds_config.load_ds_config = lambda name: {
-        **load(name),
-        "torch_autocast": {"enabled": True, "dtype": "bfloat16"},
-    }
-    return language_losses(setup)
-
-
 @pytest.mark.parametrize(
     ("model", "changes"),
     [
@@ -76,8 +66,8 @@ def _autocast_losses(setup):
     ],
 )
 def test_heads_work_under_autocast(model, changes):
-    """ZeRO-3 gathers a head in bf16 there, beside hidden states in fp32."""
-    ours = run_world(_autocast_losses, 2, Language(model).at(**changes))[0]
+    """Weights in fp32, hidden states in bf16."""
+    ours = run_world(under_autocast, 2, language_losses, Language(model).at(**changes))[0]
     theirs = _reference(Language(model, method=changes.get("method")))
     for mine, reference in zip(ours, theirs, strict=True):
         assert mine["total"] == pytest.approx(reference["total"], rel=0.05)

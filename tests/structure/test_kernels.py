@@ -90,7 +90,7 @@ KERNELS = {
 }
 
 
-@pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16], ids=["fp32", "as ZeRO-3 gathers"])
+@pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 @pytest.mark.parametrize("kernel", KERNELS)
 def test_under_autocast_a_gated_linear_works_as_torchs_do(kernel, stored):
     """In bf16; the gradient of a weight has the weight's dtype, that of a gate is fp32."""
