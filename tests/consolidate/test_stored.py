@@ -4,8 +4,9 @@ import json
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
+from dsprune.cli import main
 from dsprune.consolidate.stored import check_stored_shapes, stored_shapes
 from dsprune.errors import ArchitectureError
 from dsprune.structure import analyze
@@ -69,3 +70,17 @@ def test_names_of_a_bare_model_and_of_one_with_a_head_are_the_same_to_it(tmp_pat
         save_file(state, tmp_path / "model.safetensors")
         with pytest.raises(ArchitectureError, match=r"dense\.weight is \[32, 31\]"):
             check_stored_shapes("model", str(tmp_path), analyze(model))
+
+
+def test_inspect_tells_what_is_pruned_already(tmp_path, capsys):
+    """It took the sizes of the configuration for those of the model."""
+    tiny_model("bert").save_pretrained(tmp_path)
+    weights = load_file(tmp_path / "model.safetensors")
+    assert main(["inspect", str(tmp_path)]) == 0
+    assert "4 heads of 8" in capsys.readouterr().out
+    narrow = {name: value[:24].clone() if "query" in name else value for name, value in weights.items()}
+    save_file(narrow, tmp_path / "model.safetensors")
+    assert main(["inspect", str(tmp_path)]) == 65
+    said = capsys.readouterr()
+    assert not said.out
+    assert "query.weight is [24, 32] in the file and [32, 32] by the configuration, and 3 more differ" in said.err

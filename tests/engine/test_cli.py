@@ -8,7 +8,6 @@ import sys
 from pathlib import Path
 
 import pytest
-from safetensors.torch import load_file, save_file
 
 from tests.helpers.folders import tiny_recipe
 
@@ -94,13 +93,6 @@ def test_inspect_a_dense_model(tmp_path):
     code, out, err = _run("-m", "dsprune", "inspect", tmp_path / "dense")
     assert code == 0, err
     assert "a coordinate of the residual stream" in out
-    narrower = tmp_path / "dense" / "model.safetensors"
-    weights = load_file(narrower)
-    save_file({name: value[:24].clone() if "query" in name else value for name, value in weights.items()}, narrower)
-    code, out, err = _run("-m", "dsprune", "inspect", tmp_path / "dense")
-    assert code == 65
-    assert not out
-    assert "query.weight is [24, 32] in the file and [32, 32] by the configuration, and 3 more differ" in err
     code, _, err = _run("-m", "dsprune", "inspect", tmp_path / "nowhere")
     assert code == 64
     assert err.startswith("error: ")
