@@ -156,6 +156,8 @@ class FamilySpec:
     """What a configuration must say, if it says anything."""
     refused: Mapping[str, str] = field(default_factory=dict)
     """Kinds of gates that cannot be exported exactly, each with the reason."""
+    offset_positions: bool = False
+    """Whether the first token's position is the one behind the padding token's id: the rows before are no token's."""
     stock_heads: StockHeads = "equal"
     """What the stock class demands of heads times head size: the hidden size ("equal"), a hidden size that the
     number of heads divides ("divides"), nothing ("free"), or that none is missing ("all")."""
@@ -169,6 +171,13 @@ class FamilySpec:
             if kind in self.refused:
                 return f"family '{self.name}' cannot lose units of '{kind}': {self.refused[kind]}"
         return None
+
+    def usable_positions(self, config: Any) -> int | None:
+        """Tokens of the longest sequence that a model of this configuration reads; None where it tells no limit."""
+        rows = getattr(config, "max_position_embeddings", None)
+        if rows is None:
+            return None
+        return int(rows) - (int(config.pad_token_id or 0) + 1 if self.offset_positions else 0)
 
     @property
     def blocks_refusal(self) -> str | None:
@@ -192,6 +201,7 @@ _OPTIONAL = (
     "defaults",
     "requires",
     "refused",
+    "offset_positions",
     "stock_heads",
     "scaled_head",
 )

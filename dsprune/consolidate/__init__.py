@@ -14,6 +14,7 @@ from dsprune.consolidate.heads import auto_with_own_head, own_head_keys, with_ow
 from dsprune.consolidate.manifest import FORMAT, check_files, find_checkpoint, read_manifest, render_manifest, sha256
 from dsprune.consolidate.modeling_dsprune import factor_embedding
 from dsprune.consolidate.shards import ShardedTensors, open_moments, open_shards
+from dsprune.consolidate.stored import check_stored_shapes
 from dsprune.consolidate.verify import position_table
 
 # With dsprune imported, compact folders load through the Auto classes without `trust_remote_code`.
@@ -28,6 +29,7 @@ __all__ = [
     "apply_selection",
     "auto_with_own_head",
     "check_files",
+    "check_stored_shapes",
     "consolidate",
     "factor_embedding",
     "find_checkpoint",

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from dsprune.structure.autocast import without_autocast
+
 __all__ = ["layer_distances", "layer_loss"]
 
 
@@ -33,5 +35,7 @@ def layer_distances(student: Tensor, teacher: Tensor, *, num_tokens: Tensor) -> 
         num_tokens: as in `layer_loss`.
     """
     s, t = student.float().flatten(1), teacher.float().flatten(1)
-    squares = t.square().sum(1)[:, None] + s.square().sum(1)[None, :] - 2 * (t @ s.T)
+    # The three nearly cancel: autocast would make the product in half precision, and noise of the distances.
+    with without_autocast(s):
+        squares = t.square().sum(1)[:, None] + s.square().sum(1)[None, :] - 2 * (t @ s.T)
     return squares / (num_tokens * student.shape[-1])

@@ -17,6 +17,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import Function
 
+from dsprune.structure.autocast import autocast_input, without_autocast
+
 __all__ = [
     "RowLoss",
     "TeacherLogits",
@@ -30,6 +32,11 @@ __all__ = [
 
 RowLoss = Callable[[Tensor, slice], Tensor]
 """Logits [rows, vocabulary] of some tokens, and which these are, to losses summed over them: [parts]."""
+
+
+def _like(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """A head in the dtype of the hidden states; under autocast they differ."""
+    return weight.to(hidden.dtype), None if bias is None else bias.to(hidden.dtype)
 
 
 class _ChunkedLosses(Function):
@@ -51,9 +58,10 @@ class _ChunkedLosses(Function):
         # Sums over chunks are kept in fp32: in bf16 they would lose what later chunks add.
         grad_weight = torch.zeros_like(weight, dtype=wide) if want_weight else None
         grad_bias = torch.zeros_like(bias, dtype=wide) if want_weight and bias is not None else None
+        head, head_bias = _like(hidden, weight, bias)
         for start in range(0, len(hidden), chunk):
             rows = slice(start, start + chunk)
-            logits = F.linear(hidden[rows], weight, bias).to(wide).requires_grad_(any(wanted))
+            logits = F.linear(hidden[rows], head, head_bias).to(wide).requires_grad_(any(wanted))
             with torch.enable_grad():
                 values = losses(logits, rows)
                 parts += values.detach()
@@ -62,7 +70,7 @@ class _ChunkedLosses(Function):
                 (grad,) = torch.autograd.grad(values @ shares, logits)
             narrow = grad.to(hidden.dtype)
             if grad_hidden is not None:
-                torch.mm(narrow, weight, out=grad_hidden[rows])
+                torch.mm(narrow, head, out=grad_hidden[rows])
             if grad_weight is not None:
                 grad_weight += narrow.t() @ hidden[rows]
             if grad_bias is not None:
@@ -113,9 +121,11 @@ def chunked_losses(
     Returns:
         the weighted total, [], which carries the gradients; and the parts, [parts], which carry none.
     """
+    hidden = autocast_input(hidden)
     learns = torch.is_grad_enabled()
     wanted = (learns and hidden.requires_grad, learns and weight.requires_grad and not frozen)
-    total, parts = _ChunkedLosses.apply(hidden, weight, bias, losses, shares, chunk, wanted)  # type: ignore[no-untyped-call]
+    with without_autocast(hidden):
+        total, parts = _ChunkedLosses.apply(hidden, weight, bias, losses, shares, chunk, wanted)  # type: ignore[no-untyped-call]
     return total, parts
 
 
@@ -168,7 +178,7 @@ class TeacherStates:
 
     def divergence(self, logits: Tensor, rows: slice, temperature: float) -> Tensor:
         with torch.no_grad():
-            theirs = F.linear(self.hidden[rows], self.weight, self.bias).to(logits.dtype)
+            theirs = F.linear(self.hidden[rows], *_like(self.hidden, self.weight, self.bias)).to(logits.dtype)
             log_teacher = F.log_softmax(theirs / temperature, dim=-1)
         return divergence(F.log_softmax(logits / temperature, dim=-1), log_teacher)
 
@@ -222,7 +232,7 @@ def top_logits(
     rest = torch.empty_like(values[:, 0])
     for start in range(0, len(hidden), chunk):
         rows = slice(start, start + chunk)
-        logits = F.linear(hidden[rows], weight, bias).float() / temperature
+        logits = F.linear(hidden[rows], *_like(hidden, weight, bias)).float() / temperature
         values[rows], indices[rows] = logits.topk(k, dim=-1)
         rest[rows] = logits.scatter_(1, indices[rows], -torch.inf).logsumexp(-1)
     return TopLogits(values, indices, rest)
@@ -242,6 +252,6 @@ def surprisals(hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tens
     found = hidden.new_empty(len(hidden), dtype=torch.float32)
     for start in range(0, len(hidden), chunk):
         rows = slice(start, start + chunk)
-        logits = F.linear(hidden[rows], weight, bias).float()
+        logits = F.linear(hidden[rows], *_like(hidden, weight, bias)).float()
         found[rows] = F.cross_entropy(logits, labels[rows], reduction="none")
     return found

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from dsprune.consolidate import auto_with_own_head, with_own_head
+from dsprune.consolidate import auto_with_own_head, check_stored_shapes, with_own_head
 from dsprune.errors import ConfigError
 from dsprune.files import read_json
 from dsprune.measure.tables import render_table
@@ -122,7 +122,7 @@ def inspect_dense(source: str) -> Structure:
 
     Raises:
         ConfigError: no such model.
-        ArchitectureError: no family covers it.
+        ArchitectureError: no family covers it, or the weights in the folder have other shapes.
     """
     import torch
     import transformers
@@ -137,4 +137,6 @@ def inspect_dense(source: str) -> Structure:
         direct = hasattr(cls, "_from_config")
         build, own_head = (cls._from_config, with_own_head) if direct else (cls.from_config, auto_with_own_head)
         model = own_head(cls, config, lambda: build(config))
-    return analyze(model)
+    structure = analyze(model)
+    check_stored_shapes("model", source, structure)
+    return structure

@@ -12,18 +12,26 @@ from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from dsprune.arch import family_for
 from dsprune.config import RunConfig
-from dsprune.consolidate import factor_embedding, is_stock
+from dsprune.consolidate import check_stored_shapes, factor_embedding, is_stock
 from dsprune.distill import check_teacher_layers, default_teacher_layers
 from dsprune.engine.models.factoring import check_rank
-from dsprune.engine.models.load import check_reads_forward, from_config, label_config, load_tokenizer, resolve_source
+from dsprune.engine.models.load import (
+    check_reads_forward,
+    from_config,
+    is_compact,
+    label_config,
+    load_tokenizer,
+    resolve_source,
+)
 from dsprune.engine.models.loading import plan_loading
+from dsprune.engine.zero.autocast import check_autocast
 from dsprune.engine.zero.config import BatchPlan, load_ds_config, plan_batch, student_config, teacher_config
 from dsprune.errors import ArchitectureError, ConfigError, OutputError
 from dsprune.methods import Method, Plan, method_class
 from dsprune.methods.shapes import aimed_sparsity
+from dsprune.run.teacher_fit import check_positions, check_quantization, check_teacher
 from dsprune.structure import Selection, Structure, analyze, block_grid, shape_gates
 from dsprune.tasks import Task, build_task
-from dsprune.tasks.labels import label_permutation
 
 __all__ = ["Preflight", "check_output", "preflight", "skeleton"]
 
@@ -49,11 +57,13 @@ def skeleton(source: str, task: Task, revision: str | None = None) -> PreTrained
 
     Raises:
         ConfigError: the source cannot be read.
+        ArchitectureError: no model for this task, or one whose weights are quantized.
     """
     try:
         config = AutoConfig.from_pretrained(resolve_source(source), revision=revision, **label_config(task))
     except (OSError, ValueError) as error:
         raise ConfigError(f"cannot load model '{source}': {str(error).splitlines()[0]}") from error
+    check_quantization("model", source, config)
     if task.head == "ForCausalLM":
         check_reads_forward(source, config)
     try:
@@ -80,28 +90,11 @@ def check_output(folder: Path) -> None:
         )
 
 
-def _check_teacher(config: RunConfig, task: Task, vocab_size: int) -> None:
-    """A given teacher must know the task's labels, in some order, or the student's tokens."""
-    if config.teacher.path is None:
+def _check_teacher_shapes(config: RunConfig, task: Task) -> None:
+    """A given teacher may be dense, or compact: then its configuration tells the sizes of every layer."""
+    if config.teacher.path is None or is_compact(source := resolve_source(config.teacher.path)):
         return
-    source = resolve_source(config.teacher.path)
-    try:
-        teacher = AutoConfig.from_pretrained(source)
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"cannot load teacher '{source}': {str(error).splitlines()[0]}") from error
-    if task.problem == "text":
-        if teacher.vocab_size != vocab_size:
-            raise ArchitectureError(
-                f"teacher '{source}' has {teacher.vocab_size} tokens and model '{config.model.name}' has {vocab_size}: "
-                "distillation compares their probabilities token by token"
-            )
-        return
-    if teacher.num_labels != task.num_labels:
-        raise ArchitectureError(
-            f"teacher '{source}' has {teacher.num_labels} labels and task '{task.name}' has {task.num_labels}"
-        )
-    if task.labels:
-        label_permutation(teacher.id2label, task.labels)
+    check_stored_shapes("teacher", source, analyze(skeleton(source, task)))
 
 
 def _check_weights(config: RunConfig, task: Task) -> None:
@@ -137,12 +130,6 @@ def _check_attentions(config: RunConfig, structure: Structure) -> None:
             f"('{structure.family.name}') attend over different sequences, and their maps are not distilled: set it to "
             "0; distill.layers compares hidden states"
         )
-
-
-def _check_lengths(config: RunConfig, model: PreTrainedModel) -> None:
-    positions = getattr(model.config, "max_position_embeddings", None)
-    if positions is not None and config.task.max_length > positions:
-        raise ConfigError(f"task.max_length = {config.task.max_length}: the model has {positions} positions")
 
 
 def _check_padding(model: PreTrainedModel, task: Task) -> None:
@@ -214,6 +201,9 @@ def preflight(config: RunConfig, world_size: int) -> Preflight:
     batch = collect(plan_batch, config.batch, world_size)
     student = collect(load_ds_config, config.deepspeed.student)
     teacher = collect(load_ds_config, config.deepspeed.teacher)
+    for where, found in (("deepspeed.student", student), ("deepspeed.teacher", teacher)):
+        if found is not None:
+            collect(check_autocast, where, found)
     student_ds = collect(student_config, student, batch, clip=config.prune.clip) if student and batch else None
     teacher_ds = collect(teacher_config, teacher, world_size) if teacher is not None else None
     task = collect(build_task, config.task, config.data, seed=config.seed)
@@ -224,14 +214,17 @@ def preflight(config: RunConfig, world_size: int) -> Preflight:
     assert teacher_ds is not None
     check_output(Path(config.output))
     model = skeleton(config.model.name, task, config.model.revision)
+    if not config.model.from_scratch:
+        check_stored_shapes("model", resolve_source(config.model.name), analyze(model))
     if config.prune.embedding_rank:
         check_rank(model, config.prune.embedding_rank)
         factor_embedding(model, family_for(model.config.model_type).as_dict(), config.prune.embedding_rank)
     structure = analyze(model)
-    _check_lengths(config, model)
+    check_positions("model", config, model.config)
     vocab_size = int(model.config.vocab_size)
     _check_padding(model, task)
-    _check_teacher(config, task, vocab_size)
+    check_teacher(config, task, vocab_size, tokenizer)
+    _check_teacher_shapes(config, task)
     _check_weights(config, task)
     _check_text(config, task, vocab_size)
     _check_attentions(config, structure)

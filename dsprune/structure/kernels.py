@@ -4,6 +4,9 @@ They are autograd functions because the obvious expressions keep a gated copy of
 several copies of every activation, alive until the backward pass. Under ZeRO-3 that copy would be a
 whole layer's weights on every rank. These keep the parameter itself (which ZeRO gathers again) and
 recompute.
+
+Under `torch.autocast` they work as torch's own linears: the input is cast, the weight while it computes, and the
+gradient of a weight has the weight's dtype (`autocast.py`).
 """
 
 from __future__ import annotations
@@ -14,6 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd import Function
+
+from dsprune.structure.autocast import autocast_input, without_autocast
 
 __all__ = ["block_gated_linear", "gated_linear", "live_layer_norm", "live_rms_norm", "sum_blocks"]
 
@@ -37,9 +42,9 @@ class _GatedLinear(Function):
         ctx.frozen, ctx.transposed = frozen, transposed
         # The parameter itself, and no transposed view of it: an alias would outlive what ZeRO-3 has gathered.
         ctx.save_for_backward(x, weight, bias, rows, columns)
-        gated_bias = None if bias is None else bias * rows.to(bias.dtype)
+        gated_bias = None if bias is None else (bias * rows.to(bias.dtype)).to(x.dtype)
         weight = weight.t() if transposed else weight
-        return torch.nn.functional.linear(x, _scaled(weight, rows, columns), gated_bias)
+        return torch.nn.functional.linear(x, _scaled(weight, rows, columns).to(x.dtype), gated_bias)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
@@ -52,11 +57,11 @@ class _GatedLinear(Function):
         grad_weight = grad_bias = grad_rows = grad_columns = None
         if need_columns and not (need_weight or need_rows):
             # A pass for the gates alone: one product gives the gradients of the input and of its gates.
-            inner = flat @ _scaled(weight, rows, torch.ones_like(columns))
+            inner = flat @ _scaled(weight, rows, torch.ones_like(columns)).to(x.dtype)
             grad_columns = (inner.to(columns.dtype) * x.reshape(inner.shape).to(columns.dtype)).sum(0)
             grad_x = (inner * columns.to(inner.dtype)).view(x.shape) if need_x else None
             return grad_x, None, None, None, grad_columns, None, None
-        grad_x = grad @ _scaled(weight, rows, columns) if need_x else None
+        grad_x = grad @ _scaled(weight, rows, columns).to(x.dtype) if need_x else None
         if need_weight or need_rows or need_columns:
             # Gradient of the gated weight; its elementwise product with the weight is, summed over a
             # unit, the first-order Taylor score of that unit.
@@ -64,11 +69,11 @@ class _GatedLinear(Function):
             if need_rows or need_columns:
                 taylor = outer.to(rows.dtype) * weight.to(rows.dtype)
                 grad_rows, grad_columns = taylor @ columns, rows @ taylor
-            grad_weight = _scaled(outer, rows, columns) if need_weight else None
+            grad_weight = _scaled(outer.to(weight.dtype), rows, columns) if need_weight else None
             grad_weight = grad_weight.t() if grad_weight is not None and ctx.transposed else grad_weight
         if bias is not None and (need_bias or need_rows):
             summed = flat.sum(0)
-            grad_bias = summed * rows.to(summed.dtype) if need_bias else None
+            grad_bias = summed.to(bias.dtype) * rows.to(bias.dtype) if need_bias else None
             if grad_rows is not None:
                 grad_rows = grad_rows + summed.to(rows.dtype) * bias.to(rows.dtype)
         return grad_x, grad_weight, grad_bias, grad_rows, grad_columns, None, None
@@ -97,9 +102,11 @@ def gated_linear(
         transposed: how the weight is stored.
 
     Returns:
-        [..., out] in the dtype of `x`. Gradients of the gates are formed in the gates' own dtype.
+        [..., out] in the dtype of `x`, or of autocast. Gradients of the gates are formed in the gates' own dtype.
     """
-    return _GatedLinear.apply(x, weight, bias, rows, columns, frozen, transposed)  # type: ignore[no-any-return, no-untyped-call]
+    x = autocast_input(x)
+    with without_autocast(x):
+        return _GatedLinear.apply(x, weight, bias, rows, columns, frozen, transposed)  # type: ignore[no-any-return, no-untyped-call]
 
 
 class _LiveLayerNorm(Function):
@@ -213,9 +220,10 @@ class _BlockGatedLinear(Function):
     def forward(
         ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, gate: Tensor, block: tuple[int, int], frozen: bool
     ) -> Tensor:
-        ctx.block, ctx.frozen, ctx.with_bias = block, frozen, bias is not None
+        ctx.block, ctx.frozen, ctx.bias_dtype = block, frozen, None if bias is None else bias.dtype
         ctx.save_for_backward(x, weight, gate)
-        return torch.nn.functional.linear(x, weight * _spread_blocks(gate, block, weight.shape).to(weight.dtype), bias)
+        gated = weight * _spread_blocks(gate, block, weight.shape).to(weight.dtype)
+        return torch.nn.functional.linear(x, gated.to(x.dtype), None if bias is None else bias.to(x.dtype))
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
@@ -223,15 +231,15 @@ class _BlockGatedLinear(Function):
         x, weight, gate = ctx.saved_tensors
         need_x, need_weight, need_bias, need_gate, *_ = ctx.needs_input_grad
         wide = _spread_blocks(gate, ctx.block, weight.shape).to(weight.dtype)
-        grad_x = grad @ (weight * wide) if need_x else None
+        grad_x = grad @ (weight * wide).to(x.dtype) if need_x else None
         flat = grad.reshape(-1, grad.shape[-1])
         grad_weight = grad_gate = None
         if need_gate or (need_weight and not ctx.frozen):
             outer = flat.t() @ x.reshape(-1, x.shape[-1])
             if need_gate:
                 grad_gate = sum_blocks(outer.to(gate.dtype) * weight.to(gate.dtype), ctx.block, gate.shape)
-            grad_weight = outer * wide if need_weight and not ctx.frozen else None
-        grad_bias = flat.sum(0) if ctx.with_bias and need_bias and not ctx.frozen else None
+            grad_weight = outer.to(weight.dtype) * wide if need_weight and not ctx.frozen else None
+        grad_bias = flat.sum(0).to(ctx.bias_dtype) if need_bias and not ctx.frozen else None
         return grad_x, grad_weight, grad_bias, grad_gate, None, None
 
 
@@ -249,6 +257,8 @@ def block_gated_linear(
         frozen: as in `gated_linear`.
 
     Returns:
-        [..., out] in the dtype of `x`.
+        [..., out] in the dtype of `x`, or of autocast.
     """
-    return _BlockGatedLinear.apply(x, weight, bias, gate, block, frozen)  # type: ignore[no-any-return, no-untyped-call]
+    x = autocast_input(x)
+    with without_autocast(x):
+        return _BlockGatedLinear.apply(x, weight, bias, gate, block, frozen)  # type: ignore[no-any-return, no-untyped-call]

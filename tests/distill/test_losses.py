@@ -27,6 +27,14 @@ def test_distances_are_the_loss_of_every_pair():
             torch.testing.assert_close(distances[i, j], expected)
 
 
+def test_distances_of_near_states_survive_autocast():
+    teacher = torch.randn(2, 50, 16) * 10
+    student, tokens = teacher.flip(0) + 0.05 * torch.randn(2, 50, 16), torch.tensor(50.0)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        distances = layer_distances(student, teacher, num_tokens=tokens)
+    torch.testing.assert_close(distances, layer_distances(student, teacher, num_tokens=tokens), rtol=0, atol=0)
+
+
 def test_tap_packs_real_tokens_and_keeps_nothing():
     model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
     tap = HiddenTap(model, ["1", "0"])

@@ -44,6 +44,21 @@ def _plain(student, teacher, labels, temperature=2.0):
     return torch.stack([divergence, F.cross_entropy(logits, labels, reduction="sum")])
 
 
+def test_under_autocast_logits_are_bf16_and_losses_are_not():
+    """Sums of losses over thousands of tokens, and the shares of the parts, would not survive bf16."""
+    student, teacher, labels = _problem(dtype=torch.float32)
+    shares = SHARES.float()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        total, parts = chunked_losses(*student, _losses(teacher, labels), shares, chunk=7)
+    rounded = [tensor.detach().bfloat16().requires_grad_() for tensor in student]
+    expected, exact = chunked_losses(*rounded, _losses(teacher, labels), shares, chunk=7)
+    torch.testing.assert_close((total, parts), (expected, exact), rtol=1e-6, atol=0)
+    got, wanted = (torch.autograd.grad(loss, leaves) for loss, leaves in ((total, student), (expected, rounded)))
+    assert [grad.dtype for grad in got] == [torch.float32] * 3
+    for ours, theirs in zip(got, wanted, strict=True):
+        torch.testing.assert_close(ours, theirs.float(), rtol=0.02, atol=0.02 * float(theirs.abs().max()))
+
+
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("chunk", [1, 7, TOKENS, 1000])
 def test_chunks_give_the_plain_losses_and_gradients(chunk, bias):

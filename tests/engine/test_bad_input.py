@@ -7,19 +7,21 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoConfig, BertForSequenceClassification
+from transformers import AutoConfig, BertForSequenceClassification, RobertaConfig, RobertaModel
 
 from tests.helpers.folders import tiny_folder, tiny_recipe
+from tests.helpers.models import SIZES
 from tests.helpers.world import run_world
 
 pytestmark = pytest.mark.dist
 
 
-def _ds_config(folder: Path, content: dict) -> str:
+def _ds_config(folder: Path, content: dict, of: str = "student") -> str:
     path = folder / "ds.json"
     path.write_text(json.dumps(content))
-    return f"deepspeed.student={path}"
+    return f"deepspeed.{of}={path}"
 
 
 def _data(folder: Path, train: str, validation: str | None = None) -> tuple[str, ...]:
@@ -52,6 +54,75 @@ def _fine_tuned(folder: Path, *labels: str, without: str = "") -> str:
     return f"model.name={target}"
 
 
+def _roberta(folder: Path) -> str:
+    """A model whose table of 64 positions begins behind the padding token's id."""
+    target = Path(shutil.copytree(folder / "dense", folder / "roberta"))
+    config = RobertaConfig(**{**SIZES, "vocab_size": 60, "max_position_embeddings": 64}, pad_token_id=1)
+    RobertaModel(config).save_pretrained(target)
+    return f"model.name={target}"
+
+
+def _quantized(folder: Path) -> str:
+    """A model as bitsandbytes would have written its configuration."""
+    target = Path(shutil.copytree(folder / "dense", folder / "model-4bit"))
+    config = json.loads((target / "config.json").read_text())
+    (target / "config.json").write_text(json.dumps({**config, "quantization_config": FOUR_BITS}))
+    return f"model.name={target}"
+
+
+def _teacher_with_vocabulary(folder: Path, change) -> str:
+    """A teacher whose tokenizer numbers tokens as `change` has it."""
+    override = _teacher(folder, **LABELS)
+    path = folder / "teacher-model" / "tokenizer.json"
+    content = json.loads(path.read_text())
+    content["model"]["vocab"] = change(content["model"]["vocab"])
+    path.write_text(json.dumps(content))
+    return override
+
+
+def _swapped(vocabulary: dict[str, int]) -> dict[str, int]:
+    first, second = list(vocabulary)[5:7]
+    return {**vocabulary, first: vocabulary[second], second: vocabulary[first]}
+
+
+def _without_tokenizer(folder: Path) -> str:
+    override = _teacher(folder, **LABELS, vocab_size=1000)
+    for path in (folder / "teacher-model").glob("tokenizer*"):
+        path.unlink()
+    return override
+
+
+def _untokenized(folder: Path) -> str:
+    target = Path(shutil.copytree(folder / "dense", folder / "bare", ignore=shutil.ignore_patterns("tokenizer*")))
+    return f"model.name={target}"
+
+
+def _already_pruned(folder: Path, what: str, *, pickled: bool = False) -> str:
+    """Weights without a head and some neurons in the second layer, under the dense configuration."""
+    target = folder / "pruned"
+    override = _teacher(folder, **LABELS) if what == "teacher.path" else ""
+    shutil.copytree(folder / ("teacher-model" if override else "dense"), target)
+    weights = load_file(target / "model.safetensors")
+    for name in ("query", "key", "value"):
+        for part in ("weight", "bias"):
+            place = f"encoder.layer.1.attention.self.{name}.{part}"
+            weights[place] = weights[place][:24].clone()
+    (target / "model.safetensors").unlink()
+    if pickled:
+        torch.save(weights, target / "pytorch_model.bin")
+    else:
+        save_file(weights, target / "model.safetensors", metadata={"format": "pt"})
+    return f"{what}={target}"
+
+
+LABELS = {"id2label": {"0": "contradicts", "1": "follows"}, "label2id": {"contradicts": 0, "follows": 1}}
+FOUR_BITS = {"quant_method": "bitsandbytes", "load_in_4bit": True}
+AUTOCAST = {"enabled": True, "dtype": "bfloat16"}
+PRUNED = (
+    "encoder.layer.1.attention.self.query.weight is [24, 32] in the file and [32, 32] by the configuration, and 5 more"
+)
+
+
 def _unwritable(folder: Path) -> str:
     (folder / "file").write_text("")
     return f"output={folder / 'file' / 'run'}"
@@ -78,6 +149,58 @@ CASES = {
     "unknown model": (64, "nowhere", lambda f: ("model.name=./nowhere",)),
     "package not installed": (64, "not installed", lambda f: ("model.name=package:no_such_package/model",)),
     "longer than the model's positions": (64, "64 positions", lambda f: ("task.max_length=512",)),
+    "longer than the positions that are not padding's": (
+        64,
+        "has 62 positions (of 64, the first 2 are the padding's): set it to 62",
+        lambda f: (_roberta(f), "task.max_length=63"),
+    ),
+    "timed longer than the model's positions": (64, "eval.bench_length = 65", lambda f: ("eval.bench_length=65",)),
+    "longer than the teacher's positions": (
+        64,
+        "the teacher has 16 positions",
+        lambda f: (_teacher(f, **LABELS, max_position_embeddings=16),),
+    ),
+    "no tokenizer": (64, "none of tokenizer.json, vocab.txt is there", lambda f: (_untokenized(f),)),
+    "quantized model": (65, "model-4bit': its weights are quantized (bitsandbytes)", lambda f: (_quantized(f),)),
+    "quantized teacher": (
+        65,
+        "teacher-model': its weights are quantized (bitsandbytes)",
+        lambda f: (_teacher(f, **LABELS, quantization_config=FOUR_BITS),),
+    ),
+    "teacher with other numbers for tokens": (
+        65,
+        "has another vocabulary",
+        lambda f: (_teacher_with_vocabulary(f, _swapped),),
+    ),
+    "teacher with fewer tokens": (
+        65,
+        "has another vocabulary",
+        lambda f: (_teacher_with_vocabulary(f, lambda v: dict(list(v.items())[:-3])),),
+    ),
+    "teacher with a smaller embedding": (65, "gives ids up to", lambda f: (_teacher(f, **LABELS, vocab_size=20),)),
+    "teacher without a tokenizer and of another size": (
+        65,
+        "beside the teacher lies no tokenizer",
+        lambda f: (_without_tokenizer(f),),
+    ),
+    "model already pruned": (65, PRUNED, lambda f: (_already_pruned(f, "model.name"),)),
+    "model already pruned, pickled": (65, PRUNED, lambda f: (_already_pruned(f, "model.name", pickled=True),)),
+    "teacher already pruned": (65, PRUNED, lambda f: (_already_pruned(f, "teacher.path"),)),
+    "autocast beside bf16": (
+        64,
+        "torch_autocast and bf16 are both enabled",
+        lambda f: (_ds_config(f, {"torch_autocast": AUTOCAST, "bf16": {"enabled": True}}),),
+    ),
+    "autocast in float16": (
+        64,
+        "deepspeed.teacher: torch_autocast.dtype is float16",
+        lambda f: (_ds_config(f, {"torch_autocast": {**AUTOCAST, "dtype": "float16"}}, of="teacher"),),
+    ),
+    "autocast without a dtype": (
+        64,
+        "torch_autocast.dtype is none",
+        lambda f: (_ds_config(f, {"torch_autocast": {"enabled": True}}),),
+    ),
     "unknown teacher layer": (64, "from 1 to 2", lambda f: ("distill.teacher_layers=[1, 3]",)),
     "batch does not divide": (64, "does not divide", lambda f: ("batch.size=9",)),
     "misspelt DeepSpeed key": (64, "zero_optimization", lambda f: (_ds_config(f, {"zero_optimisation": {}}),)),

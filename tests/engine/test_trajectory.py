@@ -8,7 +8,7 @@ import pytest
 
 from dsprune.methods import METHODS
 from tests.helpers.settings import BLOCKS, ROWS
-from tests.helpers.training import Setup, build_trainer, spoiled, trajectory
+from tests.helpers.training import Setup, build_trainer, spoiled, trajectory, under_autocast
 from tests.helpers.world import run_world
 
 pytestmark = pytest.mark.dist
@@ -136,6 +136,26 @@ def test_bf16_follows_fp32():
     assert len({result["fingerprint"] for result in results}) == 1
     for ours, theirs in zip(results[0]["losses"], reference["losses"], strict=True):
         assert ours["total"] == pytest.approx(theirs["total"], rel=0.05)
+
+
+@pytest.mark.parametrize(
+    ("row_index", "world_size", "changes"),
+    [
+        (0, 2, {"stage": 2}),
+        (1, 2, {"stage": 3, "teacher": "teacher_zero3", "accumulation": 2}),
+        (2, 1, {"stage": 0}),
+        (1, 1, {"stage": 1, "activation_checkpointing": True}),
+    ],
+    ids=["cofi, zero2 x2", "grain, zero3 x2, sharded teacher", "mlpruning, zero0 x1", "grain, zero1 x1, checkpointing"],
+)
+def test_autocast_follows_fp32(row_index, world_size, changes):
+    """The probe pass, which does not go through the engine, included; every loss within bf16's reach."""
+    reference = _reference(row_index, "bert")
+    results = run_world(under_autocast, world_size, trajectory, Setup(ROWS[row_index]).at(**changes))
+    assert len({result["fingerprint"] for result in results}) == 1
+    for ours, theirs in zip(results[0]["losses"], reference["losses"], strict=True):
+        assert ours["total"] == pytest.approx(theirs["total"], rel=0.05)
+        assert ours["total"] != theirs["total"], "nothing was cast"
 
 
 def _diverge(setup):

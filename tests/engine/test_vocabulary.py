@@ -8,6 +8,7 @@ import torch.nn.functional as F
 
 from tests.helpers.language import Language, build_language_trainer, language_losses, random_text
 from tests.helpers.settings import ROWS
+from tests.helpers.training import under_autocast
 from tests.helpers.world import run_world
 
 pytestmark = pytest.mark.dist
@@ -54,6 +55,23 @@ def test_every_way_of_running_is_one_trajectory(model, world_size, changes):
 def test_sharded_is_whole(setup):
     sharded = setup.at(stage=3, teacher="teacher_zero3", accumulation=2)
     _assert_same(run_world(language_losses, 2, sharded)[0], _reference(setup))
+
+
+@pytest.mark.parametrize(
+    ("model", "changes"),
+    [
+        ("llama-tied", {"stage": 2}),
+        ("llama", {"stage": 3, "teacher": "teacher_zero3", "method": 1}),
+        ("t5", {"stage": 3, "activation_checkpointing": True}),
+    ],
+)
+def test_heads_work_under_autocast(model, changes):
+    """Weights in fp32, hidden states in bf16."""
+    ours = run_world(under_autocast, 2, language_losses, Language(model).at(**changes))[0]
+    theirs = _reference(Language(model, method=changes.get("method")))
+    for mine, reference in zip(ours, theirs, strict=True):
+        assert mine["total"] == pytest.approx(reference["total"], rel=0.05)
+        assert mine["total"] != reference["total"], "nothing was cast"
 
 
 def _by_all_logits(setup):

@@ -208,6 +208,21 @@ def build_trainer(setup: Setup, *, dropout: bool = False, steps: int | None = No
     )
 
 
+def under_autocast(run: Any, setup: Setting) -> Any:
+    """A run with torch's linears in bf16, all else in fp32, and under ZeRO-3 with no weight whole. On every rank."""
+    import dsprune.engine.zero.config as ds_config
+
+    load = ds_config.load_ds_config
+
+    def changed(name: str) -> dict[str, Any]:
+        config = load(name)
+        config["zero_optimization"]["stage3_param_persistence_threshold"] = 0
+        return {**config, "torch_autocast": {"enabled": True, "dtype": "bfloat16"}}
+
+    ds_config.load_ds_config = changed
+    return run(setup)
+
+
 def spoiled(teach: Any, factor: float) -> Any:
     """A teacher's `teach` whose logits are multiplied by something."""
 

@@ -1,8 +1,10 @@
+from functools import partial
+
 import pytest
 import torch
 from torch.autograd import gradcheck
 
-from dsprune.structure.kernels import gated_linear, live_layer_norm
+from dsprune.structure.kernels import block_gated_linear, gated_linear, live_layer_norm
 
 
 def _args(*shapes: tuple[int, ...]) -> list[torch.Tensor]:
@@ -70,3 +72,52 @@ def test_no_gated_copy_of_the_weight_is_kept_for_backward():
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
         gated_linear(torch.randn(2, 5), weight, None, torch.ones(7, requires_grad=True), torch.ones(5))
     assert [t.data_ptr() for t in kept if t.shape == (7, 5)] == [weight.data_ptr()]
+
+
+def _gradients(call, arguments, *, autocast):
+    """Output of a function and gradients of its arguments; the backward pass is never under autocast."""
+    leaves = [argument.detach().clone().requires_grad_() for argument in arguments]
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
+        out = call(*leaves)
+    out.backward(torch.linspace(-1, 1, out.numel()).view(out.shape).to(out.dtype))
+    return out, [leaf.grad for leaf in leaves]
+
+
+KERNELS = {
+    "rows and columns": (gated_linear, (32, 64), ((32,), (64,))),
+    "transposed": (partial(gated_linear, transposed=True), (64, 32), ((32,), (64,))),
+    "blocks": (partial(block_gated_linear, block=(2, 4)), (32, 64), ((16, 16),)),
+}
+
+
+@pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_under_autocast_a_gated_linear_works_as_torchs_do(kernel, stored):
+    """In bf16; the gradient of a weight has the weight's dtype, that of a gate is fp32."""
+    call, shape, gates = KERNELS[kernel]
+    weights = [torch.randn(shape).to(stored), torch.randn(32).to(stored)]
+    arguments = [torch.randn(3, 5, 64), *weights, *(torch.rand(gate) for gate in gates)]
+    reference, theirs = _gradients(call, [a.float() for a in arguments], autocast=False)
+    out, ours = _gradients(call, arguments, autocast=True)
+    assert out.dtype is torch.bfloat16
+    assert [grad.dtype for grad in ours] == [argument.dtype for argument in arguments]
+    for mine, exact in zip((out, *ours), (reference, *theirs), strict=True):
+        torch.testing.assert_close(mine.float(), exact, rtol=0.02, atol=0.02 * float(exact.detach().abs().max()))
+
+
+def test_under_autocast_a_pass_for_the_gates_alone_gives_their_gradients():
+    x, weight, bias, rows, columns = (
+        torch.randn(6, 64),
+        torch.randn(32, 64),
+        torch.randn(32),
+        torch.rand(32),
+        torch.rand(64),
+    )
+    found = []
+    for autocast in (False, True):
+        gate = columns.clone().requires_grad_()
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
+            out = gated_linear(x, weight, bias, rows, gate, frozen=True)
+        found += torch.autograd.grad(out.float().square().sum(), gate)
+    assert found[1].dtype is torch.float32
+    torch.testing.assert_close(found[1], found[0], rtol=0.02, atol=0.02 * float(found[0].abs().max()))

@@ -15,6 +15,7 @@ from dsprune.consolidate import verify
 from dsprune.distill import UNMATCHED, AttentionTap, HiddenTap, attention_loss, layer_distances, layer_loss
 from dsprune.engine.learning.losses import Taught, make_scorer
 from dsprune.engine.models.load import announce_tables, attention_modules, hidden_states, layer_stacks
+from dsprune.engine.zero.autocast import forget_autocast
 from dsprune.engine.zero.config import offload_device, zero_stage
 from dsprune.engine.zero.requirements import quiet_import
 from dsprune.structure import BlockGating, Gates, Gating
@@ -265,6 +266,7 @@ def build_student_engine(student: Student, ds_config: Mapping[str, Any], *, lr: 
     """The student as a DeepSpeed engine. Collective: all ranks must call."""
     announce_tables(student.model)
     optimizer = adamw(student, lr=lr, weight_decay=weight_decay, ds_config=ds_config)
+    forget_autocast()
     engine, *_ = deepspeed.initialize(model=student, optimizer=optimizer, config=dict(ds_config))
     assert engine.zero_optimization_stage() == zero_stage(ds_config)
     return engine

@@ -13,6 +13,7 @@ from dsprune.config import DistillConfig
 from dsprune.distill import AttentionTap, HiddenTap
 from dsprune.engine.learning.losses import Taught, make_scorer
 from dsprune.engine.models.load import announce_tables, attention_modules, hidden_states, layer_stacks, load_model
+from dsprune.engine.zero.autocast import forget_autocast
 from dsprune.engine.zero.config import precision
 from dsprune.engine.zero.requirements import quiet_import
 from dsprune.tasks import Task
@@ -73,6 +74,7 @@ class Teacher:
             modules = attention_modules(model)
             self.attention_tap = AttentionTap(model, [modules[i - 1] for i in layers if i > 0])
         announce_tables(model)
+        forget_autocast()
         self.engine, *_ = deepspeed.initialize(model=model, config=dict(ds_config))
         self.engine.eval()
 

@@ -23,6 +23,7 @@ from dsprune.engine.learning.teacher import Teacher
 from dsprune.engine.ranks.pulse import pulse
 from dsprune.engine.ranks.stop import Stop, describe
 from dsprune.engine.ranks.world import World
+from dsprune.engine.zero.autocast import autocasting
 from dsprune.methods.noise import stable_seed
 from dsprune.structure import ffn_alive
 
@@ -225,7 +226,9 @@ class Trainer:
         A second backward pass through the graph of the training pass would break ZeRO's hooks; a pass
         that differentiates the gates alone reaches no parameter, so that no stage takes notice.
         """
-        loss, *_ = self.engine.module(batch.inputs, batch.labels, batch.num_targets, dict(gates), lesson, probe=True)
+        arguments = (batch.inputs, batch.labels, batch.num_targets, dict(gates), lesson)
+        with autocasting(self.engine):
+            loss, *_ = self.engine.module(*arguments, probe=True)
         share = self._loss_scale() / self.batches.plan.accumulation
         gradients = torch.autograd.grad(loss * share, list(gates.values()), allow_unused=True)
         for gate, gradient in zip(gates.values(), gradients, strict=True):

@@ -81,10 +81,16 @@ def load_tokenizer(source: str, revision: str | None = None) -> PreTrainedTokeni
     Raises:
         ConfigError: it cannot be found or read.
     """
+    folder = resolve_source(source)
     try:
-        return AutoTokenizer.from_pretrained(resolve_source(source), revision=revision)  # type: ignore[no-any-return]
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder, revision=revision)
     except (OSError, ValueError) as error:
         raise ConfigError(f"no tokenizer in '{source}': {_first_line(error)}") from error
+    # Without any of its files transformers makes up one that knows the special tokens, and takes all else for unknown.
+    files = sorted({*tokenizer.vocab_files_names.values(), "tokenizer.json"})
+    if Path(folder).is_dir() and not any((Path(folder) / name).is_file() for name in files):
+        raise ConfigError(f"no tokenizer in '{source}': none of {', '.join(files)} is there")
+    return tokenizer
 
 
 def _first_line(error: Exception) -> str:
