@@ -12,13 +12,12 @@ from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from dsprune.arch import family_for
 from dsprune.config import RunConfig
-from dsprune.consolidate import check_stored_shapes, factor_embedding, is_stock
+from dsprune.consolidate import factor_embedding, is_stock
 from dsprune.distill import check_teacher_layers, default_teacher_layers
 from dsprune.engine.models.factoring import check_rank
 from dsprune.engine.models.load import (
     check_reads_forward,
     from_config,
-    is_compact,
     label_config,
     load_tokenizer,
     resolve_source,
@@ -88,13 +87,6 @@ def check_output(folder: Path) -> None:
         raise OutputError(
             f"output '{folder}': {nearest} cannot be written: choose another folder or mend its permissions"
         )
-
-
-def _check_teacher_shapes(config: RunConfig, task: Task) -> None:
-    """A given teacher may be dense, or compact: then its configuration tells the sizes of every layer."""
-    if config.teacher.path is None or is_compact(source := resolve_source(config.teacher.path)):
-        return
-    check_stored_shapes("teacher", source, analyze(skeleton(source, task)))
 
 
 def _check_weights(config: RunConfig, task: Task) -> None:
@@ -214,8 +206,6 @@ def preflight(config: RunConfig, world_size: int) -> Preflight:
     assert teacher_ds is not None
     check_output(Path(config.output))
     model = skeleton(config.model.name, task, config.model.revision)
-    if not config.model.from_scratch:
-        check_stored_shapes("model", resolve_source(config.model.name), analyze(model))
     if config.prune.embedding_rank:
         check_rank(model, config.prune.embedding_rank)
         factor_embedding(model, family_for(model.config.model_type).as_dict(), config.prune.embedding_rank)
@@ -224,7 +214,6 @@ def preflight(config: RunConfig, world_size: int) -> Preflight:
     vocab_size = int(model.config.vocab_size)
     _check_padding(model, task)
     check_teacher(config, task, vocab_size, tokenizer)
-    _check_teacher_shapes(config, task)
     _check_weights(config, task)
     _check_text(config, task, vocab_size)
     _check_attentions(config, structure)

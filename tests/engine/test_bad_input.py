@@ -118,8 +118,8 @@ def _already_pruned(folder: Path, what: str, *, pickled: bool = False) -> str:
 LABELS = {"id2label": {"0": "contradicts", "1": "follows"}, "label2id": {"contradicts": 0, "follows": 1}}
 FOUR_BITS = {"quant_method": "bitsandbytes", "load_in_4bit": True}
 AUTOCAST = {"enabled": True, "dtype": "bfloat16"}
-PRUNED = (
-    "encoder.layer.1.attention.self.query.weight is [24, 32] in the file and [32, 32] by the configuration, and 5 more"
+PRUNED = "is [24] in its files and [32] by its config.json, and 5 more differ"
+    "encoder.layer.1.attention.self.key.weight is [24, 32] in its files and [32, 32] by its config.json, and 5 more"
 )
 
 
