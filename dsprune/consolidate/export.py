@@ -238,6 +238,8 @@ class _Export:
         if self._has_own_head():
             self.trained |= own_head_keys(self.trained["model_type"])
             self.model = self._build()
+        # Asked now: a model whose weights are streamed through it ties none any more.
+        self.outputs = self._said_of_outputs()
         self._check_names()
 
     def _build(self) -> Any:
@@ -254,6 +256,12 @@ class _Export:
             if ours in self.weights and first in self.weights and not self.weights.same(ours, first):
                 return True
         return False
+
+    def _said_of_outputs(self) -> dict[str, Any]:
+        """What is said of a head with weights of its own, even where it is what the class takes for granted."""
+        family = family_for(self.trained["model_type"].removeprefix("dsprune_"))
+        own = self.model.get_output_embeddings() is not None and not verify.tied_names(self.model)
+        return {"tie_word_embeddings": False} if own and family.scaled_head is None else {}
 
     def _read(self, name: str) -> Tensor:
         return self.weights.read(f"{PREFIX}{name}")
@@ -452,7 +460,7 @@ class _Export:
                 shutil.copytree(path, self.scratch / path.name)
             elif path.name != "config.json":
                 shutil.copy2(path, self.scratch / path.name)
-        config = {**self.config, **self._untied(), "dtype": str(self.dtype).removeprefix("torch.")}
+        config = {**self.config, **self.outputs, "dtype": str(self.dtype).removeprefix("torch.")}
         text = json.dumps(config, indent=2, sort_keys=True)
         (self.scratch / "config.json").write_text(text + "\n", encoding="utf-8")
         if "auto_map" in config:
@@ -465,9 +473,3 @@ class _Export:
             if path.is_file():
                 with path.open("rb") as file:
                     os.fsync(file.fileno())
-
-    def _untied(self) -> dict[str, Any]:
-        """What is said of a head with weights of its own, even where it is what the class takes for granted."""
-        family = family_for(self.trained["model_type"].removeprefix("dsprune_"))
-        own = self.model.get_output_embeddings() is not None and not verify.tied_names(self.model)
-        return {"tie_word_embeddings": False} if own and family.scaled_head is None else {}

@@ -120,7 +120,7 @@ def test_random_weights_are_asked_for_or_refused(tmp_path):
 
     task = _preflight(language_recipe(tmp_path)).task
     with pytest.raises(ConfigError, match=r"to begin with random weights, say model\.from_scratch=true"):
-        load_model(str(tmp_path / "dense"), task, {})
+        load_model(str(tmp_path / "dense"), task, {}, fresh_head=True)
     assert load_model(str(tmp_path / "dense"), task, {}, from_scratch=True).num_parameters() > 0
 
 

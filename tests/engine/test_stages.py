@@ -11,8 +11,18 @@ from safetensors.torch import load_file
 from transformers import AutoTokenizer
 
 import dsprune.methods
+from dsprune.config import DataConfig, TaskConfig
 from dsprune.consolidate import load_compact
-from tests.helpers.folders import METHODS, encoder_decoder_recipe, sentencepiece_folder, tiny_recipe
+from dsprune.tasks import build_task
+from tests.helpers.exported import measure, predict
+from tests.helpers.folders import (
+    METHODS,
+    SIDE_FILES,
+    encoder_decoder_recipe,
+    fine_tuned_folder,
+    sentencepiece_folder,
+    tiny_recipe,
+)
 from tests.helpers.world import run_world
 
 pytestmark = pytest.mark.dist
@@ -32,6 +42,8 @@ def finish(tmp_path_factory):
     @cache
     def run(method):
         folder = tmp_path_factory.mktemp(method)
+        if method == "cofi":  # on a model that knows the task, its labels in another order
+            fine_tuned_folder(folder / "dense", ["Follows", "CONTRADICTS"])
         assert run_world(_execute, 2, tiny_recipe(folder, method=method)) == [0, 0]
         return folder
 
@@ -87,6 +99,46 @@ def test_one_launch_does_everything(finished_by):
         assert report["blocks"]["together"] == pytest.approx(1 - left)
     assert (run / "report.png").read_bytes().startswith(b"\x89PNG")
     assert list((run / "tensorboard").iterdir())
+
+
+MODELS = ("teacher/model", "compact", "recovered")
+"""Folders that a run leaves."""
+
+
+def test_the_metric_is_that_of_the_exported_folder(finished, tmp_path):
+    """Invariant 8: in the run, in the report, and in plain transformers by `id2label`, on labels in another order."""
+    run = finished / "run"
+    task = build_task(TaskConfig(name="order"), DataConfig(max_train_examples=64, max_eval_examples=20), seed=42)
+    columns = task.read(False).evals["validation"].columns
+    truth = [task.labels[label] for label in columns["label"]]
+    texts = list(zip(columns["premise"], columns["hypothesis"], strict=True))
+    said = predict([run / name for name in MODELS], texts, task.head, tmp_path)
+    report = json.loads((run / "report.json").read_text())
+    done = {stage: json.loads((run / stage / "done.json").read_text()) for stage in ("teacher", "prune", "recover")}
+    theirs = {name: measure("accuracy", truth, said[run / name]) for name in MODELS}
+    assert theirs["teacher/model"] == done["teacher"]["metrics"]["accuracy"] == report["dense"]["metrics"]["accuracy"]
+    assert theirs["recovered"] == done["recover"]["metrics"]["accuracy"] == report["compact"]["metrics"]["accuracy"]
+    for name in MODELS:
+        config = json.loads((run / name / "config.json").read_text())
+        assert config["id2label"] == {"0": "contradicts", "1": "follows"}, name
+        assert config["label2id"] == {"contradicts": 0, "follows": 1}, name
+
+
+def test_what_lies_beside_a_model_is_in_every_folder(finished):
+    for name in MODELS:
+        folder = finished / "run" / name
+        for file, content in SIDE_FILES.items():
+            assert (folder / file).read_text() == content, (name, file)
+        assert not list(folder.glob("pytorch_model*"))
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+        assert tokenizer.apply_chat_template([{"role": "user", "content": "hello"}], tokenize=False) == "hello"
+
+
+def test_checkpoints_hold_neither_weights_nor_code_beside_the_shards(finished):
+    for stage in ("teacher", "prune", "recover"):
+        for model in (finished / "run" / stage / "checkpoints").glob("*/model"):
+            files = {path.name for path in model.rglob("*") if path.is_file()}
+            assert not [name for name in files if name.endswith((".safetensors", ".bin", ".py"))], model
 
 
 def test_metrics_say_what_happened(finished):

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import io
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import sentencepiece
+import torch
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.normalizers import Lowercase
@@ -186,6 +188,31 @@ def tiny_folder(folder: Path) -> Path:
         max_position_embeddings=64,
     )
     BertForSequenceClassification(config).bert.save_pretrained(folder)
+    return folder
+
+
+SIDE_FILES = {
+    "generation_config.json": json.dumps({"do_sample": True, "top_p": 0.8, "eos_token_id": [3, 4]}),
+    "chat_template.jinja": "{% for m in messages %}{{ m['content'] }}{% endfor %}",
+    "additional_chat_templates/tool_use.jinja": "{{ tools }}",
+    "tokenizer.model": "pieces",
+    "vocab.txt": "[PAD]\n[UNK]\n",
+    "processor_config.json": "{}",
+    "preprocessor_config.json": "{}",
+}
+"""Files that lie beside the weights of published models."""
+
+
+def fine_tuned_folder(folder: Path, labels: Sequence[str]) -> Path:
+    """`tiny_folder` with a head for these labels, and with all that lies beside a published model."""
+    tiny_folder(folder)
+    names = dict(enumerate(labels))
+    config = BertConfig.from_pretrained(folder, id2label=names, label2id={name: i for i, name in names.items()})
+    torch.manual_seed(3)
+    BertForSequenceClassification(config).save_pretrained(folder)
+    for name, content in SIDE_FILES.items():
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_text(content, encoding="utf-8")
     return folder
 
 
