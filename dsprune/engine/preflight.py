@@ -13,10 +13,11 @@ from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
 from dsprune.arch import family_for
 from dsprune.config import RunConfig
 from dsprune.consolidate import factor_embedding, is_stock
-from dsprune.distill import check_teacher_layers, default_teacher_layers
+from dsprune.distill import LayerPlan
 from dsprune.engine.ds_config import BatchPlan, load_ds_config, plan_batch, student_config, teacher_config
 from dsprune.engine.factoring import check_rank
 from dsprune.engine.models import check_reads_forward, from_config, label_config, load_tokenizer, resolve_source
+from dsprune.engine.teaching import plan_teaching, teacher_shape
 from dsprune.errors import ArchitectureError, ConfigError, OutputError
 from dsprune.methods import Method, Plan, method_class
 from dsprune.methods.shapes import aimed_sparsity
@@ -37,7 +38,8 @@ class Preflight:
     structure: Structure
     student_ds: dict[str, Any]
     teacher_ds: dict[str, Any]
-    teacher_layers: tuple[int, ...]
+    teaching: LayerPlan
+    """Teacher layers that teach, and the student layers in their place."""
     vocab_size: int
     target: float
     """Sparsity to reach: `prune.target`, or that of the shape that is asked for."""
@@ -225,9 +227,10 @@ def preflight(config: RunConfig, world_size: int) -> Preflight:
     _check_teacher(config, task, vocab_size)
     _check_text(config, task, vocab_size)
     _check_attentions(config, structure)
-    layers = config.distill.teacher_layers or default_teacher_layers(structure.sizes.num_layers)
-    layers = check_teacher_layers(layers, structure.sizes.num_layers)
     method = build_method(config, structure, total_steps=0, steps_per_epoch=0)
+    teaching = plan_teaching(config, structure, teacher_shape(config, task, structure), method.kinds)
     _check_stock(config, model, method)
     _check_blocks(config, structure)
-    return Preflight(task, tokenizer, batch, structure, student_ds, teacher_ds, layers, vocab_size, method.plan.target)
+    return Preflight(
+        task, tokenizer, batch, structure, student_ds, teacher_ds, teaching, vocab_size, method.plan.target
+    )

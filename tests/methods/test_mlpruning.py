@@ -1,5 +1,7 @@
 """MLPruning against its formulas, and against the pitfalls of its authors' code."""
 
+import math
+
 import pytest
 import torch
 
@@ -9,6 +11,7 @@ from dsprune.methods.schedules import warmup_and_decay
 from dsprune.methods.topk import count_kept, top_k
 from dsprune.structure import CostModel, analyze, unit_magnitudes
 from tests.helpers.models import tiny_model
+from tests.helpers.training import block_pruning, without_some_units
 
 MLPruning = method_class("mlpruning")
 
@@ -129,3 +132,24 @@ def test_the_learning_rate_of_scores_rises_and_falls():
 def test_unknown_gates_are_refused():
     with pytest.raises(ConfigError, match="unknown \\['hidden'\\]"):
         _method(gates=("hidden",))
+
+
+@pytest.mark.parametrize(("scores", "scale", "bound"), [("uniform", 0.2, 0.2), ("kaiming", 0.2, 1.0)])
+def test_scores_may_start_as_in_the_authors_code(scores, scale, bound):
+    """`MaskedLinear.init_mask`: uniform on (-scale, scale); kaiming with a = sqrt(5) on scores of shape [units, 1]."""
+    literal = torch.empty(20000, 1)
+    torch.nn.init.kaiming_uniform_(literal, a=math.sqrt(5))
+    assert literal.abs().max() == pytest.approx(1.0, abs=1e-3)
+    method, again = (_method(scores=scores, scores_scale=scale) for _ in range(2))
+    assert method.wants_magnitudes is False
+    for kind, score in method.groups.score.items():
+        assert torch.equal(score, again.groups.score[kind])
+        assert bool((score.abs() <= bound).all())
+    drawn = method.groups.score["ffn_dim"].detach()
+    assert drawn.abs().max() > 0.9 * bound
+    assert abs(float(drawn.mean())) < 0.2 * bound
+    blocks = block_pruning(
+        {"scores": scores, "scores_scale": scale}, method.plan, without_some_units(tiny_model("bert"))
+    )
+    assert not blocks[0].wants_magnitudes
+    assert all(0 < value.abs().max() <= bound for value in blocks[0].groups.score.values())
