@@ -177,7 +177,7 @@ def _text(run: Run, figures: dict[str, Any], bench: BenchReport, final: Path) ->
 def _lagging(stage: str, landing: Mapping[str, Any]) -> list[str]:
     """What is to be said where training did not bring the gates to their target."""
     learned = landing["learned"]
-    return [f"{stage} did not reach its target: {told(learned)}"] if learned.get("missed") else []
+    return [f"{stage} did not track its target: {told(learned)}"] if learned.get("missed") else []
 
 
 def _plot(run: Run, final: Path) -> None:

@@ -51,7 +51,7 @@ def settle(
 
 
 def told(facts: Mapping[str, Any]) -> str:
-    """The line that log and report have of a target which was not reached."""
+    """The line that log and report have of a target which training did not come to."""
     names = Landing.__dataclass_fields__
     line = Landing(**{name: facts[name] for name in names}).describe()
     if "metrics_after" not in facts:

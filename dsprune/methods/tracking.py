@@ -18,7 +18,8 @@ from dsprune.methods.base import Method
 __all__ = ["LAG", "Landing", "has_reached", "landing_of", "report_lag"]
 
 LAG = 0.05
-"""How far the expected sparsity may trail the target when that has warmed up, before the log says so."""
+"""How far the expected sparsity may trail the target when that has warmed up, or pass it by the end, before that is
+said. Passing it costs little: landing gives units back, where falling short cuts some away."""
 WORDS = {
     "head": "heads",
     "attn": "attention sublayers",
@@ -60,8 +61,8 @@ class Landing:
         return self.target - (self.before if self.expected is None else self.expected)
 
     def missed(self, epsilon: float) -> bool:
-        """Whether the target was not reached, within so much; a learned sparsity may also have gone too far beyond."""
-        return self.gap > epsilon or (self.expected is not None and -self.gap > epsilon)
+        """Whether training fell short of the target by more than this, or a learned sparsity went far beyond it."""
+        return self.gap > epsilon or (self.expected is not None and -self.gap > LAG)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, with the gap in points of a percent."""

@@ -17,7 +17,7 @@ pytestmark = pytest.mark.dist
 
 def _frozen_run(setup, folder):
     """Two steps with frozen embeddings; saved, and read back into an engine where they had been lost."""
-    from deepspeed.zero import GatheredParameters
+    import deepspeed
 
     from dsprune.consolidate import open_checkpoint
     from dsprune.engine.elastic import load_elastic
@@ -33,7 +33,7 @@ def _frozen_run(setup, folder):
     weights = {name: saved.read(name).clone() for name in saved.names()}
     other = build_trainer(setup)
     lost = [other.engine.module.get_parameter(name) for name in names]
-    with torch.no_grad(), GatheredParameters(lost, modifier_rank=0):
+    with torch.no_grad(), deepspeed.zero.GatheredParameters(lost, modifier_rank=0):
         for param in lost:
             param.data.zero_()
     state = {"global_steps": 2, "global_samples": 16, "skipped_steps": 0, "loss_scaler": {}}

@@ -105,6 +105,7 @@ def test_states_that_pruning_narrows_need_a_projection(place, tmp_path):
     _ready(tmp_path, "distill.projection=none", 'recover.duration="0 steps"')
 
 
+@pytest.mark.slow
 @pytest.mark.dist
 def test_a_run_under_a_deeper_and_wider_teacher_ends_with_a_recovered_model(place):
     recipe = tiny_recipe(place, output=place / "run")
@@ -124,7 +125,7 @@ DEEP = {"teacher_model": "bert-deep"}
 @pytest.mark.parametrize(
     ("index", "distill", "layers"),
     [
-        (0, {"match": "monotone"}, None),
+        pytest.param(0, {"match": "monotone"}, None, marks=pytest.mark.slow),
         (1, {"match": "fixed", "projection": "separate", "layer_pairs": ((0, 0), (1, 3), (2, 4))}, None),
         (0, {"match": "free", "teacher_draw": "quarters", "projection_rate": "constant"}, None),
     ],

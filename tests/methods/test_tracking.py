@@ -75,6 +75,9 @@ def test_landing_gives_back_what_was_learned_too_much_of():
     assert landing.gap < 0
     assert landing.missed(0.01)
     assert "beyond the target of 30.0%" in landing.describe()
+    assert not Landing(0.5, 0.52, before=0.52, after=0.5).missed(0.01)
+    assert Landing(0.5, 0.56, before=0.56, after=0.5).missed(0.01)
+    assert Landing(0.5, 0.48, before=0.48, after=0.5).missed(0.01)
 
 
 def test_a_sparsity_that_is_set_is_only_missed_when_it_falls_short():
