@@ -9,7 +9,7 @@ from dsprune.errors import ConfigError
 from dsprune.methods import Plan, method_class
 from dsprune.methods.schedules import warmup_and_decay
 from dsprune.methods.topk import count_kept, top_k
-from dsprune.structure import CostModel, analyze, unit_magnitudes
+from dsprune.structure import CostModel, analyze, attach_gates, ones, unit_magnitudes
 from tests.helpers.models import tiny_model
 from tests.helpers.training import block_pruning, without_some_units
 
@@ -153,3 +153,33 @@ def test_scores_may_start_as_in_the_authors_code(scores, scale, bound):
     )
     assert not blocks[0].wants_magnitudes
     assert all(0 < value.abs().max() <= bound for value in blocks[0].groups.score.values())
+
+
+def test_the_gate_of_a_neuron_stands_after_the_activation_and_its_gradient_says_so():
+    """Declared at the top of the method: the authors mask rows of the first FFN matrix, before it."""
+    model = tiny_model("bert")
+    layer = model.bert.encoder.layer[0]
+    linear, activation = layer.intermediate.dense, layer.intermediate.intermediate_act_fn
+    mask = torch.ones(64)
+    mask[::3] = 0
+    x = torch.randn(7, 32)
+    weight, bias = linear.weight.detach(), linear.bias.detach()
+    ours, theirs = mask.clone().requires_grad_(), mask.clone().requires_grad_()
+    after = activation(x @ weight.t() + bias) * ours
+    before = activation(x @ (weight * theirs[:, None]).t() + bias * theirs)
+    torch.testing.assert_close(after, before)
+    direction = torch.randn(7, 64)
+    (after * direction).sum().backward()
+    (before * direction).sum().backward()
+    gating = attach_gates(model, analyze(model), empty="bias")
+    gate = ones(analyze(model), ("ffn_dim",))
+    gate["ffn_dim"][0] = mask
+    gate["ffn_dim"].requires_grad_()
+    gating.set(gate)
+    inner = x @ weight.t() + bias
+    output = layer.output.dense(activation(inner))
+    grad = torch.autograd.grad(output.sum(), gate["ffn_dim"])[0][0]
+    through = layer.output.dense.weight.sum(0).detach()
+    torch.testing.assert_close(grad, (activation(inner) * through).sum(0).detach(), rtol=1e-4, atol=1e-4)
+    cosine = torch.nn.functional.cosine_similarity(ours.grad, theirs.grad, dim=0)
+    assert cosine < 0.99
