@@ -183,6 +183,13 @@ class OptimConfig(Section):
     """Learning rate after warm-up: linear decay to zero, or constant."""
     clip: float = Field(1.0, ge=0)
     """Global gradient norm above which the weights' gradients are scaled down; 0 turns clipping off."""
+    betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.999)
+    """Decay of AdamW's two moments, per optimizer step."""
+    epsilon: float = Field(1e-8, gt=0)
+    """What AdamW adds to the root of its second moment (GRAIN: 1e-6)."""
+    freeze_embeddings: bool = False
+    """Leave the embeddings, and their norm and projection, as they were (CoFi and MLPruning do, while pruning and
+    after); an output head that is the word embedding stays as it was with them."""
 
 
 class TeacherConfig(OptimConfig):
@@ -208,6 +215,11 @@ class PruneConfig(OptimConfig):
     embedding_rank: int = Field(0, ge=0)
     """Factor the student's word embedding to this rank by a singular value decomposition, before pruning (GRAIN:
     192); 0 leaves it whole."""
+    keep_best: bool = False
+    """Export the checkpoint of the best evaluation among those at which the target was reached, instead of the last
+    one (CoFi's code); gates and weights are those of that moment, landed on the target."""
+    sparsity_epsilon: float = Field(0.01, ge=0, lt=1)
+    """How far the expected sparsity may be from the target and still have reached it (CoFi's README: 0.01 for 95%)."""
 
 
 class RecoverConfig(OptimConfig):
@@ -236,8 +248,11 @@ class BlocksConfig(OptimConfig):
     """Peak learning rate of scores and thresholds (AdamW)."""
     init: float = 10.0
     """Initial threshold of a matrix, a logit: 10 keeps all blocks."""
-    scores: Literal["magnitude", "zero"] = "magnitude"
-    """What the blocks' scores start from: the norm of their weights, or zero, as the authors had it."""
+    scores: Literal["magnitude", "zero", "uniform", "kaiming"] = "magnitude"
+    """What the blocks' scores start from: the norm of their weights, or as in the authors' code: zero (what they used),
+    uniform on (-scores_scale, scores_scale), or kaiming, which is uniform on (-1, 1) for scores of single blocks."""
+    scores_scale: float = Field(1.0, gt=0)
+    """With scores = "uniform": how far from zero they may start."""
     penalty: float = Field(20000.0, gt=0)
     """Weight of the regularisation at the start."""
     two_sided: bool = True
@@ -293,13 +308,33 @@ class DistillConfig(Section):
     labels: float = Field(0.0, ge=0)
     """Weight of the task's own loss on the labels (the paper: none beside a teacher)."""
     match: Literal["fixed", "free", "monotone"] = "free"
-    """Which student layer learns from a teacher layer: the same one, the nearest, or the nearest in rising order."""
+    """Which student layer learns from a teacher layer: the same one (of a teacher of another depth: the one at the same
+    height), the nearest (CoFi's version 3), or the nearest in rising order (its version 4)."""
     projection: Literal["shared", "separate", "none"] = "shared"
     """From student to teacher width: one learned projection (CoFi), one for each teacher layer (GRAIN), or none
     (MLPruning; equal widths)."""
+    projection_rate: Literal["weights", "constant"] = "weights"
+    """How projections train: as the weights do, or at the peak learning rate throughout, without warm-up, decay or
+    weight decay (GRAIN's code)."""
     teacher_layers: tuple[int, ...] | None = None
-    """Teacher layers that teach, counted from 1, 0 being the embeddings; by default four, evenly spaced, ending with
-    the last. Those of a decoder follow on those of its encoder."""
+    """Teacher layers that teach, counted from 1, 0 being the embeddings; by default four of the teacher's, evenly
+    spaced, ending with the last. Those of a decoder follow on those of its encoder."""
+    layer_pairs: tuple[tuple[int, int], ...] | None = None
+    """Instead, with match = "fixed": pairs of a student layer and the teacher layer that it learns from, such as
+    `[[2, 4], [6, 12]]`, counted likewise; the embeddings pair with the embeddings, `[0, 0]`."""
+    teacher_draw: Literal["all", "random", "quarters"] = "all"
+    """Which of these layers teach at a step: all, four drawn anew (CoFi's version 5), or one drawn from each quarter
+    (its version 6); a draw is from all of the teacher's layers, unless teacher_layers names others."""
+
+    @model_validator(mode="after")
+    def _layers_fit_together(self) -> DistillConfig:
+        if self.layer_pairs is not None and self.teacher_layers is not None:
+            raise ValueError("layer_pairs says which teacher layers teach: leave out teacher_layers")
+        if self.layer_pairs is not None and (self.match != "fixed" or self.teacher_draw != "all"):
+            raise ValueError('layer_pairs is a fixed match of layers that all teach: set match = "fixed", and no draw')
+        if self.teacher_draw != "all" and 0 in (self.teacher_layers or ()):
+            raise ValueError("teacher_draw draws layers, and teacher_layers names 0, the embeddings: leave it out")
+        return self
 
 
 class DeepSpeedConfig(Section):

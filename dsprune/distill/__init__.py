@@ -6,12 +6,15 @@ from dsprune.distill.hidden import HiddenTap
 from dsprune.distill.losses import layer_distances, layer_loss
 from dsprune.distill.matching import (
     UNMATCHED,
+    LayerPlan,
     check_teacher_layers,
     default_teacher_layers,
+    draw_layers,
     match_fixed,
     match_free,
     match_layers,
     match_monotone,
+    plan_layers,
 )
 from dsprune.distill.vocabulary import TeacherLogits, TeacherStates, TopLogits, chunked_losses, surprisals, top_logits
 
@@ -19,6 +22,7 @@ __all__ = [
     "UNMATCHED",
     "AttentionTap",
     "HiddenTap",
+    "LayerPlan",
     "Question",
     "TeacherLogits",
     "TeacherStates",
@@ -28,12 +32,14 @@ __all__ = [
     "check_teacher_layers",
     "chunked_losses",
     "default_teacher_layers",
+    "draw_layers",
     "layer_distances",
     "layer_loss",
     "match_fixed",
     "match_free",
     "match_layers",
     "match_monotone",
+    "plan_layers",
     "surprisals",
     "top_logits",
 ]

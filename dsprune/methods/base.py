@@ -7,7 +7,7 @@ same on every rank; whatever is random in it comes from (seed, step).
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
@@ -62,6 +62,8 @@ class Method(ABC):
 
     takes_shapes: ClassVar[bool] = False
     """Whether the method can end with the same sizes in every layer."""
+    catching_up: ClassVar[str] = "prune for longer"
+    """What helps where a learned sparsity does not follow its target."""
 
     def __init__(self, structure: Structure, options: Section, plan: Plan) -> None:
         reason = structure.family.refusal(self.kinds_of(options))
@@ -91,6 +93,11 @@ class Method(ABC):
         """Optimizer step at which gates come on; before it the dense model distils."""
 
     @property
+    def full_target_step(self) -> int | None:
+        """Optimizer step from which the target is the whole one, where it warms up and gates learn to follow it."""
+        return None
+
+    @property
     def wants_magnitudes(self) -> bool:
         """Whether `begin` is to be called with the size of each unit's weights."""
         return False
@@ -117,6 +124,17 @@ class Method(ABC):
     @abstractmethod
     def signal(self, step: int) -> GateSignal:
         """Which gradients of its gates the method wants at this step."""
+
+    def wants_weights(self, step: int) -> bool:
+        """Whether `weigh` is to be called at this step."""
+        return False
+
+    def weigh(self, read: Callable[[str], Tensor]) -> None:  # noqa: B027 (most methods look at gradients alone)
+        """Called after an applied step of the weights and before `learn`, where `wants_weights`. Collective.
+
+        Args:
+            read: whole value of a parameter by name, fp32, the same on every rank.
+        """
 
     def penalty(self, step: int) -> Tensor | None:
         """What joins the loss on the method's own parameters; it depends on no data. [] or None."""
@@ -148,6 +166,20 @@ class Method(ABC):
     @abstractmethod
     def select(self) -> Selection:
         """The final choice, landed on the target as nearly as the units allow."""
+
+    def gates_of(self, selection: Any) -> Mapping[str, Tensor]:
+        """Gates of a choice that `select` made, of at least the kinds that `deterministic` gives."""
+        gates: Mapping[str, Tensor] = selection.gates
+        return gates
+
+    def unit_of(self, kind: str) -> str:
+        """What kind of unit the gates of a kind decide over."""
+        return kind
+
+    def sparsity_of(self, gates: Mapping[str, Tensor]) -> float:
+        """Share of what the target is a share of that gates remove (0: removed), by exact count."""
+        kept = {kind: (gate != 0).double() for kind, gate in gates.items()}
+        return float(self.cost.sparsity(kept, of=self.plan.target_of))
 
     @abstractmethod
     def metrics(self, step: int) -> dict[str, float]:

@@ -41,6 +41,7 @@ from dsprune.methods.base import GateSignal, Method, Plan
 from dsprune.methods.hard_concrete import (
     LOG_ALPHA_MAX,
     LOG_ALPHA_MIN,
+    TEMPERATURE,
     deterministic_gate,
     keep_probability,
     sample_gate,
@@ -77,6 +78,8 @@ class CoFiOptions(Section):
     """Learning rate of the Lagrange multipliers (ascent)."""
     init: float = Field(LOG_ALPHA_MAX, ge=LOG_ALPHA_MIN, le=LOG_ALPHA_MAX)
     """Initial log-alpha of every gate; the default keeps each with probability 0.998."""
+    temperature: float = Field(TEMPERATURE, gt=0)
+    """Temperature of the hard-concrete distribution: lower puts more samples at exactly 0 and 1."""
     gates: tuple[str, ...] = KINDS
     """Granularities that take part."""
 
@@ -87,6 +90,7 @@ class CoFi(Method):
     Options = CoFiOptions
     empty = "identity"
     takes_shapes = True
+    catching_up = "raise method.lr and method.multiplier_lr, or make method.warmup and prune.duration longer"
 
     def __init__(self, structure: Structure, options: CoFiOptions, plan: Plan) -> None:
         super().__init__(structure, options, plan)
@@ -163,13 +167,17 @@ class CoFi(Method):
     def _expected_shares(self) -> dict[str, Tensor]:
         """Share of its units that each layer expects to keep, by learned group: [L] or [1] float64."""
         return {
-            kind: keep_probability(alpha.double()).view(-1, alpha.shape[-1]).mean(-1)
+            kind: self._keep(alpha.double()).view(-1, alpha.shape[-1]).mean(-1)
             for kind, alpha in self.log_alpha.items()
         }
 
     @property
     def start_step(self) -> int:
         return self._start
+
+    @property
+    def full_target_step(self) -> int:
+        return self._start + self._warmup
 
     def parameters(self) -> dict[str, Tensor]:
         log_alpha = {f"log_alpha.{kind}": value for kind, value in self.log_alpha.items()}
@@ -182,11 +190,19 @@ class CoFi(Method):
         if step < self._start:
             return None
         noise = uniform_noise({kind: tuple(a.shape) for kind, a in self.log_alpha.items()}, self.plan.seed, step)
-        return _by_sublayer({kind: sample_gate(a, noise[kind]) for kind, a in self.log_alpha.items()})
+        return _by_sublayer(
+            {kind: sample_gate(a, noise[kind], self.options.temperature) for kind, a in self.log_alpha.items()}
+        )
+
+    def _keep(self, log_alpha: Tensor) -> Tensor:
+        return keep_probability(log_alpha, self.options.temperature)
+
+    def _gate(self, log_alpha: Tensor, keep: Tensor) -> Tensor:
+        return deterministic_gate(log_alpha, keep, self.options.temperature)
 
     def expected_sparsity(self) -> Tensor:
         """Expected sparsity of what the target is a share of: [] float64."""
-        keep = {kind: keep_probability(a.double()) for kind, a in self.log_alpha.items()}
+        keep = {kind: self._keep(a.double()) for kind, a in self.log_alpha.items()}
         return self.cost.sparsity(_by_sublayer(keep), of=self.plan.target_of)
 
     def target_at(self, step: int) -> float:
@@ -227,13 +243,13 @@ class CoFi(Method):
         reopened = self._likeliest_removed()[:reopen]
         for kind, log_alpha in self.log_alpha.items():
             if kind in COARSE:
-                keep = (keep_probability(log_alpha) >= 0.5).long()
+                keep = (self._keep(log_alpha) >= 0.5).long()
                 keep[[layer for _, name, layer in reopened if name == kind]] = 1
-                gates[kind] = deterministic_gate(log_alpha.unsqueeze(-1), keep).squeeze(-1)
+                gates[kind] = self._gate(log_alpha.unsqueeze(-1), keep).squeeze(-1)
             else:
-                expected = keep_probability(log_alpha.double() + shift).sum(-1)
+                expected = self._keep(log_alpha.double() + shift).sum(-1)
                 least = 1 if kind in ("hidden", LAYER) else 0
-                gates[kind] = deterministic_gate(log_alpha, expected.round().long().clamp(min=least))
+                gates[kind] = self._gate(log_alpha, expected.round().long().clamp(min=least))
         return _by_sublayer(gates)
 
     def _likeliest_removed(self) -> list[tuple[float, str, int]]:
@@ -244,7 +260,7 @@ class CoFi(Method):
                 for kind in COARSE
                 if kind in self.log_alpha
                 for layer, value in enumerate(self.log_alpha[kind].tolist())
-                if float(keep_probability(torch.tensor(value))) < 0.5
+                if float(self._keep(torch.tensor(value))) < 0.5
             ),
             reverse=True,
         )
@@ -265,7 +281,7 @@ class CoFi(Method):
         counts = self._counts(shape)
         gates = {}
         for kind, log_alpha in self.log_alpha.items():
-            gates[kind] = deterministic_gate(log_alpha.detach(), torch.full(log_alpha.shape[:-1], counts[kind]))
+            gates[kind] = self._gate(log_alpha.detach(), torch.full(log_alpha.shape[:-1], counts[kind]))
         return _by_sublayer(gates)
 
     def select(self) -> Selection:

@@ -29,7 +29,7 @@ Where paper and code differ, and where neither is followed:
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Literal
 
 import torch
@@ -40,6 +40,7 @@ from dsprune.config import Section
 from dsprune.errors import ConfigError
 from dsprune.methods.base import GateSignal, Method, Plan
 from dsprune.methods.noise import uniform_noise
+from dsprune.methods.output_weights import Norm, output_scores
 from dsprune.methods.ranking import UnitGroups, prune_lowest
 from dsprune.methods.schedules import cubic_density
 from dsprune.methods.topk import top_k_mask
@@ -64,20 +65,31 @@ class GrainOptions(Section):
 
     alpha: float = Field(0.3, ge=0)
     """Strength of the structure regularisation: higher empties thin heads sooner; 0 turns it off."""
+    alpha_attention: float = Field(0.0, ge=0)
+    """The same by the share of value units left in the layer: higher empties thin attentions sooner; 0 is off."""
+    alpha_ffn: float = Field(0.0, ge=0)
+    """The same for neurons, by the share of them left in the layer: higher empties thin FFNs sooner; 0 is off."""
     beta: float = Field(0.998, ge=0, lt=1)
     """Decay of the scores' moving average, per optimizer step."""
     start: float = Field(0.2, ge=0, lt=1)
     """Share of prune.duration after which units begin to go."""
     end: float = Field(0.4, gt=0, lt=1)
     """Share of prune.duration at which the target is reached."""
+    prune_every: int = Field(1, ge=1)
+    """Optimizer steps between two steps at which units go; scores are gathered in between."""
     probe_every: int = Field(1, ge=1)
     """Optimizer steps between two probe passes; more is cheaper and scores are noisier."""
     separation: bool = True
     """Score by the logit loss alone, in a probe pass; otherwise by the whole training loss, at no cost."""
-    score: Literal["gradient", "random"] = "gradient"
-    """Where scores come from; random ones are the paper's ablation."""
+    score: Literal["gradient", "random", "magnitude_sum", "magnitude_l1", "magnitude_linf"] = "gradient"
+    """Where scores come from: gradients of gates, chance (the paper's ablation), or, with units = "heads", the size of
+    the output weights as they are when units go: absolute sum, sum of absolute values, or largest absolute value."""
     units: Literal["dims", "heads"] = "dims"
     """Single dimensions, or whole heads and neurons, ranked apart (the paper's Heads+FFN baseline)."""
+    ranking: Literal["apart", "together"] = "apart"
+    """With units = "heads": whether heads and neurons have a ranking each, or one for both."""
+    ffn_weight: float = Field(1.0, gt=0)
+    """With ranking = "together": what the scores of neurons are multiplied by."""
     attention_density: float | None = Field(None, gt=0, le=1)
     """With units = "heads": share of the heads to keep; by default the same as of the neurons."""
     round_to: int = Field(1, ge=1)
@@ -101,6 +113,7 @@ class Grain(Method):
                 f"method.start = {options.start:g} and method.end = {options.end:g} must be shares of prune.duration "
                 f"({plan.total_steps} steps) with start < end < 1, and leave a step after the end"
             )
+        self._check_options()
         self.check_target()
         self.counts = self._shape_counts()
         shapes = {kind: gate_shapes(structure.sizes)[kind] for kind in self.kinds}
@@ -119,6 +132,27 @@ class Grain(Method):
     def kinds(self) -> tuple[str, ...]:
         return UNITS[self.options.units]
 
+    def _check_options(self) -> None:
+        """Options that single dimensions and whole heads do not both have.
+
+        Raises:
+            ConfigError: naming all that do not go together.
+        """
+        options, mistakes = self.options, []
+        if options.units == "dims":
+            if options.score.startswith("magnitude"):
+                mistakes.append(f'method.score = "{options.score}" goes with method.units = "heads"')
+            if options.ranking == "together":
+                mistakes.append('method.ranking is for method.units = "heads": dimensions share one ranking anyway')
+        elif options.alpha_attention or options.alpha_ffn:
+            mistakes.append('method.alpha_attention and method.alpha_ffn go with method.units = "dims"')
+        if options.ranking == "apart" and options.ffn_weight != 1:
+            mistakes.append('method.ffn_weight goes with method.ranking = "together"')
+        if options.ranking == "together" and options.attention_density is not None:
+            mistakes.append('method.attention_density goes with method.ranking = "apart"')
+        if mistakes:
+            raise ConfigError(*mistakes)
+
     @property
     def start_step(self) -> int:
         return 0
@@ -134,7 +168,7 @@ class Grain(Method):
         return self.mask
 
     def signal(self, step: int) -> GateSignal:
-        if self.options.score == "random" or step > self._end or step % self.options.probe_every:
+        if self.options.score != "gradient" or step > self._end or step % self.options.probe_every:
             return "none"
         return "probe" if self.options.separation else "training"
 
@@ -144,23 +178,45 @@ class Grain(Method):
     def learn(self, step: int, gates: Mapping[str, Tensor], gradients: Mapping[str, Tensor]) -> None:
         if gradients:
             self._observe(gradients)
-        if step >= self._start:
+        if self._prunes(step):
             self.mask = self._pruned(self.sparsity_at(step))
+
+    def _prunes(self, step: int) -> bool:
+        """Whether units go at a step; at the end of the schedule they do whatever `prune_every` says."""
+        return step >= self._start and (step % self.options.prune_every == 0 or step >= self._end)
+
+    def wants_weights(self, step: int) -> bool:
+        return self.options.score.startswith("magnitude") and self._prunes(step) and step <= self._end
+
+    @torch.no_grad()
+    def weigh(self, read: Callable[[str], Tensor]) -> None:
+        norm: Norm = self.options.score.removeprefix("magnitude_")  # type: ignore[assignment]
+        self.importance = output_scores(self.structure, read, norm)
 
     def _observe(self, gradients: Mapping[str, Tensor]) -> None:
         """S <- beta * S + (1 - beta) * I, over `probe_every` steps at once."""
         beta = self.options.beta**self.options.probe_every
         for kind, gradient in gradients.items():
             importance = gradient.abs()
-            if kind == "vo_dim" and self.options.alpha > 0:
-                importance = importance * self._regularisation()
+            for factor in self._regularisation(kind):
+                importance = importance * factor
             self.importance[kind] = beta * self.importance[kind] + (1 - beta) * importance
 
-    def _regularisation(self) -> Tensor:
-        """tanh(D / alpha) of each value unit's head: [L, H * D]."""
-        left = by_head(self.mask["vo_dim"], self.structure.sizes.num_groups)
-        density = left.mean(-1, keepdim=True)
-        return torch.tanh(density / self.options.alpha).expand_as(left).flatten(-2)
+    def _regularisation(self, kind: str) -> list[Tensor]:
+        """What multiplies the importance of units of a kind: tanh(D / alpha), as the gates or wide enough for them.
+
+        D is the share of units left in the unit's head (the paper), and in its whole attention or FFN (the code).
+        """
+        options, mask = self.options, self.mask[kind]
+        factors = []
+        if kind == "vo_dim" and options.alpha > 0:
+            left = by_head(mask, self.structure.sizes.num_groups)
+            density = left.mean(-1, keepdim=True)
+            factors.append(torch.tanh(density / options.alpha).expand_as(left).flatten(-2))
+        alpha = {"vo_dim": options.alpha_attention, "ffn_dim": options.alpha_ffn}.get(kind, 0.0)
+        if alpha > 0:
+            factors.append(torch.tanh(mask.mean(-1, keepdim=True) / alpha))
+        return factors
 
     # --- selection --------------------------------------------------------------------------
 
@@ -185,7 +241,7 @@ class Grain(Method):
 
         return {
             kind: UnitGroups(
-                grouped(kind, self.importance[kind]),
+                grouped(kind, self.importance[kind] * (self.options.ffn_weight if kind == "ffn_dim" else 1.0)),
                 grouped(kind, self.mask[kind]),
                 grouped(kind, self._price[kind]),
                 1 if kind == "head" else round_to,
@@ -199,7 +255,7 @@ class Grain(Method):
             return self._shaped(self.counts, sparsity / self.plan.target if self.plan.target > 0 else 1.0)
         groups = self._groups()
         budget = self._budget(sparsity)
-        if self.options.units == "dims":
+        if self.options.units == "dims" or self.options.ranking == "together":
             masks = prune_lowest(groups, budget, tied=("qk_dim", "vo_dim"))
         else:
             masks = {}

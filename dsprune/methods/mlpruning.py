@@ -54,8 +54,11 @@ class MLPruningOptions(Section):
     """Share of prune.duration during which that learning rate rises."""
     init: float = 10.0
     """Initial threshold, a logit: 10 keeps 99.995% of a group."""
-    scores: Literal["magnitude", "zero"] = "magnitude"
-    """What scores start from: the norm of each unit's weights, or zero, as the authors had it."""
+    scores: Literal["magnitude", "zero", "uniform", "kaiming"] = "magnitude"
+    """What scores start from: the norm of each unit's weights, or as in the authors' code: zero (what they used),
+    uniform on (-scores_scale, scores_scale), or kaiming, which is uniform on (-1, 1) for scores in one column."""
+    scores_scale: float = Field(1.0, gt=0)
+    """With scores = "uniform": how far from zero they may start."""
     penalty: float = Field(20000.0, gt=0)
     """lambda_f, the weight of the regularisation at the start."""
     two_sided: bool = True
@@ -84,6 +87,8 @@ class MLPruning(Method):
             total_steps=plan.total_steps,
             init=options.init,
         )
+        if options.scores in ("uniform", "kaiming"):
+            self.groups.draw(options.scores_scale if options.scores == "uniform" else 1.0, plan.seed)
         self.check_target()
 
     @classmethod

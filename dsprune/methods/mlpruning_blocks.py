@@ -53,6 +53,8 @@ class BlockPruning(Method):
             total_steps=plan.total_steps,
             init=options.init,
         )
+        if options.scores in ("uniform", "kaiming"):
+            self.groups.draw(options.scores_scale if options.scores == "uniform" else 1.0, plan.seed)
         self.check_target()
 
     @classmethod
@@ -118,6 +120,16 @@ class BlockPruning(Method):
             reach=REACH,
         )
         return BlockSelection(self._as_grids(gates), self.options.shape)
+
+    def gates_of(self, selection: Any) -> Mapping[str, Tensor]:
+        masks: Mapping[str, Tensor] = selection.masks
+        return masks
+
+    def unit_of(self, kind: str) -> str:
+        return "block"
+
+    def sparsity_of(self, gates: Mapping[str, Tensor]) -> float:
+        return self._hard_sparsity(gates)
 
     def check_target(self) -> None:
         reachable = self._hard_sparsity(self.groups.hard_gates(-REACH - self.options.init))

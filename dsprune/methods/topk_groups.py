@@ -10,6 +10,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from dsprune.methods.noise import uniform_noise
 from dsprune.methods.schedules import warmup_and_decay
 from dsprune.methods.topk import count_kept, top_k, top_k_mask
 
@@ -64,6 +65,13 @@ class TopKGroups:
             magnitude = magnitudes[name].float()
             spread = magnitude.std(-1, keepdim=True, correction=0).clamp(min=1e-12)
             score.copy_((magnitude - magnitude.mean(-1, keepdim=True)) / spread)
+
+    @torch.no_grad()
+    def draw(self, scale: float, seed: int) -> None:
+        """Start the scores from chance, uniform on (-scale, scale); the same for the same seed, everywhere."""
+        noise = uniform_noise({f"score.{name}": tuple(s.shape) for name, s in self.score.items()}, seed, -1)
+        for name, score in self.score.items():
+            score.copy_((2 * noise[f"score.{name}"] - 1) * scale)
 
     def parameters(self) -> dict[str, Tensor]:
         scores = {f"score.{name}": value for name, value in self.score.items()}

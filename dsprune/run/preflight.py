@@ -13,7 +13,7 @@ from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
 from dsprune.arch import family_for
 from dsprune.config import RunConfig
 from dsprune.consolidate import factor_embedding, is_stock
-from dsprune.distill import check_teacher_layers, default_teacher_layers
+from dsprune.distill import LayerPlan
 from dsprune.engine.models.factoring import check_rank
 from dsprune.engine.models.load import (
     check_reads_forward,
@@ -29,6 +29,7 @@ from dsprune.errors import ArchitectureError, ConfigError, OutputError
 from dsprune.methods import Method, Plan, method_class
 from dsprune.methods.shapes import aimed_sparsity
 from dsprune.run.teacher_fit import check_positions, check_quantization, check_teacher
+from dsprune.run.teaching import plan_teaching, teacher_shape
 from dsprune.structure import Selection, Structure, analyze, block_grid, shape_gates
 from dsprune.tasks import Task, build_task
 
@@ -45,7 +46,8 @@ class Preflight:
     structure: Structure
     student_ds: dict[str, Any]
     teacher_ds: dict[str, Any]
-    teacher_layers: tuple[int, ...]
+    teaching: LayerPlan
+    """Teacher layers that teach, and the student layers in their place."""
     vocab_size: int
     target: float
     """Sparsity to reach: `prune.target`, or that of the shape that is asked for."""
@@ -217,9 +219,10 @@ def preflight(config: RunConfig, world_size: int) -> Preflight:
     _check_weights(config, task)
     _check_text(config, task, vocab_size)
     _check_attentions(config, structure)
-    layers = config.distill.teacher_layers or default_teacher_layers(structure.sizes.num_layers)
-    layers = check_teacher_layers(layers, structure.sizes.num_layers)
     method = build_method(config, structure, total_steps=0, steps_per_epoch=0)
+    teaching = plan_teaching(config, structure, teacher_shape(config, task, structure), method.kinds)
     _check_stock(config, model, method)
     _check_blocks(config, structure)
-    return Preflight(task, tokenizer, batch, structure, student_ds, teacher_ds, layers, vocab_size, method.plan.target)
+    return Preflight(
+        task, tokenizer, batch, structure, student_ds, teacher_ds, teaching, vocab_size, method.plan.target
+    )

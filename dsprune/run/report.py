@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,7 +14,9 @@ from dsprune.files import write_json
 from dsprune.measure.bench import BenchReport, bench_models
 from dsprune.measure.plots import plot_run
 from dsprune.measure.tables import render_table
+from dsprune.files import write_json
 from dsprune.run.journal import read_metrics
+from dsprune.run.settling import told
 from dsprune.run_folder import RunFolder
 from dsprune.structure import CostModel
 
@@ -52,7 +55,7 @@ def _landing(run: Run, dense: dict[str, int]) -> dict[str, Any]:
     """What was asked of pruning, and what its compact model measures, before blocks went."""
     of = run.config.prune.target_of
     measured = 1 - _sizes(run, run.recovered_source)[of] / dense[of]
-    return {"of": of, "target": run.ready.target, "measured": measured}
+    return {"of": of, "target": run.ready.target, "measured": measured, "learned": run.landing("prune")}
 
 
 def _block_landing(run: Run, final: int, dense: int) -> dict[str, Any] | None:
@@ -60,7 +63,12 @@ def _block_landing(run: Run, final: int, dense: int) -> dict[str, Any] | None:
     if run.final_source == run.recovered_source:
         return None
     left = _sizes(run, run.recovered_source)["encoder"]
-    return {"target": run.config.blocks.target, "measured": 1 - final / left, "together": 1 - final / dense}
+    return {
+        "target": run.config.blocks.target,
+        "measured": 1 - final / left,
+        "together": 1 - final / dense,
+        "learned": run.landing("blocks"),
+    }
 
 
 def _rows(figures: dict[str, Any]) -> list[list[str]]:
@@ -157,14 +165,22 @@ def _text(run: Run, figures: dict[str, Any], bench: BenchReport, final: Path) ->
             f"the target was missed by {100 * abs(landing['measured'] - landing['target']):.1f} points: the units of "
             f"this model are coarser than that, or pruning was too short for the target (see {run.folder}/report.png)"
         )
+    lines += _lagging("pruning", landing)
     if (blocks := figures["blocks"]) is not None:
         lines.append(
             f"blocks: {blocks['target']:.1%} of the encoder that was left, exported: {blocks['measured']:.2%}; "
             f"together {blocks['together']:.2%} of the dense encoder"
         )
+        lines += _lagging("blocks", blocks)
     lines += [f"note: {note}" for note in run.data.notes]
     lines.append(f"model: {final}   report: {run.folder}/report.json, {run.folder}/report.png")
     return "\n".join(lines)
+
+
+def _lagging(stage: str, landing: Mapping[str, Any]) -> list[str]:
+    """What is to be said where training did not bring the gates to their target."""
+    learned = landing["learned"]
+    return [f"{stage} did not track its target: {told(learned)}"] if learned.get("missed") else []
 
 
 def _plot(run: Run, final: Path) -> None:

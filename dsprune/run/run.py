@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 
 import dsprune
 from dsprune.config import OptimConfig, RunConfig
-from dsprune.consolidate import kept_heads, open_checkpoint, verify
+from dsprune.consolidate import kept_heads, open_checkpoint, read_manifest, verify
 from dsprune.distill import default_teacher_layers
 from dsprune.engine.checkpoints.resume import Restored, check_drift, find_newest, restore
 from dsprune.engine.checkpoints.store import CheckpointStore, Snapshot, save_verification_batch
@@ -36,6 +36,7 @@ from dsprune.engine.models.load import (
     resolve_source,
     whole,
 )
+from dsprune.engine.models.freezing import freeze_embeddings
 from dsprune.engine.models.side_files import copy_side_files
 from dsprune.engine.ranks.pulse import pulse
 from dsprune.engine.ranks.stop import Stop, unheard
@@ -46,15 +47,19 @@ from dsprune.files import write_json
 from dsprune.methods import Method, Plan
 from dsprune.methods.mlpruning_blocks import BlockPruning
 from dsprune.methods.noise import stable_seed
+from dsprune.methods.tracking import has_reached, landing_of
+from dsprune.files import write_json
 from dsprune.run.journal import Journal
 from dsprune.run.preflight import Preflight, build_method
 from dsprune.run.provenance import Provenance
+from dsprune.run.settling import settle
 from dsprune.run.status import Status
+from dsprune.run.teaching import student_stacks
 from dsprune.run.training_loop import Course, Pace
 from dsprune.run_folder import RunFolder
 from dsprune.structure import (
     BlockGating,
-    BlockSelection,
+    Gates,
     Selection,
     analyze_blocks,
     attach_gates,
@@ -156,6 +161,11 @@ class Run:
         path = self.folder / stage / "done.json"
         return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
 
+    def landing(self, stage: str) -> dict[str, Any]:
+        """How a finished stage that learned gates came to its target; empty where that is not known."""
+        facts: dict[str, Any] = self._facts(stage).get("landing", {})
+        return facts
+
     @property
     def teacher_source(self) -> str:
         """Where the fine-tuned dense model is.
@@ -226,7 +236,7 @@ class Run:
         self._seed("head")
         model = self._load_student(None, ds_config)
         student = Student(model, self.task)
-        engine = build_student_engine(student, ds_config, lr=config.lr, weight_decay=config.weight_decay)
+        engine = self._engine(student, ds_config, config)
         trainer = self._trainer("teacher", engine, config, config.duration.steps(self.batches.steps_per_epoch))
         best, scores = self._train(trainer, {})
         release(engine)
@@ -248,18 +258,19 @@ class Run:
             model,
             self.task,
             distill=self.config.distill,
-            teacher=(teacher.width, self.ready.teacher_layers),
+            teacher=(teacher.width, self.ready.teaching.layers),
             gating=attach_gates(model, self.ready.structure, empty=method.empty),
         )
         if method.wants_magnitudes:
             magnitudes = unit_magnitudes(self.ready.structure, lambda name: whole(model, name))
             method.begin(self.world.broadcast(magnitudes))
-        engine = build_student_engine(student, ds_config, lr=config.lr, weight_decay=config.weight_decay)
+        engine = self._engine(student, ds_config, config)
         sources = tuple(range(self.ready.structure.sizes.num_layers))
         trainer = self._trainer("prune", engine, config, total, teacher, sources, Replica(method))
-        last, scores = self._train(trainer, {"method": method, "source": source})
+        chosen, scores = self._train(trainer, {"method": method, "source": source})
+        landing = self._settle(trainer, chosen)
         release(engine, teacher.engine)
-        self._finish("prune", checkpoint=str(last), metrics=scores)
+        self._finish("prune", checkpoint=str(chosen), metrics=scores, landing=landing)
 
     def _consolidate(self) -> None:
         facts = self._facts("prune")
@@ -282,11 +293,11 @@ class Run:
             model,
             self.task,
             distill=self.config.distill,
-            teacher=(teacher.width, self.ready.teacher_layers),
+            teacher=(teacher.width, self.ready.teaching.layers),
             projections=self._pruned_projections(),
             head_sources=kept_heads(facts) if (facts := getattr(model.config, "dsprune", None)) else None,
         )
-        engine = build_student_engine(student, ds_config, lr=config.lr, weight_decay=config.weight_decay)
+        engine = self._engine(student, ds_config, config)
         sources = self._compact_layers(source)
         trainer = self._trainer("recover", engine, config, total, teacher, sources)
         best, scores = self._train(trainer, {"compact": source})
@@ -318,21 +329,27 @@ class Run:
             teacher=(teacher.width, layers),
             gating=BlockGating(model, structure),
         )
-        engine = build_student_engine(student, ds_config, lr=config.lr, weight_decay=config.weight_decay)
+        engine = self._engine(student, ds_config, config)
         sources = tuple(range(num_layers))
         trainer = self._trainer("blocks", engine, config, total, teacher, sources, Replica(method), layers=layers)
         last, scores = self._train(trainer, {"method": method, "compact": source})
+        landing = self._settle(trainer, last)
         release(engine, teacher.engine)
         self._export(last, self.folder / "sparse")
-        self._finish("blocks", checkpoint=str(last), metrics=scores, model=str(self.folder / "sparse"))
+        self._finish("blocks", checkpoint=str(last), metrics=scores, model=str(self.folder / "sparse"), landing=landing)
 
     def _block_plan(self, total: int) -> Plan:
         config = self.config.blocks
         return Plan(config.target, "encoder", total, self.batches.steps_per_epoch, self.config.seed)
 
     def _block_teacher_layers(self, num_layers: int) -> tuple[int, ...]:
-        """Layers of the compact teacher: those that were asked for, as far as it has them."""
-        asked = self.config.distill.teacher_layers or default_teacher_layers(num_layers)
+        """Layers of the compact teacher: those that learned in its place, as far as it has them."""
+        distill = self.config.distill
+        asked: tuple[int, ...] = default_teacher_layers(num_layers)
+        if distill.teacher_layers is not None or distill.layer_pairs is not None:
+            asked = tuple(sorted(set(self.ready.teaching.partners)))
+        elif distill.teacher_draw != "all":
+            asked = tuple(range(1, num_layers + 1))
         return tuple(layer for layer in asked if layer <= num_layers)
 
     def _evaluate(self) -> None:
@@ -366,6 +383,20 @@ class Run:
             checkpoint_activations(model)
         return model
 
+    @staticmethod
+    def _engine(student: Student, ds_config: Mapping[str, Any], optim: OptimConfig) -> Any:
+        """A student as an engine that trains it as one stage asks. Collective: all ranks must call."""
+        if optim.freeze_embeddings:
+            freeze_embeddings(student.model)
+        return build_student_engine(
+            student,
+            ds_config,
+            lr=optim.lr,
+            weight_decay=optim.weight_decay,
+            betas=optim.betas,
+            epsilon=optim.epsilon,
+        )
+
     def _load_teacher(self, source: str | None = None, layers: tuple[int, ...] | None = None) -> Teacher:
         """The teacher's engine: by default the dense model and the configured layers."""
         distill = self.config.distill
@@ -374,7 +405,7 @@ class Run:
             source or self.teacher_source,
             self.task,
             self.ready.teacher_ds,
-            (self.ready.teacher_layers if layers is None else layers) if wanted else (),
+            (self.ready.teaching.layers if layers is None else layers) if wanted else (),
             attentions=distill.attentions > 0,
         )
 
@@ -413,8 +444,7 @@ class Run:
     ) -> Trainer:
         matcher = None
         if teacher is not None and teacher.has_taps:
-            layers = self.ready.teacher_layers if layers is None else layers
-            matcher = LayerMatcher(self.config.distill.match, layers, sources, teacher.layer_stacks)
+            matcher = self._matcher(teacher, sources, layers)
         return Trainer(
             stage=stage,
             engine=engine,
@@ -429,13 +459,29 @@ class Run:
             stop=self.stop,
         )
 
+    def _matcher(self, teacher: Teacher, sources: tuple[int, ...], layers: tuple[int, ...] | None) -> LayerMatcher:
+        """Which student layers learn from which; `layers` are those of a teacher that the student was a copy of."""
+        distill, plan = self.config.distill, self.ready.teaching
+        own = layers is not None
+        return LayerMatcher(
+            distill.match,
+            layers if layers is not None else plan.layers,
+            sources,
+            teacher.layer_stacks,
+            partners=() if own else plan.partners,
+            student_stacks=() if own else student_stacks(self.ready.structure),
+            draw=distill.teacher_draw,
+            seed=self.config.seed,
+        )
+
     def _train(self, trainer: Trainer, about: Mapping[str, Any]) -> tuple[Path, dict[str, float]]:
         """Train to the end of the stage, from its newest checkpoint if it has one.
 
         Returns:
-            The checkpoint to export (the best one, or where gates are learned the last) and its metrics.
+            The checkpoint to export (the best one, or where gates are learned the last, unless the best one was
+            asked for) and its metrics.
         """
-        stage, gated = trainer.stage, trainer.replica is not None
+        stage = trainer.stage
         store = CheckpointStore(
             self.folder / stage / "checkpoints",
             stage,
@@ -454,15 +500,43 @@ class Run:
                 save=max(1, self.config.checkpoint.every.steps(per_epoch)),
                 log=self.config.log.every,
             ),
-            scored=not gated,
+            competes=lambda done: self._competes(trainer, done),
             evaluate=lambda done: self._evaluate_student(trainer, done),
             score=self.task.merit,
             snapshot=lambda done, scores, score, own: self._snapshot(trainer, done, scores, score, about, own),
         )
         course.run(self._resume(trainer, store))
-        chosen = self.world.broadcast(store.newest() if gated else store.best())
+        last = trainer.replica is not None and not self._keeps_best(stage)
+        chosen = self.world.broadcast(store.newest() if last else store.best())
         assert chosen is not None
+        if self._keeps_best(stage):
+            self.journal.say(f"{stage}: exporting {chosen.name}, {self._why(chosen)}")
         return chosen, json.loads((chosen / "state.json").read_text(encoding="utf-8"))["metrics"]
+
+    def _keeps_best(self, stage: str) -> bool:
+        return stage == "prune" and self.config.prune.keep_best
+
+    def _why(self, checkpoint: Path) -> str:
+        if read_manifest(checkpoint)["score"] is None:
+            return f"the last one: no evaluation came within {self.config.prune.sparsity_epsilon:g} of the target"
+        return "the best one at which the target was reached"
+
+    def _competes(self, trainer: Trainer, done: int) -> bool:
+        """Whether a checkpoint of these steps is one of those that the best is picked from."""
+        if trainer.replica is None:
+            return True
+        epsilon = self.config.prune.sparsity_epsilon
+        return self._keeps_best(trainer.stage) and has_reached(trainer.replica.method, done, epsilon)
+
+    def _settle(self, trainer: Trainer, chosen: Path) -> dict[str, Any]:
+        """Say what landing on the target did, where gates had not come there. Collective."""
+        return settle(
+            trainer,
+            chosen,
+            epsilon=self.config.prune.sparsity_epsilon,
+            evaluate=lambda gates: self._scores(trainer, gates, "the landed choice"),
+            say=self.journal.say,
+        )
 
     def _resume(self, trainer: Trainer, store: CheckpointStore) -> Restored | None:
         config = self.config.checkpoint
@@ -482,22 +556,26 @@ class Run:
         }
 
     def _evaluate_student(self, trainer: Trainer, done: int) -> dict[str, float]:
+        gates = trainer.replica.method.deterministic(done) if trainer.replica else None
+        scores = self._scores(trainer, gates, f"step {done}")
+        self.journal.log(trainer.stage, done, {f"eval/{name}": value for name, value in scores.items()})
+        self.journal.say(f"{trainer.stage}: step {done}: " + "  ".join(f"{k} {v:.4f}" for k, v in scores.items()))
+        return scores
+
+    def _scores(self, trainer: Trainer, gates: Mapping[str, Tensor] | None, what: str) -> dict[str, float]:
+        """Metrics of the student under some gates; None is the model as it is. Collective."""
         engine = trainer.engine
         engine.eval()
-        gates = trainer.replica.method.deterministic(done) if trainer.replica else None
         if gates is not None:
             gates = {kind: gate.to(self.world.device) for kind, gate in gates.items()}
-        scores = evaluate_all(
+        return evaluate_all(
             lambda inputs, labels: engine(inputs, labels, None, gates)[0],
             self.task,
             self.data.evals,
             self.world,
             batch_size=self.config.batch.eval,
-            before_batch=lambda: self.stop.check(self.world, f"{trainer.stage} step {done}, while evaluating, saved"),
+            before_batch=lambda: self.stop.check(self.world, f"{trainer.stage} {what}, while evaluating, saved"),
         )
-        self.journal.log(trainer.stage, done, {f"eval/{name}": value for name, value in scores.items()})
-        self.journal.say(f"{trainer.stage}: step {done}: " + "  ".join(f"{k} {v:.4f}" for k, v in scores.items()))
-        return scores
 
     def _snapshot(
         self,
@@ -510,8 +588,12 @@ class Run:
     ) -> Snapshot:
         distances = trainer.matcher.distances if trainer.matcher else None
         batch = self._verification_batch(trainer)
-        selection = about["method"].select() if "method" in about else None
-        logits = self._trained_logits(trainer, batch, selection)
+        method = about.get("method")
+        selection = method.select() if method is not None else None
+        gates = method.gates_of(selection) if method is not None else None
+        logits = self._trained_logits(trainer, batch, gates)
+        landing = landing_of(method, done, gates) if method is not None else None
+        figures = self._figures(trainer.stage, scores) | ({} if landing is None else {"landing": landing.to_dict()})
 
         def describe(folder: Path) -> None:
             self._describe_model(folder / "model", trainer.engine.module.model, about)
@@ -519,7 +601,7 @@ class Run:
             verify.record(folder, logits)
             if selection is not None:
                 selection.save(folder / "selection.safetensors")
-            write_json(folder / "figures.json", self._figures(trainer.stage, scores))
+            write_json(folder / "figures.json", figures)
 
         return Snapshot(
             step=done,
@@ -539,16 +621,13 @@ class Run:
             batch = self.task.arguments(trainer.engine.module.model, batch, labels)
         return batch
 
-    def _trained_logits(self, trainer: Trainer, batch: Mapping[str, Tensor], selection: Any) -> Tensor:
-        """What the engine itself says, now, with the gates of a selection: the export has to say the same. Collective.
+    def _trained_logits(self, trainer: Trainer, batch: Mapping[str, Tensor], gates: Gates | None) -> Tensor:
+        """What the engine itself says, now, with the final gates: the export has to say the same. Collective.
 
         Taken from the live engine, it rests on nothing that was written.
         """
         engine, device = trainer.engine, self.world.device
-        gates = None
-        if selection is not None:
-            values = selection.masks if isinstance(selection, BlockSelection) else selection.gates
-            gates = {name: value.to(device) for name, value in values.items()}
+        gates = None if gates is None else {name: value.to(device) for name, value in gates.items()}
         inputs = {name: tensor.to(device) for name, tensor in verify.shortened(batch).items()}
         engine.eval()
         with torch.no_grad():

@@ -13,6 +13,7 @@ from dsprune.engine.learning.trainer import Trainer
 from dsprune.engine.ranks.pulse import pulse
 from dsprune.errors import NumericsError, Preempted
 from dsprune.files import write_json
+from dsprune.methods.tracking import report_lag
 from dsprune.run.journal import Journal
 from dsprune.run.metering import Meter, log_step
 from dsprune.run.status import Status
@@ -38,7 +39,8 @@ class Course:
         journal: of the run.
         status: of the run.
         pace: how often what is done.
-        scored: whether checkpoints compete by score: then there is one wherever there is a score.
+        competes: whether a checkpoint after so many steps competes by score: then there is one wherever there is a
+            score.
         evaluate: metrics after so many steps; may raise `Preempted`.
         score: the one number of them that checkpoints compete by.
         snapshot: what to save beside the engine, given steps done, metrics, score and the course's own state.
@@ -52,7 +54,7 @@ class Course:
         status: Status,
         pace: Pace,
         *,
-        scored: bool,
+        competes: Callable[[int], bool],
         evaluate: Callable[[int], dict[str, float]],
         score: Callable[[Mapping[str, float]], float],
         snapshot: Callable[[int, dict[str, float], float | None, dict[str, Any]], Snapshot],
@@ -62,7 +64,7 @@ class Course:
         self.journal = journal
         self.status = status
         self.pace = pace
-        self.scored = scored
+        self.competes = competes
         self.evaluate = evaluate
         self.score = score
         self.snapshot = snapshot
@@ -115,9 +117,15 @@ class Course:
         if done % self.pace.log == 0 or done == self.trainer.total_steps:
             note = log_step(self.journal, self.trainer, self.meter, done)
         self.journal.advance(note)
+        if (lag := self._lag(done)) is not None:
+            self.journal.say(f"warning: {self.trainer.stage} step {done}: {lag}")
         self.status.step = done
         pulse.at(step=done, phase="between steps")
         return result.stop
+
+    def _lag(self, done: int) -> str | None:
+        """What is to be said of gates that do not follow their target."""
+        return None if self.trainer.replica is None else report_lag(self.trainer.replica.method, done)
 
     def _conclude(self, done: int, stop: str | None) -> None:
         """What follows a step: evaluate, save, stop."""
@@ -133,8 +141,9 @@ class Course:
             except Preempted:
                 self._save(done, evaluated=False)
                 raise
-        if done % self.pace.save == 0 or last or (fresh and self.scored):
-            self._save(done, evaluated=True, score=self.score(self.scores) if fresh and self.scored else None)
+        scored = fresh and self.competes(done)
+        if done % self.pace.save == 0 or last or scored:
+            self._save(done, evaluated=True, score=self.score(self.scores) if scored else None)
             if not last:
                 self.trainer.stop.check(self.trainer.world, f"{where}, saved")
 

@@ -119,8 +119,6 @@ LABELS = {"id2label": {"0": "contradicts", "1": "follows"}, "label2id": {"contra
 FOUR_BITS = {"quant_method": "bitsandbytes", "load_in_4bit": True}
 AUTOCAST = {"enabled": True, "dtype": "bfloat16"}
 PRUNED = "is [24] in its files and [32] by its config.json, and 5 more differ"
-    "encoder.layer.1.attention.self.key.weight is [24, 32] in its files and [32, 32] by its config.json, and 5 more"
-)
 
 
 def _unwritable(folder: Path) -> str:

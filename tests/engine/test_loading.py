@@ -12,8 +12,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig
 
 from dsprune.config import DataConfig, TaskConfig
-from dsprune.engine.models import loading
-from dsprune.engine.models.load import load_model
+from dsprune.engine.models.load import load_model, loading
 from dsprune.engine.models.weight_files import find_weights
 from dsprune.engine.models.weight_names import match_names
 from dsprune.errors import ArchitectureError, ConfigError

@@ -28,6 +28,25 @@ def test_a_dead_layer_leaves_its_own_stack_unmatched():
     assert matcher.match(gates) == [0, -1, 3, 4]
 
 
+def test_student_and_teacher_of_unlike_depth_are_matched_by_height():
+    matcher = LayerMatcher("fixed", (3, 6, 9, 12), (0, 1, 2, 4, 5), partners=(2, 3, 5, 6))
+    assert matcher.match(None) == [1, 2, 3, 4]
+    assert LayerMatcher("fixed", (3, 6), (0, 2), partners=(2, 3)).match(None) == [-1, 1]
+    matcher = LayerMatcher("free", (0, 2, 6), (0, 1, 2, 3), (0, 0, 0, 0, 1, 1), None, (0, 1, 3), (0, 0, 1, 1))
+    assert matcher.match(None) == [4, 0, 2]
+
+
+@pytest.mark.parametrize("rule", ["random", "quarters"])
+def test_only_the_layers_that_are_drawn_teach_and_each_step_draws_anew(rule):
+    matcher = LayerMatcher("free", range(1, 13), range(12), draw=rule, seed=3)
+    matcher.distances = torch.rand(12, 12)
+    matches = [matcher.match(None, step) for step in range(30)]
+    assert all(2 <= sum(j >= 0 for j in match) <= 4 for match in matches)
+    assert len({tuple(match) for match in matches}) > 10
+    assert matches == [LayerMatcher.match(matcher, None, step) for step in range(30)]
+    assert all(match[i] in (-1, int(matcher.distances[i].argmin())) for match in matches for i in range(12))
+
+
 def _of_a_student_that_is_its_teacher():
     trainer = build_language_trainer(Language("t5", method=0))
     trainer.engine.module.model.load_state_dict(trainer.teacher.engine.module.state_dict())

@@ -109,6 +109,23 @@ def test_blocks_follow_one_trajectory_too():
         _assert_same(results[0], reference, rtol=2e-5)
 
 
+def test_scores_read_off_sharded_weights_are_one_trajectory():
+    options = {
+        "units": "heads",
+        "score": "magnitude_l1",
+        "ranking": "together",
+        "ffn_weight": 8.0,
+        "start": 0.2,
+        "end": 0.5,
+    }
+    row = replace(ROWS[1], options=options)
+    reference = run_world(trajectory, 1, Setup(row))[0]
+    results = run_world(trajectory, 2, Setup(row, stage=3, accumulation=2))
+    assert len({result["fingerprint"] for result in results}) == 1
+    _assert_same(results[0], reference, rtol=2e-5)
+    assert 0 < reference["state"]["mask.ffn_dim"].mean() < 1
+
+
 @pytest.mark.parametrize(("task", "family"), [("conll2003", "token"), ("squad", "span")])
 def test_losses_over_tokens_do_not_depend_on_how_a_batch_is_cut(task, family):
     setup = Setup(ROWS[1], stage=2, accumulation=2, family=family, task=task)

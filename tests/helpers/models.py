@@ -136,7 +136,13 @@ HEADS = {
         DebertaV2Config(**SIZES, **V3 | {"pos_att_type": ["p2c"], "norm_rel_ebd": "none"})
     ),
 }
-ALL = FAMILIES | HEADS | DECODERS | CLASSIFIERS | ENCODER_DECODERS | BARE_T5
+TEACHERS = {
+    "bert-deep": lambda: BertForSequenceClassification(
+        BertConfig(**SIZES | {"num_hidden_layers": 4, "hidden_size": 48, "intermediate_size": 40})
+    ),
+}
+"""Deeper and wider than their students."""
+ALL = TEACHERS | FAMILIES | HEADS | DECODERS | CLASSIFIERS | ENCODER_DECODERS | BARE_T5
 
 
 def _flan() -> nn.Module:

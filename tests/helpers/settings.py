@@ -16,7 +16,7 @@ class MethodRow:
     target: float = 0.5
     steps: int = 6
     distill: dict[str, Any] = field(default_factory=dict)
-    teacher_layers: tuple[int, ...] = (1, 2)
+    teacher_layers: tuple[int, ...] | None = (1, 2)
 
 
 BLOCKS = MethodRow("blocks", {"scores_lr": 0.3, "init": 2.0, "penalty": 200.0}, distill={"match": "fixed"})

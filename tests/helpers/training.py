@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from dsprune.config import BatchConfig, BlocksConfig, DistillConfig, OptimConfig
 from dsprune.consolidate import apply_selection
+from dsprune.distill import plan_layers
 from dsprune.methods import Method, Plan, method_class
 from dsprune.methods.mlpruning_blocks import BlockPruning
 from dsprune.structure import (
@@ -79,6 +80,12 @@ class Setup(Setting):
     row: MethodRow
     family: str = "bert"
     task: str = "sst2"
+    teacher_model: str = ""
+    """A model of `tests.helpers.models` that teaches, where that is not one of the family."""
+    frozen: bool = False
+    """Whether the embeddings stay as they were."""
+    betas: tuple[float, float] = (0.9, 0.999)
+    epsilon: float = 1e-8
 
 
 class RandomExamples:
@@ -151,12 +158,15 @@ def block_pruning(options: dict[str, Any], plan: Plan, compact: Any) -> tuple[Bl
     """Step 2 that is ready for its first step, and its gates on the model of step 1."""
     blocks = analyze_blocks(compact, (8, 8))
     method = BlockPruning(blocks, BlocksConfig(shape=(8, 8), **options), plan)
-    method.begin(block_magnitudes(blocks, compact.get_parameter))
+    if method.wants_magnitudes:
+        method.begin(block_magnitudes(blocks, compact.get_parameter))
     return method, BlockGating(compact, blocks)
 
 
 def build_trainer(setup: Setup, *, dropout: bool = False, steps: int | None = None) -> Any:
     """A trainer of the prune stage. Collective; call inside a rank of `run_world`."""
+    from dsprune.engine.models.freezing import freeze_embeddings
+
     from dsprune.config import DataConfig, TaskConfig
     from dsprune.engine.learning.batches import Batches
     from dsprune.engine.learning.replica import Replica
@@ -168,11 +178,14 @@ def build_trainer(setup: Setup, *, dropout: bool = False, steps: int | None = No
     task = build_task(TaskConfig(name=setup.task, stride=16), DataConfig(), seed=0)
     batch, ds_config = setup.plan(world)
     row = setup.row
+    lecturer = without_dropout(tiny_model(setup.teacher_model or setup.family, seed=7))
+    distill = DistillConfig(labels=0.3, teacher_layers=row.teacher_layers, **row.distill)
+    plan_of_layers = plan_layers(distill, (0, 0), (0,) * lecturer.config.num_hidden_layers)
     teacher = setup.build_teacher(
-        without_dropout(tiny_model(setup.family, seed=7)),
+        lecturer,
         task,
         world,
-        layers=row.teacher_layers,
+        layers=plan_of_layers.layers,
         attentions=row.distill.get("attentions", 0) > 0,
     )
     model = tiny_model(setup.family)
@@ -189,11 +202,15 @@ def build_trainer(setup: Setup, *, dropout: bool = False, steps: int | None = No
     student = Student(
         model,
         task,
-        distill=DistillConfig(labels=0.3, **row.distill),
-        teacher=(32, row.teacher_layers),
+        distill=distill,
+        teacher=(teacher.width, plan_of_layers.layers),
         gating=gating,
     )
-    engine = build_student_engine(student, ds_config, lr=1e-3, weight_decay=0.01)
+    if setup.frozen:
+        freeze_embeddings(model)
+    engine = build_student_engine(
+        student, ds_config, lr=1e-3, weight_decay=0.01, betas=setup.betas, epsilon=setup.epsilon
+    )
     return Trainer(
         stage="prune",
         engine=engine,
@@ -203,7 +220,13 @@ def build_trainer(setup: Setup, *, dropout: bool = False, steps: int | None = No
         total_steps=total,
         seed=0,
         teacher=teacher,
-        matcher=LayerMatcher(row.distill["match"], row.teacher_layers, (0, 1)),
+        matcher=LayerMatcher(
+            distill.match,
+            plan_of_layers.layers,
+            (0, 1),
+            partners=plan_of_layers.partners,
+            draw=distill.teacher_draw,
+        ),
         replica=Replica(method),
     )
 

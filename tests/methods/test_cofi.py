@@ -1,5 +1,7 @@
 """CoFi against its formulas, and against the pitfalls of its authors' code."""
 
+import math
+
 import pytest
 import torch
 
@@ -101,6 +103,17 @@ def test_deterministic_gates_keep_the_expected_number():
         assert torch.equal((gates[kind] != 0).sum(-1).double(), expected)
     for kind in ("attn", "ffn"):
         assert torch.equal(gates[kind] != 0, keep_probability(method.log_alpha[kind]) >= 0.5)
+
+
+def test_the_temperature_reaches_samples_expectation_and_choice():
+    method, usual = _cofi(temperature=0.3, init=0.0), _cofi(init=0.0)
+    counts = [sum(float(((g > 0) & (g < 1)).sum()) for g in m.gates(3).values()) for m in (method, usual)]
+    assert counts[0] < counts[1]
+    alpha = method.log_alpha["ffn_dim"].detach()
+    expected = torch.sigmoid(alpha - 0.3 * math.log(0.1 / 1.1))
+    torch.testing.assert_close(method._expected_shares()["ffn_dim"].detach(), expected.double().mean(-1))
+    kept = method.hard_gates(10.0)["ffn_dim"]
+    torch.testing.assert_close(kept, torch.sigmoid(0.8 * alpha / 0.3))
 
 
 def test_state_survives_a_round_trip():

@@ -136,6 +136,107 @@ def test_random_scores_ask_for_no_gradients_and_depend_on_the_seed():
     assert not torch.equal(one.mask["ffn_dim"], other.mask["ffn_dim"])
 
 
+def test_layers_may_be_regularised_as_in_the_authors_code():
+    """`FineISPruner.update_IS`, written out; its own default of 1e-4 changes nothing until a layer is empty."""
+    method = _grain(beta=0.9, alpha=0.3, alpha_attention=0.2, alpha_ffn=0.5)
+    generator = torch.Generator().manual_seed(3)
+    for kind in method.kinds:
+        method.mask[kind] = (torch.rand(method.mask[kind].shape, generator=generator) > 0.4).float()
+    gradients = _gradients(method, 0)
+    vo, ffn = method.mask["vo_dim"], method.mask["ffn_dim"]
+    head_scale = torch.tanh(vo.view(2, 4, -1).mean(-1, keepdim=True) / 0.3)
+    update = (head_scale * gradients["vo_dim"].abs().view(2, 4, -1)).view(2, -1)
+    update = torch.tanh(vo.mean(-1, keepdim=True) / 0.2) * update
+    method._observe(gradients)
+    torch.testing.assert_close(method.importance["vo_dim"], 0.1 * update)
+    expected = torch.tanh(ffn.mean(-1, keepdim=True) / 0.5) * gradients["ffn_dim"].abs()
+    torch.testing.assert_close(method.importance["ffn_dim"], 0.1 * expected)
+    torch.testing.assert_close(method.importance["qk_dim"], 0.1 * gradients["qk_dim"].abs())
+
+
+def test_units_go_as_often_as_asked_and_all_by_the_end():
+    """`maybe_should_prune`: at steps that the frequency divides; here also at the last, so that the target is met."""
+    method = _grain(prune_every=7)
+    changed = []
+    for step in range(60):
+        before = {kind: mask.clone() for kind, mask in method.mask.items()}
+        _run(method, step + 1, begin=step)
+        if any(not torch.equal(before[kind], method.mask[kind]) for kind in before):
+            changed.append(step)
+    assert changed == [21, 28, 35, 40]
+    assert float(CostModel(method.structure, empty="bias").sparsity(method.mask)) >= 0.6
+
+
+def _authors_prefix(method, density, scores, prices):
+    """`generate_mask` with `is_global`: how many of all units in the order of their scores go, and which."""
+    order = torch.argsort(scores, stable=True)
+    budget = method._budget(1 - density)
+    count = int(torch.searchsorted(prices[order].cumsum(0), torch.tensor(budget, dtype=torch.float64)))
+    return order, count
+
+
+def test_one_unit_more_goes_and_one_step_later_than_in_the_authors_code():
+    """Declared at the top of the method: theirs stays below the target by less than a unit, ours meets it."""
+    method = _grain(alpha=0.0, total=1000)
+    torch.manual_seed(0)
+    method.importance = {kind: torch.rand(mask.shape) for kind, mask in method.mask.items()}
+    for kind in ("qk_dim", "vo_dim"):  # no head is to lose its last value here: its queries would follow
+        method.importance[kind][:] += 10
+    flat = [torch.cat([part[kind].flatten() for kind in method.kinds]) for part in (method.importance, method._price)]
+    start, end = 200, 400
+    for global_step in (210, 250, 399):
+        coefficient = 1 - (global_step - start) / (end - start)
+        density = 0.4 + 0.6 * coefficient**3  # `schedule_threshold`, at their step counted from 1
+        assert 1 - method.sparsity_at(global_step) == pytest.approx(density)  # ours counts from 0
+        order, count = _authors_prefix(method, density, *flat)
+        ours = method._pruned(method.sparsity_at(global_step))
+        gone = torch.cat([ours[kind].flatten() for kind in method.kinds]) == 0
+        assert int(gone.sum()) == count + 1
+        assert bool(gone[order[: count + 1]].all())
+
+
+@pytest.mark.parametrize("weight", [1.0, 3.0])
+def test_heads_and_neurons_may_share_one_ranking(weight):
+    """`ISPruner.generate_mask` with `is_global` and `is_reweight`, at the prices of the exported model."""
+    method = _grain(units="heads", ranking="together", ffn_weight=weight)
+    torch.manual_seed(1)
+    method.importance = {kind: torch.rand(mask.shape) for kind, mask in method.mask.items()}
+    scores = torch.cat([method.importance["head"].flatten(), method.importance["ffn_dim"].flatten() * weight])
+    prices = torch.cat([method._price[kind].flatten() for kind in ("head", "ffn_dim")])
+    order, count = _authors_prefix(method, 0.4, scores, prices)
+    ours = method._pruned(0.6)
+    gone = torch.cat([ours["head"].flatten(), ours["ffn_dim"].flatten()]) == 0
+    assert torch.equal(gone.nonzero().flatten(), order[: count + 1].sort().values)
+
+
+@pytest.mark.parametrize("family", ["bert", "gpt2", "llama"])
+@pytest.mark.parametrize("score", ["magnitude_sum", "magnitude_l1", "magnitude_linf"])
+def test_magnitudes_are_those_of_the_authors_code(score, family):
+    """`ISPruner.gather_IS`, written out over the output matrices of each layer."""
+    model = tiny_model(family)
+    plan = Plan(target=0.5, target_of="encoder", total_steps=100, steps_per_epoch=10, seed=0)
+    method = Grain(analyze(model), Grain.Options(units="heads", score=score, prune_every=10), plan)
+    assert method.signal(0) == "none"
+    assert [step for step in range(100) if method.wants_weights(step)] == [20, 30, 40]
+    method.weigh(model.get_parameter)
+    for i in range(2):
+        if family == "bert":
+            layer = model.bert.encoder.layer[i]
+            output, ffn2 = layer.attention.output.dense.weight, layer.output.dense.weight
+        elif family == "gpt2":
+            output, ffn2 = (m.c_proj.weight.t() for m in (model.transformer.h[i].attn, model.transformer.h[i].mlp))
+        else:
+            output, ffn2 = model.model.layers[i].self_attn.o_proj.weight, model.model.layers[i].mlp.down_proj.weight
+        heads = output.view(output.size(0), method.importance["head"].shape[1], -1)
+        literal = {
+            "magnitude_sum": (ffn2.sum(0).abs(), heads.sum((0, 2)).abs()),
+            "magnitude_l1": (ffn2.abs().sum(0), heads.abs().sum((0, 2))),
+            "magnitude_linf": (ffn2.abs().amax(0), heads.abs().amax((0, 2))),
+        }[score]
+        torch.testing.assert_close(method.importance["ffn_dim"][i], literal[0].detach())
+        torch.testing.assert_close(method.importance["head"][i], literal[1].detach())
+
+
 def test_state_round_trips():
     one, other = _grain(), _grain()
     _run(one, 35)
@@ -153,6 +254,11 @@ def test_state_round_trips():
         ({"target": 0.999}, "out of reach: .* at most 0.9"),
         ({"attention_density": 0.5}, 'goes with method.units = "heads"'),
         ({"units": "heads", "target": 0.9, "attention_density": 1.0}, "does not go with prune.target"),
+        ({"score": "magnitude_l1"}, 'goes with method.units = "heads"'),
+        ({"ranking": "together"}, "share one ranking anyway"),
+        ({"units": "heads", "alpha_ffn": 0.1}, 'go with method.units = "dims"'),
+        ({"units": "heads", "ffn_weight": 2.0}, 'goes with method.ranking = "together"'),
+        ({"units": "heads", "ranking": "together", "attention_density": 0.5}, 'goes with method.ranking = "apart"'),
     ],
 )
 def test_settings_that_cannot_work_are_refused(options, message):

@@ -1,5 +1,6 @@
 import math
 
+import pytest
 import torch
 
 from dsprune.methods.hard_concrete import (
@@ -41,3 +42,19 @@ def test_deterministic_gates_keep_the_likeliest():
     gates = deterministic_gate(log_alpha, torch.tensor([2, 1]))
     assert (gates != 0).tolist() == [[False, True, False, True], [True, False, False, False]]
     torch.testing.assert_close(gates[0, 1], torch.sigmoid(torch.tensor(1.2 * 3.0)))
+
+
+@pytest.mark.parametrize("temperature", [0.3, 2 / 3, 1.5])
+def test_the_temperature_is_that_of_the_authors_code(temperature):
+    """`L0Module`: `quantile_concrete`, `cdf_qz` and `_deterministic_z`, written out."""
+    low, high, eps = -0.1, 1.1, 1e-6
+    loga = torch.linspace(-4, 4, 9, dtype=torch.float64)
+    u = torch.rand(9, dtype=torch.float64).clamp(eps, 1 - eps)
+    y = torch.sigmoid((torch.log(u) - torch.log(1 - u) + loga) / temperature)
+    z = torch.nn.functional.hardtanh(y * (high - low) + low, 0, 1)
+    torch.testing.assert_close(sample_gate(loga, u, temperature), z)
+    xn = (0 - low) / (high - low)
+    cdf = torch.sigmoid((math.log(xn) - math.log(1 - xn)) * temperature - loga)
+    torch.testing.assert_close(keep_probability(loga, temperature), 1 - cdf)
+    soft = torch.sigmoid(loga / temperature * 0.8)
+    torch.testing.assert_close(deterministic_gate(loga, torch.tensor(9), temperature), soft)

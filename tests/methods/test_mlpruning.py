@@ -1,5 +1,7 @@
 """MLPruning against its formulas, and against the pitfalls of its authors' code."""
 
+import math
+
 import pytest
 import torch
 
@@ -7,8 +9,9 @@ from dsprune.errors import ConfigError
 from dsprune.methods import Plan, method_class
 from dsprune.methods.schedules import warmup_and_decay
 from dsprune.methods.topk import count_kept, top_k
-from dsprune.structure import CostModel, analyze, unit_magnitudes
+from dsprune.structure import CostModel, analyze, attach_gates, ones, unit_magnitudes
 from tests.helpers.models import tiny_model
+from tests.helpers.training import block_pruning, without_some_units
 
 MLPruning = method_class("mlpruning")
 
@@ -129,3 +132,54 @@ def test_the_learning_rate_of_scores_rises_and_falls():
 def test_unknown_gates_are_refused():
     with pytest.raises(ConfigError, match="unknown \\['hidden'\\]"):
         _method(gates=("hidden",))
+
+
+@pytest.mark.parametrize(("scores", "scale", "bound"), [("uniform", 0.2, 0.2), ("kaiming", 0.2, 1.0)])
+def test_scores_may_start_as_in_the_authors_code(scores, scale, bound):
+    """`MaskedLinear.init_mask`: uniform on (-scale, scale); kaiming with a = sqrt(5) on scores of shape [units, 1]."""
+    literal = torch.empty(20000, 1)
+    torch.nn.init.kaiming_uniform_(literal, a=math.sqrt(5))
+    assert literal.abs().max() == pytest.approx(1.0, abs=1e-3)
+    method, again = (_method(scores=scores, scores_scale=scale) for _ in range(2))
+    assert method.wants_magnitudes is False
+    for kind, score in method.groups.score.items():
+        assert torch.equal(score, again.groups.score[kind])
+        assert bool((score.abs() <= bound).all())
+    drawn = method.groups.score["ffn_dim"].detach()
+    assert drawn.abs().max() > 0.9 * bound
+    assert abs(float(drawn.mean())) < 0.2 * bound
+    blocks = block_pruning(
+        {"scores": scores, "scores_scale": scale}, method.plan, without_some_units(tiny_model("bert"))
+    )
+    assert not blocks[0].wants_magnitudes
+    assert all(0 < value.abs().max() <= bound for value in blocks[0].groups.score.values())
+
+
+def test_the_gate_of_a_neuron_stands_after_the_activation_and_its_gradient_says_so():
+    """Declared at the top of the method: the authors mask rows of the first FFN matrix, before it."""
+    model = tiny_model("bert")
+    layer = model.bert.encoder.layer[0]
+    linear, activation = layer.intermediate.dense, layer.intermediate.intermediate_act_fn
+    mask = torch.ones(64)
+    mask[::3] = 0
+    x = torch.randn(7, 32)
+    weight, bias = linear.weight.detach(), linear.bias.detach()
+    ours, theirs = mask.clone().requires_grad_(), mask.clone().requires_grad_()
+    after = activation(x @ weight.t() + bias) * ours
+    before = activation(x @ (weight * theirs[:, None]).t() + bias * theirs)
+    torch.testing.assert_close(after, before)
+    direction = torch.randn(7, 64)
+    (after * direction).sum().backward()
+    (before * direction).sum().backward()
+    gating = attach_gates(model, analyze(model), empty="bias")
+    gate = ones(analyze(model), ("ffn_dim",))
+    gate["ffn_dim"][0] = mask
+    gate["ffn_dim"].requires_grad_()
+    gating.set(gate)
+    inner = x @ weight.t() + bias
+    output = layer.output.dense(activation(inner))
+    grad = torch.autograd.grad(output.sum(), gate["ffn_dim"])[0][0]
+    through = layer.output.dense.weight.sum(0).detach()
+    torch.testing.assert_close(grad, (activation(inner) * through).sum(0).detach(), rtol=1e-4, atol=1e-4)
+    cosine = torch.nn.functional.cosine_similarity(ours.grad, theirs.grad, dim=0)
+    assert cosine < 0.99

@@ -39,6 +39,7 @@ def load_elastic(engine: Any, folder: Path, saved: Mapping[str, Any]) -> None:
     _check_names(engine, sources["weights"])
     fill = _filler(engine)
     fill(engine, sources, steps)
+    _fill_frozen(engine, sources["weights"])
     with torch.no_grad():
         for name, buffer in engine.module.named_buffers():
             if name in sources["weights"]:
@@ -70,6 +71,14 @@ def _check_names(engine: Any, weights: ShardedTensors) -> None:
         shape = tuple(getattr(param, "ds_shape", param.shape))
         if name not in weights or weights.shape(name) != shape:
             raise CheckpointError(f"{weights.source} is of another model: it holds no '{name}' of shape {shape}")
+
+
+def _fill_frozen(engine: Any, weights: ShardedTensors) -> None:
+    """What does not train and so has no master. Collective under ZeRO-3."""
+    frozen = {name: param for name, param in engine.module.named_parameters() if not param.requires_grad}
+    for name, param in frozen.items():
+        with torch.no_grad(), deepspeed.zero.GatheredParameters([param], modifier_rank=0):
+            param.data.copy_(weights.read(name))
 
 
 def _steps(optimizer: Any, steps: float, like: Tensor) -> Any:

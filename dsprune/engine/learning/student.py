@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,10 +23,12 @@ from dsprune.tasks import Task
 
 deepspeed = quiet_import()
 
-__all__ = ["PARTS", "Lesson", "Student", "adamw", "build_student_engine"]
+__all__ = ["CONSTANT", "PARTS", "Lesson", "Student", "adamw", "build_student_engine"]
 
 PARTS = ("total", "logits", "layers", "attentions", "labels")
 """Order of the loss parts that `Student.forward` returns."""
+CONSTANT = 2
+"""Place of the optimizer's group that keeps its peak learning rate, if there is one."""
 
 
 @dataclass
@@ -245,27 +247,68 @@ class Student(nn.Module):
         return torch.stack(losses).sum() if losses else None
 
 
-def adamw(student: nn.Module, *, lr: float, weight_decay: float, ds_config: Mapping[str, Any]) -> torch.optim.Optimizer:
-    """AdamW over a student's parameters, decay kept off biases and norms.
+def adamw(
+    student: nn.Module,
+    *,
+    lr: float,
+    weight_decay: float,
+    ds_config: Mapping[str, Any],
+    betas: tuple[float, float] = (0.9, 0.999),
+    epsilon: float = 1e-8,
+    constant: Callable[[str], bool] = lambda name: False,
+) -> torch.optim.Optimizer:
+    """AdamW over those of a student's parameters that train, decay kept off biases and norms.
 
     Where ZeRO offloads the optimizer, DeepSpeed's CPU Adam; else torch's fused one, ten times as fast as the
     unfused on CPU, too.
+
+    Args:
+        student: with what is frozen already marked.
+        lr: peak learning rate.
+        weight_decay: of what decays.
+        ds_config: filled configuration of the engine.
+        betas: decay of the two moments.
+        epsilon: added to the root of the second moment.
+        constant: which parameters, by name, make the group `CONSTANT`: neither warmed up nor decayed.
     """
     named = [(name, p) for name, p in student.named_parameters() if p.requires_grad]
-    decayed = [p for name, p in named if not name.endswith("bias") and "norm" not in name.lower()]
-    plain = [p for name, p in named if name.endswith("bias") or "norm" in name.lower()]
+    apart = [p for name, p in named if constant(name)]
+    decayed = [p for name, p in named if not constant(name) and not _is_plain(name)]
+    plain = [p for name, p in named if not constant(name) and _is_plain(name)]
     groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": plain, "weight_decay": 0.0}]
+    groups += [{"params": apart, "weight_decay": 0.0}] if apart else []
     if offload_device(ds_config, "offload_optimizer") != "none":
         from deepspeed.ops.adam import DeepSpeedCPUAdam
 
-        return DeepSpeedCPUAdam(groups, lr=lr, adamw_mode=True)  # type: ignore[no-any-return]
-    return torch.optim.AdamW(groups, lr=lr, fused=True)
+        return DeepSpeedCPUAdam(groups, lr=lr, betas=betas, eps=epsilon, adamw_mode=True)  # type: ignore[no-any-return]
+    return torch.optim.AdamW(groups, lr=lr, betas=betas, eps=epsilon, fused=True)
 
 
-def build_student_engine(student: Student, ds_config: Mapping[str, Any], *, lr: float, weight_decay: float) -> Any:
+def _is_plain(name: str) -> bool:
+    return name.endswith("bias") or "norm" in name.lower()
+
+
+def build_student_engine(
+    student: Student,
+    ds_config: Mapping[str, Any],
+    *,
+    lr: float,
+    weight_decay: float,
+    betas: tuple[float, float] = (0.9, 0.999),
+    epsilon: float = 1e-8,
+) -> Any:
     """The student as a DeepSpeed engine. Collective: all ranks must call."""
     announce_tables(student.model)
-    optimizer = adamw(student, lr=lr, weight_decay=weight_decay, ds_config=ds_config)
+    apart = student.distill is not None and student.distill.projection_rate == "constant"
+    optimizer = adamw(
+        student,
+        lr=lr,
+        weight_decay=weight_decay,
+        ds_config=ds_config,
+        betas=betas,
+        epsilon=epsilon,
+        constant=lambda name: apart and name.startswith("projections."),
+    )
     forget_autocast()
     engine, *_ = deepspeed.initialize(model=student, optimizer=optimizer, config=dict(ds_config))
     assert engine.zero_optimization_stage() == zero_stage(ds_config)

@@ -8,18 +8,19 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from dsprune.config import OptimConfig
-from dsprune.distill import UNMATCHED, match_layers
+from dsprune.distill import UNMATCHED, draw_layers, match_layers
 from dsprune.engine.learning import guard
 from dsprune.engine.learning.batches import Batches, MicroBatch
 from dsprune.engine.learning.replica import Reduced, Replica, reduce_flat
-from dsprune.engine.learning.student import PARTS, Lesson
+from dsprune.engine.learning.student import CONSTANT, PARTS, Lesson
 from dsprune.engine.learning.teacher import Teacher
+from dsprune.engine.models.load import whole
 from dsprune.engine.ranks.pulse import pulse
 from dsprune.engine.ranks.stop import Stop, describe
 from dsprune.engine.ranks.world import World
@@ -57,11 +58,15 @@ class LayerMatcher:
 
     Attributes:
         rule: fixed, free or monotone.
-        teacher_layers: counted from 1; 0 stands for the embeddings.
+        teacher_layers: that may teach, counted from 1; 0 stands for the embeddings.
         sources: per student layer, the dense layer that it was (from 0).
-        stacks: per dense layer, the stack that it stands in, where there is more than one: layers of an encoder and
+        stacks: per teacher layer, the stack that it stands in, where there is more than one: layers of an encoder and
             of a decoder are never matched.
         distances: [teacher layers, student layers] of the last step, globally reduced.
+        partners: per teacher layer, the dense student layer in its place (from 1), where that is another one.
+        student_stacks: as `stacks` for the layers of the dense student, where those are others.
+        draw: which of the teacher layers teach at a step: all, random or quarters.
+        seed: of the draws.
     """
 
     rule: Any
@@ -69,28 +74,37 @@ class LayerMatcher:
     sources: Sequence[int]
     stacks: Sequence[int] = ()
     distances: Tensor | None = None
+    partners: Sequence[int] = ()
+    student_stacks: Sequence[int] = ()
+    draw: Literal["all", "random", "quarters"] = "all"
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        self.partners = self.partners or self.teacher_layers
+        self.student_stacks = self.student_stacks or self.stacks
 
     @property
     def searches(self) -> bool:
         return self.rule != "fixed" and bool(self.teacher_layers)
 
-    def match(self, gates: dict[str, Tensor] | None) -> list[int]:
+    def match(self, gates: dict[str, Tensor] | None, step: int = 0) -> list[int]:
         """The match of a step; a layer can learn while its FFN sublayer lives (the paper's rule).
 
-        Teacher layer 0, the embeddings, teaches the student's embeddings, which come after its last layer.
+        Teacher layer 0, the embeddings, teaches the student's embeddings, which come after its last layer. Layers that
+        do not teach at this step are unmatched.
         """
         live = [True] * len(self.sources)
         if gates is not None and "ffn" in gates and "ffn_dim" in gates:
             live = ffn_alive(gates).tolist()
-        match = [UNMATCHED] * len(self.teacher_layers)
-        if self.teacher_layers[0] == 0:
-            match[0] = len(self.sources)
+        match = [UNMATCHED if layer > 0 else len(self.sources) for layer in self.teacher_layers]
+        drawn = draw_layers(self.draw, len(match), stable_seed("teacher layers", self.seed, step))
+        teaching = [i for i in drawn if self.teacher_layers[i] > 0]
         for stack in sorted(set(self.stacks)) or [0]:
-            theirs = [i for i, layer in enumerate(self.teacher_layers) if layer > 0 and self._stack(layer - 1) == stack]
-            ours = [j for j, source in enumerate(self.sources) if self._stack(source) == stack]
+            theirs = [i for i in teaching if _stack(self.stacks, self.teacher_layers[i] - 1) == stack]
+            ours = [j for j, source in enumerate(self.sources) if _stack(self.student_stacks, source) == stack]
             found = match_layers(
                 self.rule,
-                teacher_layers=[self.teacher_layers[i] for i in theirs],
+                partners=[self.partners[i] for i in theirs],
                 live=[live[j] for j in ours],
                 sources=[self.sources[j] for j in ours],
                 distances=None if self.distances is None else self.distances[theirs][:, ours],
@@ -99,9 +113,10 @@ class LayerMatcher:
                 match[i] = UNMATCHED if j == UNMATCHED else ours[j]
         return match
 
-    def _stack(self, layer: int) -> int:
-        """Stack of a dense layer, counted from 0."""
-        return self.stacks[layer] if self.stacks else 0
+
+def _stack(stacks: Sequence[int], layer: int) -> int:
+    """Stack of a layer, counted from 0."""
+    return stacks[layer] if stacks else 0
 
 
 @dataclass
@@ -171,7 +186,7 @@ class Trainer:
         if self.replica is not None:
             guard.check_gates(where, self.replica.current or {}, self.replica.method.parameters())
         signal = self.replica.method.signal(step) if self.replica else "none"
-        match = self.matcher.match(self.replica.current if self.replica else None) if self.matcher else []
+        match = self.matcher.match(self.replica.current if self.replica else None, step) if self.matcher else []
         self._set_lr(step)
         scale = self._loss_scale()
         sums: dict[str, Tensor] = {}
@@ -263,6 +278,8 @@ class Trainer:
             self.matcher.distances = reduced.tensors["distances"]
         if self.replica is not None and applied:
             grads = {k.removeprefix("gate."): v for k, v in reduced.tensors.items() if k.startswith("gate.")}
+            if self.replica.method.wants_weights(step):
+                self.replica.method.weigh(lambda name: whole(self.engine.module.model, name))
             self.replica.step(step, grads)
         if self.replica is not None and step % FINGERPRINT_EVERY == 0:
             self.replica.check_equal(self.world, step)
@@ -271,8 +288,8 @@ class Trainer:
         return learning_rate(self.optim, step, self.total_steps, decay_from=self.decay_from)
 
     def _set_lr(self, step: int) -> None:
-        for group in self.engine.basic_optimizer.param_groups:
-            group["lr"] = self.lr(step)
+        for i, group in enumerate(self.engine.basic_optimizer.param_groups):
+            group["lr"] = self.optim.lr if i == CONSTANT else self.lr(step)
 
     def _loss_scale(self) -> float:
         """Factor that the engine multiplies losses with: 1 outside fp16."""
