@@ -15,7 +15,6 @@ from dsprune.consolidate.manifest import FORMAT, check_files, find_checkpoint, r
 from dsprune.consolidate.modeling_dsprune import factor_embedding
 from dsprune.consolidate.shards import ShardedTensors, open_moments, open_shards
 from dsprune.consolidate.stored import check_stored_shapes
-from dsprune.consolidate.verify import position_table
 
 # With dsprune imported, compact folders load through the Auto classes without `trust_remote_code`.
 modeling_dsprune.register()
@@ -40,7 +39,6 @@ __all__ = [
     "open_moments",
     "open_shards",
     "own_head_keys",
-    "position_table",
     "read_manifest",
     "render_manifest",
     "sha256",

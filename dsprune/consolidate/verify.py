@@ -15,10 +15,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from dsprune.arch import family_for
 from dsprune.consolidate.memory import give_back
 from dsprune.consolidate.writer import names_in
 from dsprune.errors import CheckpointError
+from dsprune.structure.layout import position_table
 
 __all__ = [
     "TOLERANCE",
@@ -27,7 +27,6 @@ __all__ = [
     "compare_trained",
     "logits",
     "outputs",
-    "position_table",
     "record",
     "recorded",
     "sample",
@@ -81,17 +80,6 @@ def stream_weights(model: nn.Module, read: Reader) -> None:
             called = reader if module is table and reader is not None else module
             called.register_forward_pre_hook(_fetch(module, names, read))
             called.register_forward_hook(_drop(module, list(names)))
-
-
-def position_table(model: Any) -> tuple[nn.Module, Any] | None:
-    """The module of a dense or compact model that reads a table of positions without calling it, and the table."""
-    family = family_for(str(model.config.model_type).removeprefix("dsprune_"))
-    if family.positions is None:
-        return None
-    owner, _, name = family.positions.table.rpartition(".")
-    reader = getattr(model, family.base, model).get_submodule(owner)
-    table = getattr(reader, name, None)
-    return None if table is None else (reader, table)
 
 
 def tied_names(model: nn.Module) -> set[str]:

@@ -144,7 +144,7 @@ def divergence(student: Tensor, log_teacher: Tensor) -> Tensor:
 class TeacherLogits(Protocol):
     """What the teacher says about some tokens, in a form smaller than [tokens, vocabulary]."""
 
-    def ready(self) -> AbstractContextManager[None]:
+    def ready(self) -> AbstractContextManager[Any]:
         """Held while `divergence` is called. Collective where the teacher is sharded."""
 
     def divergence(self, logits: Tensor, rows: slice, temperature: float) -> Tensor:
@@ -171,9 +171,9 @@ class TeacherStates:
     hidden: Tensor
     weight: Tensor
     bias: Tensor | None
-    gather: Callable[[], AbstractContextManager[None]] = nullcontext
+    gather: Callable[[], AbstractContextManager[Any]] = nullcontext
 
-    def ready(self) -> AbstractContextManager[None]:
+    def ready(self) -> AbstractContextManager[Any]:
         return self.gather()
 
     def divergence(self, logits: Tensor, rows: slice, temperature: float) -> Tensor:
@@ -201,7 +201,7 @@ class TopLogits:
     indices: Tensor
     rest: Tensor
 
-    def ready(self) -> AbstractContextManager[None]:
+    def ready(self) -> AbstractContextManager[Any]:
         return nullcontext()
 
     def divergence(self, logits: Tensor, rows: slice, temperature: float) -> Tensor:

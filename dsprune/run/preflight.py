@@ -15,13 +15,7 @@ from dsprune.config import RunConfig
 from dsprune.consolidate import factor_embedding, is_stock
 from dsprune.distill import LayerPlan
 from dsprune.engine.models.factoring import check_rank
-from dsprune.engine.models.load import (
-    check_reads_forward,
-    from_config,
-    label_config,
-    load_tokenizer,
-    resolve_source,
-)
+from dsprune.engine.models.load import check_reads_forward, from_config, label_config, load_tokenizer, resolve_source
 from dsprune.engine.models.loading import plan_loading
 from dsprune.engine.zero.autocast import check_autocast
 from dsprune.engine.zero.config import BatchPlan, load_ds_config, plan_batch, student_config, teacher_config

@@ -9,12 +9,11 @@ from typing import TYPE_CHECKING, Any
 
 from dsprune.engine.learning.evaluate import evaluate_all
 from dsprune.engine.learning.teacher import Teacher
-from dsprune.engine.models.load import release
+from dsprune.engine.zero.gather import release
 from dsprune.files import write_json
 from dsprune.measure.bench import BenchReport, bench_models
 from dsprune.measure.plots import plot_run
 from dsprune.measure.tables import render_table
-from dsprune.files import write_json
 from dsprune.run.journal import read_metrics
 from dsprune.run.settling import told
 from dsprune.run_folder import RunFolder

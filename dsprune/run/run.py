@@ -28,27 +28,20 @@ from dsprune.engine.learning.student import Student, build_student_engine
 from dsprune.engine.learning.teacher import Teacher
 from dsprune.engine.learning.trainer import LayerMatcher, Trainer
 from dsprune.engine.models.factoring import factor_word_embedding
-from dsprune.engine.models.load import (
-    checkpoint_activations,
-    encoder_layers,
-    load_model,
-    release,
-    resolve_source,
-    whole,
-)
 from dsprune.engine.models.freezing import freeze_embeddings
+from dsprune.engine.models.load import checkpoint_activations, load_model, resolve_source
 from dsprune.engine.models.side_files import copy_side_files
 from dsprune.engine.ranks.pulse import pulse
 from dsprune.engine.ranks.stop import Stop, unheard
 from dsprune.engine.ranks.world import World
 from dsprune.engine.zero.config import engine_precision, student_config
+from dsprune.engine.zero.gather import release, whole
 from dsprune.errors import CheckpointError, ConfigError, Preempted
 from dsprune.files import write_json
 from dsprune.methods import Method, Plan
 from dsprune.methods.mlpruning_blocks import BlockPruning
 from dsprune.methods.noise import stable_seed
 from dsprune.methods.tracking import has_reached, landing_of
-from dsprune.files import write_json
 from dsprune.run.journal import Journal
 from dsprune.run.preflight import Preflight, build_method
 from dsprune.run.provenance import Provenance
@@ -66,6 +59,7 @@ from dsprune.structure import (
     block_magnitudes,
     unit_magnitudes,
 )
+from dsprune.structure.layout import layer_paths
 from dsprune.tasks import TaskData, TextTask
 
 __all__ = ["Run"]
@@ -319,7 +313,7 @@ class Run:
         method = BlockPruning(structure, config, self._block_plan(total))
         if method.wants_magnitudes:
             method.begin(self.world.broadcast(block_magnitudes(structure, lambda name: whole(model, name))))
-        num_layers = len(encoder_layers(model))
+        num_layers = len(layer_paths(model))
         layers = self._block_teacher_layers(num_layers)
         teacher = self._load_teacher(str(source), layers)
         student = Student(
@@ -590,9 +584,9 @@ class Run:
         batch = self._verification_batch(trainer)
         method = about.get("method")
         selection = method.select() if method is not None else None
-        gates = method.gates_of(selection) if method is not None else None
+        gates = None if method is None else method.gates_of(selection)
         logits = self._trained_logits(trainer, batch, gates)
-        landing = landing_of(method, done, gates) if method is not None else None
+        landing = None if method is None or gates is None else landing_of(method, done, gates)
         figures = self._figures(trainer.stage, scores) | ({} if landing is None else {"landing": landing.to_dict()})
 
         def describe(folder: Path) -> None:

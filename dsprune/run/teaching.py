@@ -9,9 +9,10 @@ from transformers import AutoConfig
 
 from dsprune.config import RunConfig
 from dsprune.distill import LayerPlan, plan_layers
-from dsprune.engine.models.load import from_config, is_compact, layer_stacks, resolve_source
+from dsprune.engine.models.load import from_config, resolve_source
 from dsprune.errors import ArchitectureError, ConfigError
 from dsprune.structure import Structure
+from dsprune.structure.layout import layer_stacks
 from dsprune.tasks import Task
 
 __all__ = ["TeacherShape", "plan_teaching", "student_stacks", "teacher_shape"]
@@ -52,7 +53,7 @@ def teacher_shape(config: RunConfig, task: Task, structure: Structure) -> Teache
             stacks = layer_stacks(from_config(task.head, theirs))
     except ValueError as error:
         raise ArchitectureError(f"teacher '{source}': {str(error).splitlines()[0]}") from error
-    heads = None if is_compact(source) else int(theirs.num_attention_heads)
+    heads = None if getattr(theirs, "dsprune", None) else int(theirs.num_attention_heads)
     return TeacherShape(stacks, int(theirs.hidden_size), heads)
 
 

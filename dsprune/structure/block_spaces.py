@@ -14,6 +14,7 @@ from dsprune.arch import family_for
 from dsprune.errors import ArchitectureError, ConfigError
 from dsprune.structure.blocks import block_areas, block_grid
 from dsprune.structure.kernels import sum_blocks
+from dsprune.structure.layout import base_path
 from dsprune.structure.spaces import join, param_shape
 
 __all__ = ["BlockMatrix", "BlockStructure", "analyze_blocks", "block_magnitudes"]
@@ -102,7 +103,7 @@ def analyze_blocks(model: nn.Module, block: tuple[int, int]) -> BlockStructure:
     family = family_for(str(config.model_type).removeprefix("dsprune_"))
     if family.blocks_refusal is not None:
         raise ArchitectureError(family.blocks_refusal)
-    base = family.base if hasattr(model, family.base) else ""
+    base = base_path(model)
     stacks = {stack.name: stack for stack in family.stacks}
     numbers: Counter[str] = Counter()
     matrices = []

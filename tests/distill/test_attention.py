@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from dsprune.distill import AttentionTap, attention_loss
-from dsprune.engine.models.load import attention_modules
+from dsprune.structure.layout import attention_map_modules
 from tests.helpers.models import tiny_batch, tiny_model
 
 
@@ -30,7 +30,7 @@ def test_only_real_tokens_and_live_heads_count():
 def test_the_tap_catches_the_maps_of_eager_attention(name):
     model = tiny_model(name)
     model.set_attn_implementation("eager")
-    tap = AttentionTap(model, attention_modules(model)[::-1])
+    tap = AttentionTap(model, attention_map_modules(model)[::-1])
     batch = tiny_batch()
     expected = model(**batch, output_attentions=True).attentions
     second, first = tap.take()

@@ -165,13 +165,12 @@ def block_pruning(options: dict[str, Any], plan: Plan, compact: Any) -> tuple[Bl
 
 def build_trainer(setup: Setup, *, dropout: bool = False, steps: int | None = None) -> Any:
     """A trainer of the prune stage. Collective; call inside a rank of `run_world`."""
-    from dsprune.engine.models.freezing import freeze_embeddings
-
     from dsprune.config import DataConfig, TaskConfig
     from dsprune.engine.learning.batches import Batches
     from dsprune.engine.learning.replica import Replica
     from dsprune.engine.learning.student import Student, build_student_engine
     from dsprune.engine.learning.trainer import LayerMatcher, Trainer
+    from dsprune.engine.models.freezing import freeze_embeddings
     from dsprune.engine.ranks.world import start_world
 
     world = start_world()

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from dsprune.consolidate import ShardedTensors, open_moments, open_shards
+from dsprune.engine.zero.gather import gathered
 from dsprune.errors import CheckpointError
 
 __all__ = ["load_elastic"]
@@ -77,8 +78,9 @@ def _fill_frozen(engine: Any, weights: ShardedTensors) -> None:
     """What does not train and so has no master. Collective under ZeRO-3."""
     frozen = {name: param for name, param in engine.module.named_parameters() if not param.requires_grad}
     for name, param in frozen.items():
-        with torch.no_grad(), deepspeed.zero.GatheredParameters([param], modifier_rank=0):
-            param.data.copy_(weights.read(name))
+        with torch.no_grad(), gathered(param, rewritten=True) as writes:
+            if writes:
+                param.data.copy_(weights.read(name))
 
 
 def _steps(optimizer: Any, steps: float, like: Tensor) -> Any:

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 
 from dsprune.config import DistillConfig
 from dsprune.distill import TeacherLogits, TeacherStates, TopLogits, VocabularyHead, chunked_losses, top_logits
-from dsprune.engine.models.load import gathered
+from dsprune.engine.zero.gather import gathered
 from dsprune.tasks import LabelTask, Task, TextTask
 from dsprune.tasks.losses import IGNORED
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,16 +14,13 @@ from dsprune.config import DistillConfig
 from dsprune.consolidate import verify
 from dsprune.distill import UNMATCHED, AttentionTap, HiddenTap, attention_loss, layer_distances, layer_loss
 from dsprune.engine.learning.losses import Taught, make_scorer
-from dsprune.engine.models.load import announce_tables, attention_modules, hidden_states, layer_stacks
-from dsprune.engine.zero.autocast import forget_autocast
-from dsprune.engine.zero.config import offload_device, zero_stage
-from dsprune.engine.zero.requirements import quiet_import
+from dsprune.engine.models.load import announce_tables
+from dsprune.engine.zero.engines import adamw, training_engine
 from dsprune.structure import BlockGating, Gates, Gating
+from dsprune.structure.layout import attention_map_modules, hidden_state_modules, layer_stacks
 from dsprune.tasks import Task
 
-deepspeed = quiet_import()
-
-__all__ = ["CONSTANT", "PARTS", "Lesson", "Student", "adamw", "build_student_engine"]
+__all__ = ["CONSTANT", "PARTS", "Lesson", "Student", "build_student_engine"]
 
 PARTS = ("total", "logits", "layers", "attentions", "labels")
 """Order of the loss parts that `Student.forward` returns."""
@@ -104,11 +101,11 @@ class Student(nn.Module):
             self._start_projections(projections)
             with_embeddings = 0 in layers
             stacks = (*self.stacks, 0) if with_embeddings else self.stacks
-            self.tap = HiddenTap(model, hidden_states(model, embeddings=with_embeddings), stacks)
+            self.tap = HiddenTap(model, hidden_state_modules(model, embeddings=with_embeddings), stacks)
         self.attention_tap: AttentionTap | None = None
         if distill is not None and distill.attentions > 0 and teacher is not None:
             model.set_attn_implementation("eager")
-            self.attention_tap = AttentionTap(model, attention_modules(model))
+            self.attention_tap = AttentionTap(model, attention_map_modules(model))
 
     def _start_projections(self, start: Sequence[tuple[Tensor, Tensor]]) -> None:
         for i, projection in enumerate(self.projections):
@@ -247,47 +244,6 @@ class Student(nn.Module):
         return torch.stack(losses).sum() if losses else None
 
 
-def adamw(
-    student: nn.Module,
-    *,
-    lr: float,
-    weight_decay: float,
-    ds_config: Mapping[str, Any],
-    betas: tuple[float, float] = (0.9, 0.999),
-    epsilon: float = 1e-8,
-    constant: Callable[[str], bool] = lambda name: False,
-) -> torch.optim.Optimizer:
-    """AdamW over those of a student's parameters that train, decay kept off biases and norms.
-
-    Where ZeRO offloads the optimizer, DeepSpeed's CPU Adam; else torch's fused one, ten times as fast as the
-    unfused on CPU, too.
-
-    Args:
-        student: with what is frozen already marked.
-        lr: peak learning rate.
-        weight_decay: of what decays.
-        ds_config: filled configuration of the engine.
-        betas: decay of the two moments.
-        epsilon: added to the root of the second moment.
-        constant: which parameters, by name, make the group `CONSTANT`: neither warmed up nor decayed.
-    """
-    named = [(name, p) for name, p in student.named_parameters() if p.requires_grad]
-    apart = [p for name, p in named if constant(name)]
-    decayed = [p for name, p in named if not constant(name) and not _is_plain(name)]
-    plain = [p for name, p in named if not constant(name) and _is_plain(name)]
-    groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": plain, "weight_decay": 0.0}]
-    groups += [{"params": apart, "weight_decay": 0.0}] if apart else []
-    if offload_device(ds_config, "offload_optimizer") != "none":
-        from deepspeed.ops.adam import DeepSpeedCPUAdam
-
-        return DeepSpeedCPUAdam(groups, lr=lr, betas=betas, eps=epsilon, adamw_mode=True)  # type: ignore[no-any-return]
-    return torch.optim.AdamW(groups, lr=lr, betas=betas, eps=epsilon, fused=True)
-
-
-def _is_plain(name: str) -> bool:
-    return name.endswith("bias") or "norm" in name.lower()
-
-
 def build_student_engine(
     student: Student,
     ds_config: Mapping[str, Any],
@@ -309,7 +265,4 @@ def build_student_engine(
         epsilon=epsilon,
         constant=lambda name: apart and name.startswith("projections."),
     )
-    forget_autocast()
-    engine, *_ = deepspeed.initialize(model=student, optimizer=optimizer, config=dict(ds_config))
-    assert engine.zero_optimization_stage() == zero_stage(ds_config)
-    return engine
+    return training_engine(student, optimizer, ds_config)

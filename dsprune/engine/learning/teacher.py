@@ -12,13 +12,11 @@ from transformers import PreTrainedModel
 from dsprune.config import DistillConfig
 from dsprune.distill import AttentionTap, HiddenTap
 from dsprune.engine.learning.losses import Taught, make_scorer
-from dsprune.engine.models.load import announce_tables, attention_modules, hidden_states, layer_stacks, load_model
-from dsprune.engine.zero.autocast import forget_autocast
+from dsprune.engine.models.load import announce_tables, load_model
 from dsprune.engine.zero.config import precision
-from dsprune.engine.zero.requirements import quiet_import
+from dsprune.engine.zero.engines import answering_engine
+from dsprune.structure.layout import attention_map_modules, hidden_state_modules, layer_stacks
 from dsprune.tasks import Task
-
-deepspeed = quiet_import()
 
 __all__ = ["Teacher"]
 
@@ -29,7 +27,7 @@ def _tapped(model: PreTrainedModel, layers: Sequence[int]) -> list[str]:
     """Modules whose outputs are held: those of the layers that teach, and no others."""
     if not layers:
         return []
-    *paths, embeddings = hidden_states(model, embeddings=True)
+    *paths, embeddings = hidden_state_modules(model, embeddings=True)
     return [paths[i - 1] if i > 0 else embeddings for i in layers]
 
 
@@ -71,12 +69,10 @@ class Teacher:
         self.attention_tap: AttentionTap | None = None
         if attentions:
             model.set_attn_implementation("eager")
-            modules = attention_modules(model)
+            modules = attention_map_modules(model)
             self.attention_tap = AttentionTap(model, [modules[i - 1] for i in layers if i > 0])
         announce_tables(model)
-        forget_autocast()
-        self.engine, *_ = deepspeed.initialize(model=model, config=dict(ds_config))
-        self.engine.eval()
+        self.engine = answering_engine(model, ds_config)
 
     @torch.no_grad()
     def predict(self, inputs: Mapping[str, Tensor], labels: Tensor) -> Tensor:

@@ -20,11 +20,11 @@ from dsprune.engine.learning.batches import Batches, MicroBatch
 from dsprune.engine.learning.replica import Reduced, Replica, reduce_flat
 from dsprune.engine.learning.student import CONSTANT, PARTS, Lesson
 from dsprune.engine.learning.teacher import Teacher
-from dsprune.engine.models.load import whole
 from dsprune.engine.ranks.pulse import pulse
 from dsprune.engine.ranks.stop import Stop, describe
 from dsprune.engine.ranks.world import World
 from dsprune.engine.zero.autocast import autocasting
+from dsprune.engine.zero.gather import whole
 from dsprune.methods.noise import stable_seed
 from dsprune.structure import ffn_alive
 

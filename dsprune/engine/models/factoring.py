@@ -6,16 +6,15 @@ the table U S and the projection V; both are trained on.
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from dsprune.arch import family_for
 from dsprune.consolidate import EMBEDDING_RANK, factor_embedding
-from dsprune.engine.models.load import gathered
+from dsprune.engine.zero.gather import gathered
 from dsprune.errors import ConfigError
+from dsprune.structure.layout import word_embedding_of
 
 __all__ = ["check_rank", "factor_word_embedding"]
 
@@ -31,19 +30,13 @@ def check_rank(model: PreTrainedModel, rank: int) -> None:
             f"prune.embedding_rank = {rank}: the output head of {type(model).__name__} is the word embedding, which "
             "has to stay whole for it"
         )
-    rows, width = _shape(_word_embedding(model).weight)
+    rows, width = _shape(word_embedding_of(model).weight)
     most = (rows * width - 1) // (rows + width)
     if rank > most:
         raise ConfigError(
             f"prune.embedding_rank = {rank}: the word embedding is {rows} x {width}, and factors of a rank above "
             f"{most} are larger than that"
         )
-
-
-def _word_embedding(model: PreTrainedModel) -> Any:
-    family = family_for(str(model.config.model_type))
-    base = getattr(model, family.base, model)
-    return base.get_submodule(family.word_embeddings)
 
 
 def _shape(weight: Tensor) -> tuple[int, int]:
@@ -69,11 +62,11 @@ def factor_word_embedding(model: PreTrainedModel, rank: int) -> None:
         ConfigError: the factors would be larger than the table.
     """
     check_rank(model, rank)
-    dense = _word_embedding(model)
+    dense = word_embedding_of(model)
     with gathered(dense.weight):
         table, projection = _factors(dense.weight, rank)
     factor_embedding(model, family_for(str(model.config.model_type)).as_dict(), rank)
-    factored = _word_embedding(model)
+    factored = word_embedding_of(model)
     for part, value in ((factored.table, table), (factored.projection, projection)):
         part.weight = torch.nn.Parameter(value.contiguous())
     setattr(model.config, EMBEDDING_RANK, rank)

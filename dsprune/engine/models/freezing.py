@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from transformers import PreTrainedModel
 
-from dsprune.arch import family_for
+from dsprune.structure.layout import base_of, family_of
 
 __all__ = ["freeze_embeddings"]
 
@@ -19,8 +19,7 @@ def freeze_embeddings(model: PreTrainedModel) -> list[str]:
     Returns:
         Names of the frozen parameters.
     """
-    family = family_for(str(model.config.model_type).removeprefix("dsprune_"))
-    base = getattr(model, family.base) if family.base and hasattr(model, family.base) else model
+    family, base = family_of(model.config), base_of(model)
     parts = tuple(f"{path}." for path in family.embeddings)
     mine = {id(param) for name, param in base.named_parameters(remove_duplicate=False) if name.startswith(parts)}
     frozen = [name for name, param in model.named_parameters() if id(param) in mine]

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import gc
 import importlib.util
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 from transformers import (
     AutoConfig,
     AutoTokenizer,
@@ -18,35 +15,28 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
-from transformers.integrations import HfDeepSpeedConfig, unset_hf_deepspeed_config
 from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
-from dsprune.arch import StackSpec, family_for
-from dsprune.consolidate import auto_with_own_head, position_table
+from dsprune.arch import family_for
+from dsprune.consolidate import auto_with_own_head
 from dsprune.engine.models.labelling import label_config, name_labels
-from dsprune.engine.models.loading import AUTO_CLASSES, family_of, output_module, plan_loading
+from dsprune.engine.models.loading import AUTO_CLASSES, plan_loading
 from dsprune.engine.zero.config import precision, zero_stage
-from dsprune.engine.zero.requirements import quiet_import
+from dsprune.engine.zero.gather import gathered, partitioned_loading, register_external
 from dsprune.errors import ArchitectureError, ConfigError
+from dsprune.structure.layout import output_path, position_table
 from dsprune.tasks import Task
 
 __all__ = [
     "AUTO_CLASSES",
     "announce_tables",
-    "attention_modules",
     "check_reads_forward",
     "checkpoint_activations",
-    "encoder_layers",
     "from_config",
-    "gathered",
-    "hidden_states",
     "label_config",
-    "layer_stacks",
     "load_model",
     "load_tokenizer",
-    "release",
     "resolve_source",
-    "whole",
 ]
 
 PACKAGE_PREFIX = "package:"
@@ -97,20 +87,6 @@ def _first_line(error: Exception) -> str:
     return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
 
 
-@contextmanager
-def _partitioned_loading(ds_config: Mapping[str, Any]) -> Iterator[None]:
-    """Under ZeRO-3, let weights go straight into partitions while they are loaded."""
-    if zero_stage(ds_config) != 3:
-        yield
-        return
-    keep = HfDeepSpeedConfig(dict(ds_config))
-    try:
-        yield
-    finally:
-        del keep
-        unset_hf_deepspeed_config()
-
-
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -141,7 +117,6 @@ def load_model(
         ArchitectureError: a family that dsprune does not know, or a model that is not complete or does not fit the
             task.
     """
-    quiet_import()
     source = resolve_source(source)
     options: dict[str, Any] = {"dtype": _DTYPES[precision(ds_config)] if zero_stage(ds_config) == 3 else torch.float32}
     if from_scratch:
@@ -150,10 +125,10 @@ def load_model(
         except (OSError, ValueError) as error:
             raise ConfigError(f"cannot load model '{source}': {_first_line(error)}") from error
         family_for(config.model_type)
-        with _partitioned_loading(ds_config):
+        with partitioned_loading(ds_config):
             return from_config(task.head, config, **options)
     plan = plan_loading(source, task, revision=revision, fresh_head=fresh_head)
-    with _partitioned_loading(ds_config):
+    with partitioned_loading(ds_config):
         model = plan.load(**options)
     if plan.order is not None:
         _reorder_outputs(model, plan.order)
@@ -163,7 +138,7 @@ def load_model(
 
 def _reorder_outputs(model: PreTrainedModel, order: Sequence[int]) -> None:
     """Let output i be what output `order[i]` was. Collective under ZeRO-3."""
-    module = model.get_submodule(output_module(model))
+    module = model.get_submodule(output_path(model))
     weights = [param for param in (module.weight, module.bias) if param is not None]
     with gathered(*weights, rewritten=True) as writes, torch.no_grad():
         for param in weights if writes else ():
@@ -203,54 +178,6 @@ def checkpoint_activations(model: PreTrainedModel) -> None:
         raise ArchitectureError(f"student.activation_checkpointing: {_first_line(error)}") from error
 
 
-def _stacks(model: PreTrainedModel) -> list[tuple[StackSpec, list[str]]]:
-    """The stacks that a dense or compact model has, and the paths of their layers from its root."""
-    family = family_of(model.config)
-    base = family.base if hasattr(model, family.base) else ""
-    found = []
-    for stack in family.stacks:
-        root = f"{base}.{stack.layers}" if base else stack.layers
-        if hasattr(model.get_submodule(base), stack.layers.split(".")[0]):
-            count = len(list(model.get_submodule(root).children()))
-            found.append((stack, [f"{root}.{i}" for i in range(count)]))
-    return found
-
-
-def encoder_layers(model: PreTrainedModel) -> list[str]:
-    """Paths of the layers of a dense or compact model, from its root; stack after stack."""
-    return [path for _, paths in _stacks(model) for path in paths]
-
-
-def layer_stacks(model: PreTrainedModel) -> tuple[int, ...]:
-    """For each layer, which stack it stands in: 0 for those that read the inputs, 1 for a decoder beside an encoder."""
-    return tuple(i for i, (_, paths) in enumerate(_stacks(model)) for _ in paths)
-
-
-def hidden_states(model: PreTrainedModel, *, embeddings: bool) -> list[str]:
-    """Modules whose outputs are the hidden states: the layers, and after them the embeddings if wanted."""
-    family = family_of(model.config)
-    base = getattr(model, family.base, model)
-    module = family.stacks[0].embedding or family.word_embeddings.split(".")[0]
-    if family.embedding_projection is not None and hasattr(base, family.embedding_projection):
-        module = family.embedding_projection
-    module = family.embedding_output or module
-    path = f"{family.base}.{module}" if base is not model else module
-    return encoder_layers(model) + ([path] if embeddings else [])
-
-
-def attention_modules(model: PreTrainedModel) -> list[str]:
-    """Modules that hand out attention maps, one a layer: cross attention is not among them."""
-    modules = dict(model.named_modules())
-    found = []
-    for stack, paths in _stacks(model):
-        spec = stack.sublayers[0]
-        owner = spec.query.rpartition(".")[0]
-        # Of an attention that is gone only the place is left, and what stands there gives out no map.
-        places = ((f"{layer}.{spec.maps or owner}", f"{layer}.{owner}") for layer in paths)
-        found += [maps if maps in modules else place for maps, place in places]
-    return found
-
-
 def announce_tables(model: PreTrainedModel) -> None:
     """Tell ZeRO-3 of the table of positions, which is read without a call of the module that owns it.
 
@@ -259,40 +186,4 @@ def announce_tables(model: PreTrainedModel) -> None:
     found = position_table(model)
     if found is not None:
         reader, table = found
-        quiet_import().zero.register_external_parameter(reader, table.weight)
-
-
-@contextmanager
-def gathered(*weights: Tensor, rewritten: bool = False) -> Iterator[bool]:
-    """Parameters as a whole, wherever ZeRO-3 keeps their parts. Collective under ZeRO-3.
-
-    Args:
-        weights: parameters.
-        rewritten: let one rank write to them, for all.
-
-    Yields:
-        Whether this rank is to write.
-    """
-    if not any(hasattr(weight, "ds_id") for weight in weights):
-        yield rewritten
-        return
-    with quiet_import().zero.GatheredParameters(list(weights), modifier_rank=0 if rewritten else None):
-        yield rewritten and torch.distributed.get_rank() == 0
-
-
-def whole(model: PreTrainedModel, name: str) -> Tensor:
-    """Copy of one parameter on the CPU, fp32. Collective under ZeRO-3."""
-    param = model.get_parameter(name)
-    with gathered(param):
-        value: Tensor = param.detach().float().cpu().clone()
-    return value
-
-
-def release(*objects: Any) -> None:
-    """Free what engines hold before the next stage; the caller drops its own references as well."""
-    for item in objects:
-        if hasattr(item, "destroy"):
-            item.destroy()
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
+        register_external(reader, table.weight)

@@ -31,16 +31,16 @@ from transformers import (
 )
 from transformers.utils import logging as transformers_logging
 
-from dsprune.arch import FamilySpec, family_for
 from dsprune.consolidate import own_head_keys, with_own_head
 from dsprune.engine.models.labelling import listed, name_labels, output_order
 from dsprune.engine.models.weight_files import WeightFiles, find_weights
 from dsprune.engine.models.weight_names import MatchedNames, match_names
 from dsprune.errors import ArchitectureError, ConfigError
+from dsprune.structure.layout import family_of, head_paths
 from dsprune.tasks import Task
 from dsprune.tasks.labels import has_default_names
 
-__all__ = ["AUTO_CLASSES", "LoadingPlan", "family_of", "output_module", "plan_loading"]
+__all__ = ["AUTO_CLASSES", "LoadingPlan", "plan_loading"]
 
 logger = logging.getLogger(__name__)
 AUTO_CLASSES: Mapping[str, Any] = {
@@ -52,25 +52,6 @@ AUTO_CLASSES: Mapping[str, Any] = {
 }
 """By the head that a task needs."""
 SCRATCH_HINT = "; to begin with random weights, say model.from_scratch=true"
-
-
-def family_of(config: PretrainedConfig) -> FamilySpec:
-    """The family of a dense or compact model.
-
-    Raises:
-        ArchitectureError: there is none.
-    """
-    return family_for(str(config.model_type).removeprefix("dsprune_"))
-
-
-def _head_modules(family: FamilySpec, class_name: str) -> tuple[str, ...]:
-    tables = (tuple(table) for kind, table in family.heads.items() if class_name.endswith(kind))
-    return next(tables, ())
-
-
-def output_module(model: PreTrainedModel) -> str:
-    """Path of the linear of a model's head whose rows are the outputs."""
-    return _head_modules(family_of(model.config), type(model).__name__)[-1]
 
 
 @dataclass(frozen=True)
@@ -180,7 +161,7 @@ class _Check:
         self.expected = set(skeleton.state_dict())
         self.tied: Mapping[str, str] = skeleton.all_tied_weights_keys
         self.base = str(skeleton.base_model_prefix)
-        self.head = _head_modules(self.family, self.cls.__name__)
+        self.head = head_paths(self.family, self.cls.__name__)
 
     def plan(self, weights: WeightFiles | None, revision: str | None) -> LoadingPlan:
         if weights is not None:
