@@ -25,8 +25,9 @@ from dsprune.arch import StackSpec, family_for
 from dsprune.consolidate import auto_with_own_head, position_table
 from dsprune.engine.ds_config import precision, zero_stage
 from dsprune.engine.labelling import label_config, name_labels
-from dsprune.engine.loading import AUTO_CLASSES, family_of, output_module, plan_loading
+from dsprune.engine.loading import AUTO_CLASSES, family_of, first_line, output_module
 from dsprune.engine.requirements import quiet_import
+from dsprune.engine.source_check import plan_loading
 from dsprune.errors import ArchitectureError, ConfigError
 from dsprune.tasks import Task
 
@@ -84,11 +85,7 @@ def load_tokenizer(source: str, revision: str | None = None) -> PreTrainedTokeni
     try:
         return AutoTokenizer.from_pretrained(resolve_source(source), revision=revision)  # type: ignore[no-any-return]
     except (OSError, ValueError) as error:
-        raise ConfigError(f"no tokenizer in '{source}': {_first_line(error)}") from error
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise ConfigError(f"no tokenizer in '{source}': {first_line(error)}") from error
 
 
 @contextmanager
@@ -142,7 +139,7 @@ def load_model(
         try:
             config = AutoConfig.from_pretrained(source, revision=revision, **label_config(task))
         except (OSError, ValueError) as error:
-            raise ConfigError(f"cannot load model '{source}': {_first_line(error)}") from error
+            raise ConfigError(f"cannot load model '{source}': {first_line(error)}") from error
         family_for(config.model_type)
         with _partitioned_loading(ds_config):
             return from_config(task.head, config, **options)
@@ -194,7 +191,7 @@ def checkpoint_activations(model: PreTrainedModel) -> None:
         # Non-reentrant: gates enter the layers from outside, and the reentrant kind would give them no gradients.
         model.activation_checkpointing_enable({"use_reentrant": False})
     except ValueError as error:
-        raise ArchitectureError(f"student.activation_checkpointing: {_first_line(error)}") from error
+        raise ArchitectureError(f"student.activation_checkpointing: {first_line(error)}") from error
 
 
 def _stacks(model: PreTrainedModel) -> list[tuple[StackSpec, list[str]]]:

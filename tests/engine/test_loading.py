@@ -12,8 +12,8 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig
 
 from dsprune.config import DataConfig, TaskConfig
-from dsprune.engine import loading
 from dsprune.engine.models import load_model
+from dsprune.engine.source_check import plan_loading
 from dsprune.engine.weight_files import find_weights
 from dsprune.engine.weight_names import match_names
 from dsprune.errors import ArchitectureError, ConfigError
@@ -393,5 +393,5 @@ def test_a_source_is_spoken_of_once(tmp_path, caplog):
     _save("bert", tmp_path, THEIRS)
     with caplog.at_level(logging.INFO):
         for _ in range(3):
-            loading.plan_loading(str(tmp_path), MNLI)
+            plan_loading(str(tmp_path), MNLI)
     assert caplog.text.count("in another order") == 1
