@@ -38,23 +38,28 @@ def _layers(facts: Mapping[str, Any]) -> list[str]:
     return lines
 
 
-def _loading(config: Mapping[str, Any]) -> list[str]:
+def _loading(config: Mapping[str, Any], tokenizer: str | None) -> list[str]:
     remote = "auto_map" in config
     auto = [name for name in config.get("auto_map", {}) if name.startswith("AutoModelFor")]
     cls = auto[0] if auto else "AutoModel" if remote else config["architectures"][0]
-    code = ["```python", f"from transformers import {cls}", ""]
+    code = ["```python", f"from transformers import {', '.join(filter(None, (cls, tokenizer)))}", ""]
     if remote:
         code += ["# dsprune need not be installed; with `import dsprune` first, trust_remote_code is not needed."]
     flag = ", trust_remote_code=True" if remote else ""
-    return ["", "## Loading", "", *code, f'model = {cls}.from_pretrained("THIS_FOLDER"{flag})', "```"]
+    code.append(f'model = {cls}.from_pretrained("THIS_FOLDER"{flag})')
+    if tokenizer is not None:
+        # AutoTokenizer reads the model's configuration first, and without the flag asks whether to run its code.
+        code.append(f'tokenizer = {tokenizer}.from_pretrained("THIS_FOLDER")')
+    return ["", "## Loading", "", *code, "```"]
 
 
-def render_card(config: Mapping[str, Any], figures: Mapping[str, Any]) -> str:
+def render_card(config: Mapping[str, Any], figures: Mapping[str, Any], *, tokenizer: str | None = None) -> str:
     """README.md of a compact model folder.
 
     Args:
         config: its config.json.
         figures: what the run measured; may be empty.
+        tokenizer: class of its tokenizer, if there is one: it needs no code from the folder.
     """
     facts = config["dsprune"]
     counted = facts["parameters"]
@@ -78,4 +83,4 @@ def render_card(config: Mapping[str, Any], figures: Mapping[str, Any]) -> str:
         lines.append(f"| {part} | {dense:,} | {ours:,} | {1 - ours / dense:.2%} |")
     if "target" in figures:
         lines += ["", f"Asked for: {figures['target']:.1%} of the {figures['target_of']} removed."]
-    return "\n".join([*lines, *_metrics(figures), *_layers(facts), *_loading(config), ""])
+    return "\n".join([*lines, *_metrics(figures), *_layers(facts), *_loading(config, tokenizer), ""])

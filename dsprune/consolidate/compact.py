@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Iterator
+import logging
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +48,7 @@ __all__ = [
     "without_weights",
 ]
 
+logger = logging.getLogger(__name__)
 MODELING = Path(modeling_dsprune.__file__)
 HEAD_MULTIPLE = 8
 """Head sizes that fused attention kernels take without padding of their own."""
@@ -337,7 +339,7 @@ def load_compact(folder: str | Path, **options: Any) -> nn.Module:
         options: for `from_pretrained` (dtype, device_map, ...).
 
     Raises:
-        CheckpointError: not such a folder.
+        CheckpointError: not such a folder, or one with weights that are missing or of another shape.
     """
     path = Path(folder) / "config.json"
     try:
@@ -348,7 +350,28 @@ def load_compact(folder: str | Path, **options: Any) -> nn.Module:
         raise CheckpointError(f"{folder} was not made by dsprune: load it with transformers")
     cls: Any = model_class(config)
     built = cls.config_class.from_dict(dict(config))
-    model: nn.Module = with_own_head(
-        cls, built, lambda: cls.from_pretrained(str(folder), use_safetensors=True, **options)
-    )
+    found: dict[str, Any] = {}
+
+    def make() -> nn.Module:
+        model, info = cls.from_pretrained(
+            str(folder), use_safetensors=True, output_loading_info=True, ignore_mismatched_sizes=True, **options
+        )
+        found.update(info)
+        return model  # type: ignore[no-any-return]
+
+    model = with_own_head(cls, built, make)
+    _refuse_gaps(folder, found)
     return model
+
+
+def _refuse_gaps(folder: str | Path, found: Mapping[str, Any]) -> None:
+    """No weight of a model that was pruned may be random."""
+    if missing := found["missing_keys"]:
+        raise CheckpointError(
+            f"{folder} is not complete: {len(missing)} weights are not there, the first is {min(missing)}"
+        )
+    if unlike := found["mismatched_keys"]:
+        name, theirs, ours = min(unlike)
+        raise CheckpointError(f"{folder}: {name} is {list(theirs)} in its files and {list(ours)} by its config.json")
+    if left := found["unexpected_keys"]:
+        logger.warning("%s: %d tensors have no place in the model, the first is %s", folder, len(left), min(left))

@@ -468,7 +468,10 @@ class _Export:
         if "dsprune" in config:
             path = self.checkpoint / "figures.json"
             figures = _read_json(path) if path.exists() else {}
-            (self.scratch / "README.md").write_text(render_card(config, figures), encoding="utf-8")
+            path = self.scratch / "tokenizer_config.json"
+            tokenizer = _read_json(path).get("tokenizer_class") if path.exists() else None
+            card = render_card(config, figures, tokenizer=tokenizer)
+            (self.scratch / "README.md").write_text(card, encoding="utf-8")
         for path in self.scratch.rglob("*"):
             if path.is_file():
                 with path.open("rb") as file:

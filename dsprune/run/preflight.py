@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from dsprune.consolidate import factor_embedding, is_stock
 from dsprune.distill import LayerPlan
 from dsprune.engine.models.factoring import check_rank
 from dsprune.engine.models.load import check_reads_forward, from_config, label_config, load_tokenizer, resolve_source
-from dsprune.engine.models.loading import plan_loading
+from dsprune.engine.models.source_check import plan_loading
 from dsprune.engine.zero.autocast import check_autocast
 from dsprune.engine.zero.config import BatchPlan, load_ds_config, plan_batch, student_config, teacher_config
 from dsprune.errors import ArchitectureError, ConfigError, OutputError
@@ -28,6 +29,9 @@ from dsprune.structure import Selection, Structure, analyze, block_grid, shape_g
 from dsprune.tasks import Task, build_task
 
 __all__ = ["Preflight", "check_output", "preflight", "skeleton"]
+
+OF_HEAD = ("tie_word_embeddings", "own_head")
+"""Keys of a configuration that say whether the head is the word embedding."""
 
 
 @dataclass(frozen=True)
@@ -47,8 +51,16 @@ class Preflight:
     """Sparsity to reach: `prune.target`, or that of the shape that is asked for."""
 
 
-def skeleton(source: str, task: Task, revision: str | None = None) -> PreTrainedModel:
+def skeleton(
+    source: str, task: Task, revision: str | None = None, *, outputs: Mapping[str, Any] | None = None
+) -> PreTrainedModel:
     """The dense model with the task's head, on the meta device: shapes without weights.
+
+    Args:
+        source: folder or hub id.
+        task: decides the head.
+        revision: of the hub.
+        outputs: what the configuration is to say of the head, whatever its file says.
 
     Raises:
         ConfigError: the source cannot be read.
@@ -59,6 +71,8 @@ def skeleton(source: str, task: Task, revision: str | None = None) -> PreTrained
     except (OSError, ValueError) as error:
         raise ConfigError(f"cannot load model '{source}': {str(error).splitlines()[0]}") from error
     check_quantization("model", source, config)
+    for key, value in (outputs or {}).items():
+        setattr(config, key, value)
     if task.head == "ForCausalLM":
         check_reads_forward(source, config)
     try:
@@ -85,15 +99,27 @@ def check_output(folder: Path) -> None:
         )
 
 
-def _check_weights(config: RunConfig, task: Task) -> None:
-    """What is to be loaded must hold the model that the task needs; weights that are not here yet are seen later."""
-    prunes, teaches = "prune" in config.stages, "teacher" in config.stages and config.teacher.path is None
-    model = config.model
-    if (teaches or (prunes and config.prune.start == "pretrained")) and not model.from_scratch:
-        source = resolve_source(model.name)
-        plan_loading(source, task, revision=model.revision, fresh_head=True, download=False)
+def _check_weights(config: RunConfig, task: Task) -> dict[str, Any]:
+    """What is to be loaded must hold the model that the task needs; weights that are not here yet are seen later.
+
+    Returns:
+        What the configuration of the student has to say of its head, which its files may know better.
+    """
+    model, own_teacher = config.model, Path(config.output) / "teacher" / "model"
+    student = None
+    teaches = "teacher" in config.stages and config.teacher.path is None
+    if (teaches or ("prune" in config.stages and config.prune.start == "pretrained")) and not model.from_scratch:
+        student = plan_loading(
+            resolve_source(model.name), task, revision=model.revision, fresh_head=True, download=False
+        )
     if config.teacher.path is not None:
-        plan_loading(resolve_source(config.teacher.path), task, download=False)
+        teacher = plan_loading(resolve_source(config.teacher.path), task, download=False)
+        student = teacher if config.prune.start == "teacher" else student
+    elif student is None and (own_teacher / "config.json").is_file():
+        student = plan_loading(str(own_teacher), task)
+    if student is None:
+        return {}
+    return {key: value for key in OF_HEAD if (value := getattr(student.config, key, None)) is not None}
 
 
 def _check_text(config: RunConfig, task: Task, vocab_size: int) -> None:
@@ -202,15 +228,17 @@ def preflight(config: RunConfig, world_size: int) -> Preflight:
     assert teacher_ds is not None
     check_output(Path(config.output))
     model = skeleton(config.model.name, task, config.model.revision)
-    if config.prune.embedding_rank:
-        check_rank(model, config.prune.embedding_rank)
-        factor_embedding(model, family_for(model.config.model_type).as_dict(), config.prune.embedding_rank)
-    structure = analyze(model)
+    analyze(model)
     check_positions("model", config, model.config)
     vocab_size = int(model.config.vocab_size)
     _check_padding(model, task)
     check_teacher(config, task, vocab_size, tokenizer)
-    _check_weights(config, task)
+    outputs = _check_weights(config, task)
+    model = skeleton(config.model.name, task, config.model.revision, outputs=outputs)
+    if config.prune.embedding_rank:
+        check_rank(model, config.prune.embedding_rank)
+        factor_embedding(model, family_for(model.config.model_type).as_dict(), config.prune.embedding_rank)
+    structure = analyze(model)
     _check_text(config, task, vocab_size)
     _check_attentions(config, structure)
     method = build_method(config, structure, total_steps=0, steps_per_epoch=0)

@@ -246,6 +246,7 @@ class Run:
         source = self.teacher_source if config.start == "teacher" else None
         self._seed("head")
         model = self._load_student(source, ds_config)
+        self._check_head(model)
         if config.embedding_rank:
             factor_word_embedding(model, config.embedding_rank)
         student = Student(
@@ -390,6 +391,15 @@ class Run:
             betas=optim.betas,
             epsilon=optim.epsilon,
         )
+
+    def _check_head(self, model: PreTrainedModel) -> None:
+        """See that the head is what preflight took it for, which it cannot know of weights that are yet to come."""
+        head, words = model.get_output_embeddings(), model.get_input_embeddings()
+        if self.ready.structure.tied and head is not None and head.weight is not words.weight:
+            raise ConfigError(
+                f"model '{self.config.model.name}': its files, which are here only now, hold a head of its own: start "
+                "the same command again"
+            )
 
     def _load_teacher(self, source: str | None = None, layers: tuple[int, ...] | None = None) -> Teacher:
         """The teacher's engine: by default the dense model and the configured layers."""

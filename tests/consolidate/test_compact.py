@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 import transformers
+from safetensors.torch import load_file, save_file
 
 from dsprune.consolidate import apply_selection, load_compact
 from dsprune.consolidate.modeling_dsprune import Bypass
@@ -186,3 +187,23 @@ def test_what_is_not_a_compact_folder_is_refused(tmp_path):
     tiny_model("bert").save_pretrained(tmp_path)
     with pytest.raises(CheckpointError, match="was not made by dsprune"):
         load_compact(tmp_path)
+
+
+def test_a_compact_folder_that_is_not_complete_is_refused(tmp_path, caplog):
+    model = tiny_model("bert")
+    selection = Selection.from_gates(analyze(model), random_gates(analyze(model), 3))
+    apply_selection(model, selection).save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    name = "classifier.weight"
+
+    def load(**changed):
+        save_file({**tensors, **changed}, tmp_path / "model.safetensors", metadata={"format": "pt"})
+        return load_compact(tmp_path)
+
+    load(extra=torch.ones(1))
+    assert "1 tensors have no place in the model, the first is extra" in caplog.text
+    with pytest.raises(CheckpointError, match=r"classifier\.weight is \[1, 32\] in its files and \[2, 32\]"):
+        load(**{name: tensors[name][:1].clone()})
+    del tensors[name]
+    with pytest.raises(CheckpointError, match=r"1 weights are not there, the first is classifier\.weight"):
+        load()

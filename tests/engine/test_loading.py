@@ -12,7 +12,8 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig
 
 from dsprune.config import DataConfig, TaskConfig
-from dsprune.engine.models.load import load_model, loading
+from dsprune.engine.models.load import load_model
+from dsprune.engine.models.source_check import plan_loading
 from dsprune.engine.models.weight_files import find_weights
 from dsprune.engine.models.weight_names import match_names
 from dsprune.errors import ArchitectureError, ConfigError
@@ -392,5 +393,5 @@ def test_a_source_is_spoken_of_once(tmp_path, caplog):
     _save("bert", tmp_path, THEIRS)
     with caplog.at_level(logging.INFO):
         for _ in range(3):
-            loading.plan_loading(str(tmp_path), MNLI)
+            plan_loading(str(tmp_path), MNLI)
     assert caplog.text.count("in another order") == 1

@@ -15,7 +15,7 @@ from dsprune.tasks.tokens import entity_scores
 from tests.helpers.stranger import run_stranger
 
 PREDICT = """
-import json, sys
+import json, os, sys
 import torch
 import transformers
 from transformers import AutoTokenizer
@@ -27,8 +27,12 @@ for folder in folders:
     auto = getattr(transformers, f"AutoModel{head}")
     model, info = auto.from_pretrained(folder, trust_remote_code=True, output_loading_info=True)
     assert not info["missing_keys"] and not info["unexpected_keys"], info
-    model.eval()
     tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
+    card = os.path.join(folder, "README.md")
+    if os.path.exists(card):  # says how both are loaded
+        code = open(card).read().partition("```python")[2].partition("```")[0]
+        exec(code.replace("THIS_FOLDER", folder))
+    model.eval()
     said[folder] = []
     for text in texts:
         words = {"is_split_into_words": True} if isinstance(text[0], list) else {}

@@ -20,7 +20,8 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_N
 from dsprune.arch import family_for
 from dsprune.consolidate import auto_with_own_head
 from dsprune.engine.models.labelling import label_config, name_labels
-from dsprune.engine.models.loading import AUTO_CLASSES, plan_loading
+from dsprune.engine.models.loading import AUTO_CLASSES, first_line
+from dsprune.engine.models.source_check import plan_loading
 from dsprune.engine.zero.config import precision, zero_stage
 from dsprune.engine.zero.gather import gathered, partitioned_loading, register_external
 from dsprune.errors import ArchitectureError, ConfigError
@@ -75,16 +76,12 @@ def load_tokenizer(source: str, revision: str | None = None) -> PreTrainedTokeni
     try:
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder, revision=revision)
     except (OSError, ValueError) as error:
-        raise ConfigError(f"no tokenizer in '{source}': {_first_line(error)}") from error
+        raise ConfigError(f"no tokenizer in '{source}': {first_line(error)}") from error
     # Without any of its files transformers makes up one that knows the special tokens, and takes all else for unknown.
     files = sorted({*tokenizer.vocab_files_names.values(), "tokenizer.json"})
     if Path(folder).is_dir() and not any((Path(folder) / name).is_file() for name in files):
         raise ConfigError(f"no tokenizer in '{source}': none of {', '.join(files)} is there")
     return tokenizer
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
 
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -123,7 +120,7 @@ def load_model(
         try:
             config = AutoConfig.from_pretrained(source, revision=revision, **label_config(task))
         except (OSError, ValueError) as error:
-            raise ConfigError(f"cannot load model '{source}': {_first_line(error)}") from error
+            raise ConfigError(f"cannot load model '{source}': {first_line(error)}") from error
         family_for(config.model_type)
         with partitioned_loading(ds_config):
             return from_config(task.head, config, **options)
@@ -175,7 +172,7 @@ def checkpoint_activations(model: PreTrainedModel) -> None:
         # Non-reentrant: gates enter the layers from outside, and the reentrant kind would give them no gradients.
         model.activation_checkpointing_enable({"use_reentrant": False})
     except ValueError as error:
-        raise ArchitectureError(f"student.activation_checkpointing: {_first_line(error)}") from error
+        raise ArchitectureError(f"student.activation_checkpointing: {first_line(error)}") from error
 
 
 def announce_tables(model: PreTrainedModel) -> None:
