@@ -32,8 +32,8 @@ Where paper and code differ, and where neither is followed:
 - Scores by magnitude are read after the optimizer's step, the code's before it, and without what it had masked.
 - AdamW's epsilon is 1e-8 and projections train as all weights do. The code has 1e-6, and projections that join the
   optimizer after its schedule was made: constant rate, no decay. `prune.epsilon = 1e-6` and
-  `distill.projection_rate = "constant"` are that: 0.982 instead of 0.984 on 500 examples after 40 steps (MiniLM on the task `order`, 60%, one
-  seed), which is one example.
+  `distill.projection_rate = "constant"` are that: 0.982 instead of 0.984 after 40 steps (MiniLM on the task `order`,
+  60%, one seed), which is one of 500 examples.
 """
 
 from __future__ import annotations
