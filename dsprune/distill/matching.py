@@ -2,7 +2,8 @@
 
 Decided from distances reduced over all ranks and accumulation steps, so that every rank decides the
 same and a batch may be split in any way. To need no collective of its own the match of a step uses
-the distances of the step before, with the layers that live now; the paper takes the current batch.
+the distances of the step before, with the layers that live now; the paper takes the current batch (measured in
+`methods/cofi.py`).
 
 Teacher and student may be of unlike depth. Then the student layer in the place of a teacher layer is the one
 at the same height of its stack: layer m of S beside layer m * T / S of T (TinyBERT, arXiv 1909.10351, section

@@ -21,9 +21,25 @@ Where paper and code differ, and where neither is followed:
   value became, 94.3 to 94.5% for its published "95%".
 - `[shape]` (Sheared LLaMA, `shapes.py`) gives every layer the same sizes; the sublayers' own gates then take no
   part, and one gate a layer stands for both where the number of layers is given.
+- The embeddings and their norm train like the rest; in the code no optimizer ever holds them, with or without its
+  flag. `prune.freeze_embeddings` and `recover.freeze_embeddings` are that rule.
+- The match of student to teacher layers is found on the batch of the step before (`distill/matching.py`), over layers
+  whose FFN lives; the code takes the current batch, and asks whether the attention lives.
+- Padding takes no part in the layerwise loss, nor in the distributions over tokens that question answering distils.
+  The code averages over padding, and gives it probability.
+- The last checkpoint is exported. The code's is the best evaluation after the expected sparsity first came within
+  `sparsity_epsilon` of the target: `prune.keep_best`, which asks anew at each evaluation.
 - Surviving gates are soft (up to 0.996); they are folded into the weights exactly, the hidden gates
   into embeddings, norms and output rows rather than input columns, which would leave the residual
   stream unscaled.
+
+What some of these change, measured once (MiniLM, recipe `demo` under ZeRO-2 on one rank, one seed): with frozen
+embeddings accuracy 0.982 instead of 0.990, and an expected sparsity 12 points beyond the target at the end instead of
+1. Of 360 matches in 90 steps 8 (2%) were not those of the current batch, whose layerwise loss was then 0.7% above the
+least; asking for attention instead of FFNs would have changed 3. Where 32 validation sentences of SST-2, or pairs of
+QNLI, are padded to the longest, half of the positions are padding, and the layerwise loss with them is 0.98, or 0.95,
+of that without. Of a MiniLM that had seen 30 steps of SQuAD, padded to 384 tokens, 70% of the probability at
+temperature 2 lay on padding, and the divergence of a disturbed copy was 14 times that over the tokens alone.
 """
 
 from __future__ import annotations

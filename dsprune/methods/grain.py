@@ -25,6 +25,15 @@ Where paper and code differ, and where neither is followed:
 - Prices of units and the target are those of the exported model, biases and norms included. The code
   leaves out output biases and norms.
 - The last masks are those of the full target. The code's last update is one step short of it.
+- Where units go, the shortest prefix of the ranking goes that meets the density, and steps count from 0. In the code
+  it is the longest that does not, and steps count from 1: one unit fewer at the same density (of BERT-base at most
+  1,538 parameters of 85 million), and the same density one step sooner. With `prune_every` above 1 units go at the last
+  step of the schedule as well.
+- Scores by magnitude are read after the optimizer's step, the code's before it, and without what it had masked.
+- AdamW's epsilon is 1e-8 and projections train as all weights do. The code has 1e-6, and projections that join the
+  optimizer after its schedule was made: constant rate, no decay. `prune.epsilon = 1e-6` and
+  `distill.projection_rate = "constant"` are that: 0.982 instead of 0.984 after 40 steps (MiniLM on the task `order`,
+  60%, one seed), which is one of 500 examples.
 """
 
 from __future__ import annotations

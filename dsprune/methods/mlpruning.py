@@ -21,6 +21,15 @@ followed:
   equal scores of zero, with which the first units to go are those that the sort puts last.
 - The mask of a head stands on its context alone. In the code it multiplies queries, keys and values;
   a masked head is the same, the straight-through gradient of an open one is not.
+- The mask of a neuron stands after the activation. In the code it multiplies rows of the first FFN matrix, before it;
+  a masked neuron is the same, and the straight-through gradient of an open one is sum(dL/dg * g) here and
+  sum(dL/dg * g'(h) * h) there, for g the activation of h. Their cosines, layer by layer of a MiniLM on the task
+  `order`: 0.77, 0.71, 0.68, 0.75, 0.57, 0.31 as published, 0.96, 0.93, 0.90, 0.95, 0.83, 0.77 after fine-tuning.
+- The learning rate of scores and thresholds has a warm-up of its own, `method.warmup`; the code has one schedule, so
+  that `method.warmup` is to be `prune.warmup` where its runs are repeated.
+- The embeddings and their norm train like the rest; the code freezes them (`prune.freeze_embeddings = true`; what that
+  did to a run of CoFi stands in `cofi.py`).
+- Padding takes no part in the losses between hidden states and between attention maps; the code averages over it.
 - The final sizes are landed on the target by their exact count.
 """
 

@@ -6,8 +6,10 @@ from dataclasses import replace
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from tests.helpers.models import tiny_model
+from tests.helpers.runs import execute, ground, words
 from tests.helpers.settings import ROWS
 from tests.helpers.training import Setup, build_trainer
 from tests.helpers.world import run_world
@@ -106,3 +108,20 @@ def test_adam_steps_with_the_constants_that_it_is_given():
         # After one step both moments, corrected for their start, are the gradient and its square.
         moved = before * (1 - 0.1 * decay) - 0.1 * param.grad / (param.grad.abs() + 1e-2)
         torch.testing.assert_close(param.detach(), moved)
+
+
+@pytest.mark.slow
+def test_a_whole_run_with_frozen_embeddings_exports_them_as_they_were(tmp_path):
+    """Pruned under ZeRO-3 on two ranks, exported, recovered and exported again."""
+    place = ground(tmp_path)
+    gates = 'method.gates=["head", "attn", "ffn", "ffn_dim"]'  # a hidden gate would be folded into the tables
+    frozen = ("prune.freeze_embeddings=true", "recover.freeze_embeddings=true")
+    stages = 'stages=["prune", "consolidate", "recover"]'
+    assert run_world(execute, 2, *words(place, place / "run", student="zero3"), stages, gates, *frozen) == [0, 0]
+    dense = load_file(place / "dense" / "model.safetensors")
+    for name in ("compact", "recovered"):
+        ours = load_file(place / "run" / name / "model.safetensors")
+        tables = [key for key in dense if key.startswith("embeddings.")]
+        assert len(tables) == 5
+        assert all(torch.equal(ours[f"bert.{key}"], dense[key]) for key in tables), name
+    assert not torch.equal(ours["bert.pooler.dense.weight"], dense["pooler.dense.weight"])
