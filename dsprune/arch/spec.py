@@ -121,8 +121,9 @@ class FamilySpec:
     `layer`, `attention`, `ffn`, `final_norm`) at its top.
 
     The mappings give the axes of each module's weight, output axis first; `"-"` is an axis that
-    pruning leaves alone, `"a + b"` one that holds the entries of two spaces, one after the other. A
-    module's bias follows its first axis.
+    pruning leaves alone, `"a + b"` one that holds the entries of two spaces, one after the other,
+    `"pooler"` what a linear pools of each sequence for the linear that classifies it. A module's bias
+    follows its first axis.
     """
 
     name: str

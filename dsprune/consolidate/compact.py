@@ -114,9 +114,12 @@ def _facts(structure: Structure, selection: Selection, method: str | None, head_
             "head_dim": sizes.head_dim,
             "hidden": sizes.hidden,
             "ffn_dim": sizes.ffn_dim,
+            "embedding": sizes.embedding or sizes.hidden,
+            "pooler": sizes.pooler or sizes.hidden,
         },
         "empty": selection.empty,
         "hidden": len(selection.kept(structure.hidden)),
+        **({} if structure.pooler is None else {"pooler": len(selection.kept(structure.pooler))}),
         "head_dim": sizes.head_dim,
         "head_multiple": head_multiple,
         "embedding_rank": structure.embedding_rank,
@@ -163,6 +166,8 @@ def compact_config(
         "head_dim": structure.sizes.head_dim,
         "ffn_dim": max((layer["ffn_dim"] for layer in layers), default=0),
         "hidden": facts["hidden"],
+        "embedding": structure.sizes.embedding if structure.is_projected else facts["hidden"],
+        "pooler": facts.get("pooler", facts["hidden"]),
     }
     config |= {theirs: sizes[ours] for ours, theirs in family.sizes.items()}
     config["dsprune"] = facts

@@ -341,11 +341,12 @@ class _Export:
     def _check_selection(self, structure: Structure, selection: Selection) -> None:
         ours = gate_shapes(structure.sizes)
         theirs = {kind: tuple(gate.shape) for kind, gate in selection.gates.items()}
-        wrong = [kind for kind in ours if ours[kind] != theirs.get(kind)]
+        # A selection from before poolers had gates lacks those.
+        wrong = [kind for kind, shape in ours.items() if theirs.get(kind, shape) != shape]
         if wrong:
             raise CheckpointError(
                 f"{self.checkpoint} holds the selection of another model: gate '{wrong[0]}' has shape "
-                f"{theirs.get(wrong[0])} and the model needs {ours[wrong[0]]}"
+                f"{theirs[wrong[0]]} and the model needs {ours[wrong[0]]}"
             )
 
     def _check_count(self, structure: Structure, selection: Selection, shapes: dict[str, tuple[int, ...]]) -> None:

@@ -942,7 +942,7 @@ def factor_embedding(model: Any, family: dict[str, Any], rank: int) -> None:
 def _shrink_around(model: Any, base: Any, family: dict[str, Any], facts: dict[str, Any]) -> None:
     """Give embeddings, final norm, pooler and head the width of the residual stream."""
     projection = family.get("embedding_projection")
-    widths = {"hidden": facts["hidden"]}
+    widths: dict[str, int] = {name: facts[name] for name in ("hidden", "pooler") if name in facts}
     if projection is None or _find(base, projection) is None:
         widths["embedding"] = facts["hidden"]
     for path, axes in family["embeddings"].items():

@@ -31,6 +31,7 @@ def describe_spaces(structure: Structure) -> str:
         "vo_dim": "a value dimension and its output",
         "attn_row": "a coordinate that attention writes",
         "ffn_row": "a coordinate that the FFN writes",
+        "pooler": "a row of the pooler and what reads it",
     }
     encoder = cost.dense("encoder")
     rows = []

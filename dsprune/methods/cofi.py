@@ -20,7 +20,8 @@ Where paper and code differ, and where neither is followed:
 - The final gates are landed on the target by their exact count. The code keeps whatever the expected
   value became, 94.3 to 94.5% for its published "95%".
 - `[shape]` (Sheared LLaMA, `shapes.py`) gives every layer the same sizes; the sublayers' own gates then take no
-  part, and one gate a layer stands for both where the number of layers is given.
+  part, and one gate a layer stands for both where the number of layers is given. Rows of a pooler go with the
+  hidden dimensions then, which a stock class has as many of.
 - The embeddings and their norm train like the rest; in the code no optimizer ever holds them, with or without its
   flag. `prune.freeze_embeddings` and `recover.freeze_embeddings` are that rule.
 - The match of student to teacher layers is found on the batch of the step before (`distill/matching.py`), over layers
@@ -67,7 +68,15 @@ from dsprune.methods.landing import land
 from dsprune.methods.noise import uniform_noise
 from dsprune.methods.schedules import linear_target
 from dsprune.methods.shapes import SizeConstraints
-from dsprune.structure import Selection, Structure, check_shape, find_shape, gate_shapes, sharable_kinds
+from dsprune.structure import (
+    Selection,
+    Structure,
+    check_shape,
+    find_shape,
+    follow_hidden,
+    gate_shapes,
+    sharable_kinds,
+)
 
 __all__ = ["CoFi", "CoFiOptions"]
 
@@ -145,8 +154,14 @@ class CoFi(Method):
 
     @property
     def kinds(self) -> tuple[str, ...]:
-        fine = tuple(kind for kind in self._groups if kind != LAYER)
-        return fine if LAYER not in self._groups else (*fine, *COARSE)
+        return tuple(self._by_kind(dict.fromkeys(self._groups, torch.ones(()))))
+
+    def _by_kind(self, gates: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Gates by kind, from those by learned group: that of a layer stands for both its sublayers, and in a shape
+        that of a hidden dimension for a row of the pooler as well."""
+        layer = gates.pop(LAYER, None)
+        gates = gates if layer is None else gates | dict.fromkeys(COARSE, layer)
+        return follow_hidden(self.structure, gates) if self.plan.is_shaped else gates
 
     def _learned_groups(self) -> tuple[str, ...]:
         """Names of the log-alphas: the kinds of gates, or what a shape leaves of them."""
@@ -206,7 +221,7 @@ class CoFi(Method):
         if step < self._start:
             return None
         noise = uniform_noise({kind: tuple(a.shape) for kind, a in self.log_alpha.items()}, self.plan.seed, step)
-        return _by_sublayer(
+        return self._by_kind(
             {kind: sample_gate(a, noise[kind], self.options.temperature) for kind, a in self.log_alpha.items()}
         )
 
@@ -219,7 +234,7 @@ class CoFi(Method):
     def expected_sparsity(self) -> Tensor:
         """Expected sparsity of what the target is a share of: [] float64."""
         keep = {kind: self._keep(a.double()) for kind, a in self.log_alpha.items()}
-        return self.cost.sparsity(_by_sublayer(keep), of=self.plan.target_of)
+        return self.cost.sparsity(self._by_kind(keep), of=self.plan.target_of)
 
     def target_at(self, step: int) -> float:
         return linear_target(step - self._start, target=self.plan.target, warmup_steps=self._warmup)
@@ -266,7 +281,7 @@ class CoFi(Method):
                 expected = self._keep(log_alpha.double() + shift).sum(-1)
                 least = 1 if kind in ("hidden", LAYER) else 0
                 gates[kind] = self._gate(log_alpha, expected.round().long().clamp(min=least))
-        return _by_sublayer(gates)
+        return self._by_kind(gates)
 
     def _likeliest_removed(self) -> list[tuple[float, str, int]]:
         """Sublayers that the learned gates remove, likeliest first: (log-alpha, kind, layer)."""
@@ -298,7 +313,7 @@ class CoFi(Method):
         gates = {}
         for kind, log_alpha in self.log_alpha.items():
             gates[kind] = self._gate(log_alpha.detach(), torch.full(log_alpha.shape[:-1], counts[kind]))
-        return _by_sublayer(gates)
+        return self._by_kind(gates)
 
     def select(self) -> Selection:
         if self.plan.is_shaped:
@@ -328,9 +343,3 @@ class CoFi(Method):
             "sparsity/target": self.target_at(step),
             **{f"multiplier/{name}": float(value.mean()) for name, value in self.multipliers.items()},
         }
-
-
-def _by_sublayer(gates: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Gates by kind: that of a layer stands for both its sublayers."""
-    layer = gates.pop(LAYER, None)
-    return gates if layer is None else gates | dict.fromkeys(COARSE, layer)

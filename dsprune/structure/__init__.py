@@ -23,6 +23,7 @@ from dsprune.structure.selection import Selection
 from dsprune.structure.shapes import (
     check_shape,
     find_shape,
+    follow_hidden,
     shape_gates,
     shape_kinds,
     sharable_kinds,
@@ -73,6 +74,7 @@ __all__ = [
     "cut",
     "ffn_alive",
     "find_shape",
+    "follow_hidden",
     "gate_shapes",
     "head_alive",
     "is_removed",

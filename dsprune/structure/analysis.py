@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from dataclasses import replace
 from types import MappingProxyType
 from typing import Any
 
@@ -83,9 +84,11 @@ class _Analysis:
         self.tied = False
         self.base = family.base if any(name.startswith(f"{family.base}.") for name in shapes) else ""
         stacks = tuple(stack for stack in family.stacks if self._is_there(join(self.base, stack.layers)))
-        self.sizes, counts = _read_sizes(family, stacks or family.stacks, config)
+        sizes, counts = _read_sizes(family, stacks or family.stacks, config)
+        self.sizes = replace(sizes, pooler=(sizes.pooler or sizes.hidden) if self._has_pooler() else 0)
         self.stacks = self._place_stacks(stacks or family.stacks, counts)
         self.hidden = Space("hidden", None, self.sizes.hidden)
+        self.pooler = Space("pooler", None, self.sizes.pooler) if self.sizes.pooler else None
         projection = family.embedding_projection
         self.projected = projection is not None and join(self.base, projection, "weight") in self.shapes
         self.table = join(self.base, family.word_embeddings, "table")
@@ -109,6 +112,7 @@ class _Analysis:
             stacks=self.stacks,
             sublayers=tuple(sublayers),
             hidden=self.hidden,
+            pooler=self.pooler,
             embedding_norm=self._embedding_norm(),
             embedding_rank=self.shapes[f"{self.table}.weight"][1] if self.factored else None,
             tied=self.tied,
@@ -119,6 +123,10 @@ class _Analysis:
 
     def _is_there(self, path: str) -> bool:
         return any(name.startswith(f"{path}.") for name in self.shapes)
+
+    def _has_pooler(self) -> bool:
+        """Whether a head reads what a linear pools of each sequence; that of a bare model is given out as it is."""
+        return any("pooler" in axes[1:] for axes in self._heads().values())
 
     def _place_stacks(self, stacks: tuple[StackSpec, ...], counts: tuple[int, ...]) -> tuple[Stack, ...]:
         placed, start = [], 0
@@ -168,7 +176,9 @@ class _Analysis:
         """What an axis is made of; of a shared axis the first part is gated. Extents are those that the spec says."""
         if axis == "hidden" or (axis == "embedding" and not self.projected):
             return (Segment(self.hidden, self.hidden.size, gated),)
-        if axis in ("-", "embedding"):
+        if axis == "pooler" and self.pooler is not None:
+            return (Segment(self.pooler, self.pooler.size, gated),)
+        if axis in ("-", "embedding", "pooler"):
             return (Segment(None, extent),)
         segments = []
         for i, kind in enumerate(axis.split(" + ")):
@@ -321,7 +331,9 @@ class _Analysis:
             self._add(join(self.base, path), axes, "head", per_sequence=True)
         by_sequence = self.class_name.endswith("ForSequenceClassification") and not self.family.every_token
         for path, axes in self._heads().items():
-            self._add(path, axes, "head", per_sequence=by_sequence)
+            # What is pooled is gated where it is read: behind the activation, whatever that makes of a zero.
+            gated = tuple(i == 1 and axis == "pooler" for i, axis in enumerate(axes))
+            self._add(path, axes, "head", per_sequence=by_sequence, gated=gated)
             if f"{path}.weight" not in self.shapes and not self.tied:
                 self.mistakes.append(f"{path}.weight is missing")
 

@@ -27,7 +27,8 @@ Scope = Literal["encoder", "total"]
 
 @dataclass(frozen=True)
 class _Term:
-    """Sum of all parameters of one form: `weight * alive(sublayer) * units * rows * hidden ** num_hidden`.
+    """Sum of all parameters of one form: `weight * alive(sublayer) * units * rows * hidden ** num_hidden *
+    pooler ** num_pooler`.
 
     `sublayer` is the kind of sublayer that the parameters belong to, and `units` that of the units, one for each
     such sublayer; None where they only belong to the sublayer, or to none. `rows`: whether they belong to its output
@@ -40,6 +41,7 @@ class _Term:
     rows: bool
     inner: bool
     num_hidden: int
+    num_pooler: int
     users: tuple[int, ...] = ()
 
     @classmethod
@@ -48,7 +50,8 @@ class _Term:
         units = next((kind for kind in kinds if kind in ("qk_dim", "vo_dim", "ffn_dim")), None)
         rows = any(kind in ("attn_row", "ffn_row") for kind in kinds)
         sublayer = param.sublayer.kind if param.sublayer else None
-        return cls(sublayer, units, rows, param.inner, kinds.count("hidden"), tuple(user.index for user in param.users))
+        users = tuple(user.index for user in param.users)
+        return cls(sublayer, units, rows, param.inner, kinds.count("hidden"), kinds.count("pooler"), users)
 
 
 class CostModel:
@@ -90,6 +93,8 @@ class CostModel:
         total = hidden.new_zeros(())
         for term, weights in terms.items():
             count = weights.to(hidden.device) * hidden**term.num_hidden
+            if term.num_pooler:
+                count = count * full["pooler"].sum() ** term.num_pooler
             if term.units is not None:
                 count = count * units[term.units]
             elif term.sublayer is not None and (self.empty == "identity" or term.inner):
@@ -148,10 +153,10 @@ class CostModel:
 
     def floor(self, kinds: tuple[str, ...], *, of: Scope = "encoder") -> float:
         """Highest sparsity that gates of these kinds can reach, all of them closed but one unit of each space
-        that must not be empty (`hidden`)."""
+        that must not be empty (`hidden`, `pooler`)."""
         gates = {kind: torch.zeros_like(gate) for kind, gate in complete(self.structure, {}).items() if kind in kinds}
-        if "hidden" in gates:
-            gates["hidden"][0] = 1
+        for kind in gates.keys() & {"hidden", "pooler"}:
+            gates[kind][0] = 1
         return float(self.sparsity(gates, of=of))
 
 

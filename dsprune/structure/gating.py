@@ -203,6 +203,8 @@ class Gating:
         for path in (*structure.tables, *(positions.readers if positions is not None else ())):
             self._add_table(model, path)
         self._projection = self._find_projection(model)
+        for path in structure.pooler_readers:
+            self._add_linear(model, path)
 
     def _find_projection(self, model: nn.Module) -> str | None:
         """The linear that writes the residual stream from embeddings of another width, if there is one."""
@@ -271,6 +273,8 @@ class Gating:
                 norm.gate, norm.alive = hidden, lives
         if "hidden" in gates:
             self._set_stream(hidden, always)
+        if "pooler" in gates:
+            self._set_pooler(full["pooler"])
 
     def _clear(self) -> None:
         for linear in self._linears.values():
@@ -304,6 +308,13 @@ class Gating:
         if self._projection is not None:
             linear = self._linears[self._projection]
             linear.rows, linear.columns = hidden, torch.ones_like(hidden[:1]).expand(self._projection_width())
+
+    def _set_pooler(self, pooler: Tensor) -> None:
+        """Gate what the classifier reads."""
+        for path in self.structure.pooler_readers:
+            rows, columns = self.structure.linear_axes(path)
+            linear = self._linears[path]
+            linear.rows, linear.columns = _entry_gates(rows, pooler), _entry_gates(columns, pooler)
 
     def _projection_width(self) -> int:
         return self.structure.params[f"{self._projection}.weight"].shape[1]

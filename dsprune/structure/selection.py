@@ -13,6 +13,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -42,8 +43,8 @@ class Selection:
         """Make a selection from deterministic gates (0: removed, else: kept with that scale).
 
         Raises:
-            ConfigError: wrong shape, a value that is not finite, no hidden dimension left, or a unit removed
-                that the family cannot lose exactly.
+            ConfigError: wrong shape, a value that is not finite, no hidden dimension or no row of a pooler left, or a
+                unit removed that the family cannot lose exactly.
         """
         full = {kind: gate.detach().float().cpu().clone() for kind, gate in complete(structure, gates).items()}
         for kind, gate in full.items():
@@ -54,12 +55,15 @@ class Selection:
             raise ConfigError(reason)
         if not full["hidden"].any():
             raise ConfigError("no hidden dimension is left: a model needs at least one")
+        if "pooler" in full and not full["pooler"].any():
+            raise ConfigError("no row of the pooler is left: a classifier needs at least one")
         return cls(full, empty)
 
     def gate(self, space: Space) -> Tensor:
         """What multiplies each unit of a space, coarser gates over it included: [size] fp64."""
         if space.index is None:
-            return self.gates[space.kind].double()
+            # Selections from before poolers had gates lack them, and keep all of it.
+            return self.gates.get(space.kind, torch.ones(space.size)).double()
         return self._units[space.kind][space.index]
 
     @cached_property
@@ -147,7 +151,7 @@ class Selection:
                 gates = {kind: file.get_tensor(kind) for kind in file.keys()}
         except (OSError, SafetensorError) as error:
             raise CheckpointError(f"cannot read the selection {path}: {error}") from error
-        if empty not in ("identity", "bias") or set(gates) != set(GATE_KINDS):
+        if empty not in ("identity", "bias") or set(gates) | {"pooler"} != set(GATE_KINDS):
             raise CheckpointError(f"{path} is not a selection: it lacks gates, or what an empty sublayer computes")
         if not all(gate.isfinite().all() for gate in gates.values()) or not gates["hidden"].any():
             raise CheckpointError(

@@ -11,7 +11,15 @@ from dsprune.errors import ConfigError
 from dsprune.structure.cost import CostModel, Scope
 from dsprune.structure.spaces import Structure, gate_shapes
 
-__all__ = ["check_shape", "find_shape", "shape_gates", "shape_kinds", "sharable_kinds", "stock_heads_fit"]
+__all__ = [
+    "check_shape",
+    "find_shape",
+    "follow_hidden",
+    "shape_gates",
+    "shape_kinds",
+    "sharable_kinds",
+    "stock_heads_fit",
+]
 
 KIND = {"hidden": "hidden", "ffn": "ffn_dim", "heads": "head"}
 """Kind of the gates that decide over a size. Whole layers have two, `attn` and `ffn`."""
@@ -52,6 +60,14 @@ def sharable_kinds(structure: Structure, kinds: tuple[str, ...]) -> tuple[str, .
     if rule in ("divides", "free") or (rule == "equal" and "hidden" in sharable):
         sharable += [kind for kind in kinds if kind == "head"]
     return tuple(sharable)
+
+
+def follow_hidden(structure: Structure, gates: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Gates of a shape with those of the pooler: a stock class has as many rows there as hidden dimensions, and the
+    rows of the hidden dimensions that stay are those that stay."""
+    if structure.pooler is None or "hidden" not in gates:
+        return dict(gates)
+    return {**gates, "pooler": gates["hidden"]}
 
 
 def check_shape(structure: Structure, shape: Mapping[str, int], kinds: tuple[str, ...]) -> None:
@@ -99,7 +115,7 @@ def check_shape(structure: Structure, shape: Mapping[str, int], kinds: tuple[str
 
 
 def shape_gates(structure: Structure, shape: Mapping[str, int]) -> dict[str, Tensor]:
-    """Some hard gates of a shape: those that keep the first units."""
+    """Some hard gates of a shape: those that keep the first units, of a pooler as many as hidden dimensions."""
     kept = {KIND[name]: size for name, size in shape.items() if name in KIND}
     if "heads" in shape:
         kept["head"] = shape["heads"] // structure.sizes.heads_per_group
@@ -107,7 +123,7 @@ def shape_gates(structure: Structure, shape: Mapping[str, int]) -> dict[str, Ten
     gates = {kind: torch.ones(gate_shapes(structure.sizes)[kind]) for kind in kept}
     for kind, count in kept.items():
         gates[kind][..., count:] = 0
-    return gates
+    return follow_hidden(structure, gates)
 
 
 def find_shape(cost: CostModel, wanted: Mapping[str, float], target: float, *, of: Scope) -> dict[str, int]:

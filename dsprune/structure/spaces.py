@@ -38,7 +38,8 @@ Empty = Literal["identity", "bias"]
 """What a sublayer without units computes: nothing at all (CoFi: the residual, un-normalised), or its
 output bias followed by its norm (GRAIN)."""
 
-GATE_KINDS = ("head", "attn", "ffn", "ffn_dim", "hidden", "qk_dim", "vo_dim", "attn_row", "ffn_row")
+GATE_KINDS = ("head", "attn", "ffn", "ffn_dim", "hidden", "qk_dim", "vo_dim", "attn_row", "ffn_row", "pooler")
+"""All kinds; the last is one of models with a pooler alone."""
 
 
 @dataclass(frozen=True)
@@ -48,7 +49,9 @@ class Sizes:
     A and B are the number of layers, L, unless layers have cross attention as well.
 
     K groups of query heads share their keys and values; a group lives and dies as one. `pair` is how many
-    dimensions make one query unit: 2 where rotary positions turn dimensions by twos.
+    dimensions make one query unit: 2 where rotary positions turn dimensions by twos. `pooler` is the number of rows of
+    the linear that pools a sequence for a classifier; 0 where there is none. `embedding` is the width of the
+    embeddings, where a configuration tells it apart from d.
     """
 
     num_layers: int
@@ -60,6 +63,8 @@ class Sizes:
     hidden: int
     num_groups: int
     pair: int = 1
+    pooler: int = 0
+    embedding: int = 0
 
     @property
     def heads_per_group(self) -> int:
@@ -224,6 +229,8 @@ class Structure:
     stacks: tuple[Stack, ...]
     sublayers: tuple[Sublayer, ...]
     hidden: Space
+    pooler: Space | None
+    """What a linear pools of each sequence and the classifier reads, if there are such."""
     embedding_norm: str | None
     """Norm over the summed embeddings, where those live in the hidden space."""
     embedding_rank: int | None = None
@@ -285,22 +292,46 @@ class Structure:
         first, second = self.params[f"{path}.weight"].axes
         return (second, first) if self.is_transposed(path) else (first, second)
 
+    @property
+    def is_projected(self) -> bool:
+        """Whether embeddings have a width of their own, and a projection to the residual stream."""
+        projection = self.family.embedding_projection
+        return projection is not None and join(self.base, projection, "weight") in self.params
+
+    @property
+    def pooler_readers(self) -> tuple[str, ...]:
+        """Linears whose columns the gates of the pooler multiply."""
+        gated = (
+            p.name
+            for p in self.params.values()
+            for axis in p.axes
+            for segment in axis
+            if segment.space is not None and segment.space == self.pooler and segment.gated
+        )
+        return tuple(name.removesuffix(".weight") for name in gated)
+
     def sublayers_of(self, kind: SublayerKind) -> tuple[Sublayer, ...]:
         return tuple(sublayer for sublayer in self.sublayers if sublayer.kind == kind)
 
     def spaces(self) -> Iterator[Space]:
-        """All spaces: each sublayer's units, then the hidden space."""
+        """All spaces: each sublayer's units, then the hidden space and that of the pooler."""
         for sublayer in self.sublayers:
             if sublayer.queries is not None:
                 yield sublayer.queries
             yield sublayer.units
             yield sublayer.rows
         yield self.hidden
+        if self.pooler is not None:
+            yield self.pooler
 
 
 def gate_shapes(sizes: Sizes) -> dict[str, tuple[int, ...]]:
-    """Shape of the gate tensor of each kind: A attentions, B FFNs, K groups of heads, F neurons, d hidden."""
+    """Shape of the gate tensor of each kind: A attentions, B FFNs, K groups of heads, F neurons, d hidden.
+
+    Gates of the pooler are those of models that have one.
+    """
     attn, ffn, width = sizes.num_attn, sizes.num_ffn, sizes.num_groups * sizes.head_dim
+    pooler = {"pooler": (sizes.pooler,)} if sizes.pooler else {}
     return {
         "head": (attn, sizes.num_groups),
         "attn": (attn,),
@@ -311,6 +342,7 @@ def gate_shapes(sizes: Sizes) -> dict[str, tuple[int, ...]]:
         "vo_dim": (attn, width),
         "attn_row": (attn, sizes.hidden),
         "ffn_row": (ffn, sizes.hidden),
+        **pooler,
     }
 
 

@@ -8,11 +8,11 @@ import pytest
 import torch
 
 from dsprune.config import ShapeConfig, parse_config
-from dsprune.consolidate import apply_selection
+from dsprune.consolidate import apply_selection, is_stock
 from dsprune.errors import ConfigError
 from dsprune.methods import Plan, method_class, method_options
 from dsprune.methods.shapes import SizeConstraints, aimed_sparsity
-from dsprune.structure import CostModel, analyze, attach_gates, find_shape, shape_gates
+from dsprune.structure import CostModel, Selection, analyze, attach_gates, find_shape, shape_gates
 from tests.helpers.models import batch_for, tiny_model
 from tests.helpers.settings import ROWS
 
@@ -30,6 +30,16 @@ SHAPES = {
     "t5": {"ffn": 40},
     "flan-t5": {"hidden": 21, "ffn": 20},
 }
+POOLED = {
+    "bert": {"hidden": 24, "heads": 3, "ffn": 40},
+    "roberta": {"hidden": 24, "heads": 3, "layers": 1},
+    "electra": {"hidden": 16, "heads": 2},
+    "electra-projected": {"hidden": 24, "heads": 3},
+    "distilbert": {"hidden": 24, "heads": 3, "ffn": 20},
+    "deberta-v2": {"hidden": 24, "heads": 3},
+    "deberta-v2-unshared": {"hidden": 24, "heads": 3, "layers": 1},
+}
+"""Shapes of fewer hidden dimensions for classifiers that read a pooler."""
 RANKED = {
     "bert": {"ffn": 40},
     "llama": {"heads": 2, "ffn": 20},
@@ -87,6 +97,31 @@ def test_cofi_lands_on_a_shape(name, tmp_path):
     method = _method("cofi", model, SHAPES[name])
     stock, _ = _export(method, model, tmp_path)
     assert _sizes(stock.config, method.structure).items() >= SHAPES[name].items()
+
+
+@pytest.mark.parametrize("name", POOLED)
+def test_a_pooler_is_as_wide_as_a_stock_model(name, tmp_path):
+    model = tiny_model(name)
+    shape = POOLED[name]
+    method = _method("cofi", model, shape)
+    some = Selection.from_gates(method.structure, shape_gates(method.structure, shape), empty=method.empty)
+    assert is_stock(model, some)
+    stock, selection = _export(method, model, tmp_path)
+    assert _sizes(stock.config, method.structure).items() >= shape.items()
+    assert torch.equal(selection.gates["pooler"], selection.gates["hidden"])
+    assert len(selection.kept(method.structure.pooler)) == shape["hidden"]
+    counted = method.cost.parameters(selection.hard(), of="total")
+    assert sum(param.numel() for param in stock.parameters()) == int(counted)
+
+
+def test_a_hidden_dimension_of_a_shape_learns_from_its_row_of_the_pooler():
+    structure = analyze(tiny_model("bert"))
+    method = _method("cofi", tiny_model("bert"), {"hidden": 24, "heads": 3})
+    gates = method.gates(method.start_step)
+    assert set(gates) == {"head", "hidden", "pooler"} == set(method.kinds)
+    method.learn(method.start_step, gates, {"pooler": torch.ones(structure.sizes.pooler)})
+    assert method.log_alpha["hidden"].grad.abs().sum() > 0
+    assert "pooler" not in _method("cofi", tiny_model("bert"), {"ffn": 40}).kinds
 
 
 @pytest.mark.parametrize("name", RANKED)
@@ -159,7 +194,7 @@ def test_the_nearest_shape_is_found():
     ("name", "method", "shape", "options", "message"),
     [
         ("bert", "cofi", {"ffn": 65}, {}, r"shape.ffn = 65: the dense model has 64"),
-        ("bert", "cofi", {"hidden": 24, "heads": 3}, {}, "pooler or head stay 32 wide, as in no stock model"),
+        ("base", "cofi", {"hidden": 24, "heads": 3}, {}, "pooler or head stay 32 wide, as in no stock model"),
         ("bert", "cofi", {"heads": 2}, {}, r"2 heads and hidden size 32: a stock 'bert' has heads of 8 dimensions"),
         ("bert", "cofi", {"ffn": 10}, {"gates": ["head"]}, r"shape.ffn = 10: the method has no gates of 'ffn_dim'"),
         ("bert", "cofi", {"uniform": True}, {"gates": ["head", "attn"]}, "none of method.gates has a size"),

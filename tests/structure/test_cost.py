@@ -45,7 +45,7 @@ def test_soft_gates_cost_the_mean_of_hard_samples():
 def test_cost_is_differentiable_and_every_gate_has_a_price():
     structure = analyze(tiny_model("bert"))
     keep = {kind: (0.5 * gate).requires_grad_() for kind, gate in ones(structure).items()}
-    CostModel(structure).sparsity(keep).backward()
+    CostModel(structure).sparsity(keep, of="total").backward()
     assert all((gate.grad < 0).all() for gate in keep.values())
 
 

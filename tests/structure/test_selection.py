@@ -61,6 +61,8 @@ def test_impossible_selections_are_refused():
     structure = analyze(tiny_model("bert"))
     with pytest.raises(ConfigError, match="no hidden dimension is left"):
         Selection.from_gates(structure, {"hidden": torch.zeros(32)})
+    with pytest.raises(ConfigError, match="no row of the pooler is left"):
+        Selection.from_gates(structure, {"pooler": torch.zeros(32)})
     with pytest.raises(ConfigError, match="not finite"):
         Selection.from_gates(structure, {"attn": torch.tensor([1.0, float("nan")])})
 
@@ -69,3 +71,13 @@ def test_a_damaged_file_is_one_clear_error(tmp_path):
     (tmp_path / "s.safetensors").write_bytes(b"nonsense")
     with pytest.raises(CheckpointError, match="cannot read the selection"):
         Selection.load(tmp_path / "s.safetensors")
+
+
+def test_a_selection_from_before_poolers_had_gates_keeps_all_of_the_pooler(tmp_path):
+    structure = analyze(tiny_model("bert"))
+    gates = random_gates(structure, 1)
+    older = Selection({kind: gate for kind, gate in gates.items() if kind != "pooler"}, "identity")
+    older.save(tmp_path / "selection.safetensors")
+    again = Selection.load(tmp_path / "selection.safetensors")
+    assert len(again.kept(structure.pooler)) == structure.sizes.pooler
+    assert torch.equal(again.kept(structure.hidden), older.kept(structure.hidden))
