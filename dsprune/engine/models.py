@@ -30,6 +30,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_N
 from dsprune.arch import FamilySpec, StackSpec, family_for
 from dsprune.consolidate import auto_with_own_head, load_compact, position_table
 from dsprune.engine.ds_config import precision, zero_stage
+from dsprune.engine.ds_refusals import refusals
 from dsprune.engine.requirements import quiet_import
 from dsprune.errors import ArchitectureError, ConfigError
 from dsprune.tasks import Task
@@ -118,7 +119,9 @@ def _partitioned_loading(ds_config: Mapping[str, Any]) -> Iterator[None]:
         return
     keep = HfDeepSpeedConfig(dict(ds_config))
     try:
-        yield
+        # Outside of what reads the model: what DeepSpeed refuses is no fault of the model's.
+        with refusals(ds_config):
+            yield
     finally:
         del keep
         unset_hf_deepspeed_config()

@@ -14,7 +14,16 @@ from dsprune.arch import family_for
 from dsprune.config import RunConfig
 from dsprune.consolidate import factor_embedding, is_stock
 from dsprune.distill import check_teacher_layers, default_teacher_layers
-from dsprune.engine.ds_config import BatchPlan, load_ds_config, plan_batch, student_config, teacher_config
+from dsprune.engine.ds_config import (
+    BatchPlan,
+    DsConfig,
+    check_leaf_modules,
+    fill_widths,
+    load_ds_config,
+    plan_batch,
+    student_config,
+    teacher_config,
+)
 from dsprune.engine.factoring import check_rank
 from dsprune.engine.models import check_reads_forward, from_config, label_config, load_tokenizer, resolve_source
 from dsprune.errors import ArchitectureError, ConfigError, OutputError
@@ -35,8 +44,8 @@ class Preflight:
     tokenizer: PreTrainedTokenizerBase
     batch: BatchPlan
     structure: Structure
-    student_ds: dict[str, Any]
-    teacher_ds: dict[str, Any]
+    student_ds: DsConfig
+    teacher_ds: DsConfig
     teacher_layers: tuple[int, ...]
     vocab_size: int
     target: float
@@ -187,6 +196,17 @@ def build_method(config: RunConfig, structure: Structure, *, total_steps: int, s
     return cls(structure, config.method.options, plan)
 
 
+def _student_ds(config: RunConfig, read: DsConfig, batch: BatchPlan) -> DsConfig:
+    """The student's DeepSpeed configuration at the first stage that trains; the others differ in their clipping alone.
+
+    Raises:
+        ConfigError: it contradicts the recipe, at any stage of this launch.
+    """
+    trained = [stage for stage in ("teacher", "prune", "recover", "blocks") if stage in config.stages] or ["prune"]
+    filled = [student_config(read, batch, clip=getattr(config, stage).clip) for stage in trained]
+    return filled[0]
+
+
 def preflight(config: RunConfig, world_size: int) -> Preflight:
     """Check the whole configuration against model, task, DeepSpeed and machine. No weights, no data, no collective.
 
@@ -205,7 +225,7 @@ def preflight(config: RunConfig, world_size: int) -> Preflight:
     batch = collect(plan_batch, config.batch, world_size)
     student = collect(load_ds_config, config.deepspeed.student)
     teacher = collect(load_ds_config, config.deepspeed.teacher)
-    student_ds = collect(student_config, student, batch, clip=config.prune.clip) if student and batch else None
+    student_ds = collect(_student_ds, config, student, batch) if student is not None and batch else None
     teacher_ds = collect(teacher_config, teacher, world_size) if teacher is not None else None
     task = collect(build_task, config.task, config.data, seed=config.seed)
     tokenizer = collect(load_tokenizer, config.model.name, config.model.revision)
@@ -220,6 +240,9 @@ def preflight(config: RunConfig, world_size: int) -> Preflight:
         factor_embedding(model, family_for(model.config.model_type).as_dict(), config.prune.embedding_rank)
     structure = analyze(model)
     _check_lengths(config, model)
+    check_leaf_modules(student_ds, model)
+    check_leaf_modules(teacher_ds, model)
+    student_ds, teacher_ds = (fill_widths(ds, int(model.config.hidden_size)) for ds in (student_ds, teacher_ds))
     vocab_size = int(model.config.vocab_size)
     _check_padding(model, task)
     _check_teacher(config, task, vocab_size)

@@ -23,7 +23,7 @@ from dsprune.distill import default_teacher_layers
 from dsprune.engine.batches import Batches
 from dsprune.engine.checkpoint import CheckpointStore, Snapshot, save_verification_batch
 from dsprune.engine.course import Course, Pace
-from dsprune.engine.ds_config import engine_precision, student_config
+from dsprune.engine.ds_config import DsConfig, engine_precision, with_clip
 from dsprune.engine.evaluate import evaluate_all
 from dsprune.engine.factoring import factor_word_embedding
 from dsprune.engine.journal import Journal, write_json
@@ -198,10 +198,9 @@ class Run:
     def _seed(self, purpose: str) -> None:
         torch.manual_seed(stable_seed(purpose, self.config.seed))
 
-    def _student_ds(self, optim: OptimConfig) -> dict[str, Any]:
+    def _student_ds(self, optim: OptimConfig) -> DsConfig:
         """The student's DeepSpeed configuration with this stage's clipping."""
-        unfilled = {k: v for k, v in self.ready.student_ds.items() if k != "gradient_clipping"}
-        return student_config(unfilled, self.ready.batch, clip=optim.clip)
+        return with_clip(self.ready.student_ds, optim.clip)
 
     def _teacher(self) -> None:
         if self.config.teacher.path is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -13,6 +14,7 @@ from transformers import PreTrainedModel
 from dsprune.config import DistillConfig
 from dsprune.distill import UNMATCHED, AttentionTap, HiddenTap, attention_loss, layer_distances, layer_loss
 from dsprune.engine.ds_config import offload_device, zero_stage
+from dsprune.engine.ds_refusals import refusals
 from dsprune.engine.models import announce_tables, attention_modules, hidden_states, layer_stacks
 from dsprune.engine.requirements import quiet_import
 from dsprune.engine.scoring import Taught, make_scorer
@@ -255,9 +257,20 @@ def adamw(student: nn.Module, *, lr: float, weight_decay: float, ds_config: Mapp
 
 
 def build_student_engine(student: Student, ds_config: Mapping[str, Any], *, lr: float, weight_decay: float) -> Any:
-    """The student as a DeepSpeed engine. Collective: all ranks must call."""
+    """The student as a DeepSpeed engine. Collective: all ranks must call.
+
+    Args:
+        student: its module.
+        ds_config: filled configuration, which the engine keeps as `config`.
+        lr: first learning rate.
+        weight_decay: of all but biases and norms.
+
+    Raises:
+        ConfigError: DeepSpeed refuses the configuration.
+    """
     announce_tables(student.model)
-    optimizer = adamw(student, lr=lr, weight_decay=weight_decay, ds_config=ds_config)
-    engine, *_ = deepspeed.initialize(model=student, optimizer=optimizer, config=dict(ds_config))
+    with refusals(ds_config):
+        optimizer = adamw(student, lr=lr, weight_decay=weight_decay, ds_config=copy.deepcopy(ds_config))
+        engine, *_ = deepspeed.initialize(model=student, optimizer=optimizer, config=ds_config)
     assert engine.zero_optimization_stage() == zero_stage(ds_config)
     return engine

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -12,6 +13,7 @@ from transformers import PreTrainedModel
 from dsprune.config import DistillConfig
 from dsprune.distill import AttentionTap, HiddenTap
 from dsprune.engine.ds_config import precision
+from dsprune.engine.ds_refusals import refusals
 from dsprune.engine.models import announce_tables, attention_modules, hidden_states, layer_stacks, load_model
 from dsprune.engine.requirements import quiet_import
 from dsprune.engine.scoring import Taught, make_scorer
@@ -49,6 +51,7 @@ class Teacher:
 
     Raises:
         ArchitectureError: the model's labels are not the task's.
+        ConfigError: DeepSpeed refuses the configuration.
     """
 
     def __init__(
@@ -75,7 +78,8 @@ class Teacher:
             modules = attention_modules(model)
             self.attention_tap = AttentionTap(model, [modules[i - 1] for i in layers if i > 0])
         announce_tables(model)
-        self.engine, *_ = deepspeed.initialize(model=model, config=dict(ds_config))
+        with refusals(ds_config):
+            self.engine, *_ = deepspeed.initialize(model=model, config=copy.deepcopy(ds_config))
         self.engine.eval()
 
     @torch.no_grad()

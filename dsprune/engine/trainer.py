@@ -18,6 +18,7 @@ from dsprune.config import OptimConfig
 from dsprune.distill import UNMATCHED, match_layers
 from dsprune.engine import guard
 from dsprune.engine.batches import Batches, MicroBatch
+from dsprune.engine.ds_refusals import refusals
 from dsprune.engine.journal import Journal
 from dsprune.engine.replica import Reduced, Replica, reduce_flat
 from dsprune.engine.stop import Stop, describe
@@ -163,7 +164,14 @@ class Trainer:
 
         Raises:
             NumericsError: losses or gate gradients that are not finite, or replicas that drifted apart.
+            ConfigError: in the engine's first step, where DeepSpeed first meets some of its configuration.
         """
+        if self.engine.global_steps > 0:
+            return self._step(step)
+        with refusals(self.engine.config):
+            return self._step(step)
+
+    def _step(self, step: int) -> StepResult:
         self.engine.train()
         where = f"{self.stage} step {step}"
         gates = self.replica.gates(step, self.world.device) if self.replica else None
