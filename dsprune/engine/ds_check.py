@@ -203,15 +203,17 @@ def _words_of_deepspeed(config: Mapping[str, Any]) -> list[str]:
     from deepspeed.runtime.config import DeepSpeedConfig
 
     plain = {key: value for key, value in without_auto(config).items() if key not in BATCH_KEYS}
+    mistakes: list[str] = []
     by_section: list[tuple[str, dict[str, Any]]] = [(key, {key: value}) for key, value in plain.items()]
     for section, content in (*by_section, ("", plain)):
+        if mistakes and not section:
+            break  # of all together, for what no section says alone
         try:
             DeepSpeedConfig({"train_micro_batch_size_per_gpu": 1, **content})
         except Exception as error:  # whatever its parsers raise is about these values
             told = f"'{section}': " if section else ""
-            mistakes = pydantic_words(error, section) or [f"{told}DeepSpeed refuses it: {in_words(error)}"]
-            return mistakes
-    return []
+            mistakes += pydantic_words(error, section) or [f"{told}DeepSpeed refuses it: {in_words(error)}"]
+    return list(dict.fromkeys(mistakes))
 
 
 def without_auto(config: Mapping[str, Any]) -> dict[str, Any]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -261,7 +260,7 @@ def build_student_engine(student: Student, ds_config: Mapping[str, Any], *, lr: 
 
     Args:
         student: its module.
-        ds_config: filled configuration, which the engine keeps as `config`.
+        ds_config: filled configuration, which the engine keeps as `checked_config`.
         lr: first learning rate.
         weight_decay: of all but biases and norms.
 
@@ -270,7 +269,8 @@ def build_student_engine(student: Student, ds_config: Mapping[str, Any], *, lr: 
     """
     announce_tables(student.model)
     with refusals(ds_config):
-        optimizer = adamw(student, lr=lr, weight_decay=weight_decay, ds_config=copy.deepcopy(ds_config))
-        engine, *_ = deepspeed.initialize(model=student, optimizer=optimizer, config=ds_config)
+        optimizer = adamw(student, lr=lr, weight_decay=weight_decay, ds_config=ds_config)
+        engine, *_ = deepspeed.initialize(model=student, optimizer=optimizer, config=dict(ds_config))
     assert engine.zero_optimization_stage() == zero_stage(ds_config)
+    engine.checked_config = ds_config  # with its file's name; the engine's own copy goes into every checkpoint
     return engine

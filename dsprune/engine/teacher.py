@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -79,7 +78,7 @@ class Teacher:
             self.attention_tap = AttentionTap(model, [modules[i - 1] for i in layers if i > 0])
         announce_tables(model)
         with refusals(ds_config):
-            self.engine, *_ = deepspeed.initialize(model=model, config=copy.deepcopy(ds_config))
+            self.engine, *_ = deepspeed.initialize(model=model, config=dict(ds_config))
         self.engine.eval()
 
     @torch.no_grad()

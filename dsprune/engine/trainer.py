@@ -168,7 +168,7 @@ class Trainer:
         """
         if self.engine.global_steps > 0:
             return self._step(step)
-        with refusals(self.engine.config):
+        with refusals(self.engine.checked_config):
             return self._step(step)
 
     def _step(self, step: int) -> StepResult:
