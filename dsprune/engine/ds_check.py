@@ -20,8 +20,13 @@ OFFLOADED = ("offload_optimizer", "offload_param")
 """What ZeRO can keep elsewhere than on the device."""
 BATCH_KEYS = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
 NEEDS_NVME = ("nvme_path", "buffer_count", "buffer_size", "max_in_cpu", "pipeline_read", "pipeline_write", "fast_init")
-DTYPES: Mapping[str, Precision] = {"fp32": "fp32", "float32": "fp32"} | {
-    name: kind for kind, names in {"bf16": ("bf16", "bfloat16"), "fp16": ("fp16", "float16")}.items() for name in names
+DTYPES: Mapping[str, Precision] = {
+    "fp32": "fp32",
+    "float32": "fp32",
+    "bf16": "bf16",
+    "bfloat16": "bf16",
+    "fp16": "fp16",
+    "float16": "fp16",
 }
 
 

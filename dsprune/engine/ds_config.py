@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
 from dsprune.config import BatchConfig
 from dsprune.engine.ds_check import (
@@ -40,7 +39,6 @@ __all__ = [
     "OFFLOADED",
     "BatchPlan",
     "DsConfig",
-    "check_leaf_modules",
     "check_student",
     "fill_widths",
     "list_ds_configs",
@@ -201,12 +199,10 @@ def student_config(config: Mapping[str, Any], batch: BatchPlan, *, clip: float) 
     if mistakes:
         raise ConfigError(*mistakes)
     filled = {key: value for key, (value, _) in recipe.items()}
-    leaf_module = find(checked, "zero_optimization.leaf_module.names")
-    zero = {"zero_optimization": _named_as_student(checked)} if leaf_module else {}
     return checked.changed(
         *_told(checked.source, find_notes(checked.given, teacher=False)),
         *_became(checked, filled),
-        **{"steps_per_print": 10**9} | checked | filled | zero,
+        **{"steps_per_print": 10**9} | checked | filled,
     )
 
 
@@ -319,50 +315,6 @@ def check_teacher_stage(config: Mapping[str, Any]) -> None:
             f"deepspeed.teacher: ZeRO stage {zero_stage(config)} shards optimizer state and gradients, and a teacher "
             "has neither: use stage 0 (whole on every rank) or 3 (sharded)"
         )
-
-
-def check_leaf_modules(config: DsConfig, model: nn.Module) -> None:
-    """See that every module that `leaf_module` names is there.
-
-    Args:
-        config: student's, as the file has it.
-        model: the dense model, on any device.
-
-    Raises:
-        ConfigError: DeepSpeed would pass over a name that nothing has.
-    """
-    named = find(config.given, "zero_optimization.leaf_module", {})
-    asked = {key: [value] if isinstance(value, str) else value for key, value in named.items()}
-    names = {name for name, _ in model.named_modules()}
-    classes = {kind for module in model.modules() for kind in _class_names(module)}
-    there = {"classes": classes, "names": names}
-    mistakes = [(key, name) for key, known in there.items() for name in asked.get(key, ()) if name not in known]
-    mistakes += [
-        ("name_suffixes", suffix)
-        for suffix in asked.get("name_suffixes", ())
-        if not any(name.endswith(suffix) for name in names)
-    ]
-    if mistakes:
-        raise ConfigError(
-            *(
-                f"{config.source}: 'zero_optimization.leaf_module.{key}': {type(model).__name__} has no '{name}'"
-                for key, name in mistakes
-            )
-        )
-
-
-def _class_names(module: nn.Module) -> tuple[str, str]:
-    cls = type(module)
-    return cls.__name__, f"{cls.__module__}.{cls.__qualname__}"
-
-
-def _named_as_student(config: Mapping[str, Any]) -> dict[str, Any]:
-    """`zero_optimization` with the names of leaf modules as the student has them, around the model."""
-    zero = config["zero_optimization"]
-    leaf_module = zero["leaf_module"]
-    names = leaf_module["names"]
-    names = [f"model.{name}" for name in ([names] if isinstance(names, str) else names)]
-    return {**zero, "leaf_module": {**leaf_module, "names": names}}
 
 
 def _check_nvme(config: Mapping[str, Any]) -> None:

@@ -53,7 +53,6 @@ WHOLE = Kind("a whole number", lambda value: _is_number(value) and value == int(
 NUMBER = Kind("a number", _is_number)
 TEXT = Kind("a string", _is_text)
 TEXTS = Kind("a list of strings", _is_texts)
-ONE_OR_MORE_TEXTS = Kind("a string or a list of strings", lambda value: _is_text(value) or _is_texts(value))
 PATTERNS = Kind('"auto" or a list of strings', lambda value: value == "auto" or _is_texts(value))
 
 
@@ -120,7 +119,7 @@ class Section:
 
 Entry = Honoured | Said | Refused | Section
 
-_OFF = (False, {"enabled": False}, {})
+_OFF: tuple[Any, ...] = (False, {"enabled": False}, {})
 
 
 def _removed(instead: str) -> Refused:
@@ -244,6 +243,9 @@ OFFLOAD_OPTIMIZER: dict[str, Entry] = {
     "cpuadam_cores_perc": Refused("it belongs to super_offload, which has not been tried with dsprune: leave it out"),
 }
 
+_LEAVES = (
+    "a leaf module gives weights that a pass does not reach gradients of zero, and scores reach none: leave it out"
+)
 _QUANTISED = "ZeRO++ trains with rounded weights or gradients, and has not been tried with dsprune: leave it out"
 
 ZERO: dict[str, Entry] = {
@@ -275,9 +277,8 @@ ZERO: dict[str, Entry] = {
     "stage3_allgather_sequential": Honoured(SWITCH, WEIGHTS),
     "stage3_gather_16bit_weights_on_model_save": Said("dsprune exports whole weights in any case"),
     "stage3_gather_fp16_weights_on_model_save": Said("dsprune exports whole weights in any case"),
-    "stage3_module_granularity_threshold": Refused(
-        "DeepSpeed cannot gather what it makes of a model with gates: name modules in leaf_module", (0,)
-    ),
+    "stage3_module_granularity_threshold": Refused(_LEAVES, (0,)),
+    "leaf_module": Refused(_LEAVES, ({},)),
     "memory_efficient_linear": Honoured(SWITCH, WEIGHTS),
     "override_module_apply": Refused("fresh weights are initialised through it: leave it out", (True,)),
     "pipeline_loading_checkpoint": Refused("the ranks load together: leave it out", (False,)),
@@ -308,11 +309,6 @@ SECTIONS: dict[str, dict[str, Entry]] = {
     "zero_optimization": ZERO,
     "zero_optimization.offload_param": OFFLOAD_PARAM,
     "zero_optimization.offload_optimizer": OFFLOAD_OPTIMIZER,
-    "zero_optimization.leaf_module": {
-        "classes": Honoured(ONE_OR_MORE_TEXTS, WEIGHTS),
-        "names": Honoured(ONE_OR_MORE_TEXTS, WEIGHTS),
-        "name_suffixes": Honoured(ONE_OR_MORE_TEXTS, WEIGHTS),
-    },
     "bf16": BF16,
     "fp16": FP16,
     "data_types": DATA_TYPES,

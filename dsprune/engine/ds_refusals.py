@@ -133,7 +133,9 @@ def describe(error: BaseException, ds_config: Mapping[str, Any]) -> list[str]:
         return [f"{source}: {line}" for line in told]
     section = _section(error, ds_config)
     where = f"'{section}': " if section else ""
-    return [f"{source}: {where}DeepSpeed refuses it: {in_words(error)} ({type(error).__name__})"]
+    # An assertion may say nothing at all.
+    words = in_words(error) if str(error) else f"in {next(iter(_deepspeed_frames(error)), 'deepspeed')}"
+    return [f"{source}: {where}DeepSpeed refuses it: {words} ({type(error).__name__})"]
 
 
 def _section(error: BaseException, ds_config: Mapping[str, Any]) -> str:

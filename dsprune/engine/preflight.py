@@ -17,7 +17,6 @@ from dsprune.distill import check_teacher_layers, default_teacher_layers
 from dsprune.engine.ds_config import (
     BatchPlan,
     DsConfig,
-    check_leaf_modules,
     fill_widths,
     load_ds_config,
     plan_batch,
@@ -240,8 +239,6 @@ def preflight(config: RunConfig, world_size: int) -> Preflight:
         factor_embedding(model, family_for(model.config.model_type).as_dict(), config.prune.embedding_rank)
     structure = analyze(model)
     _check_lengths(config, model)
-    check_leaf_modules(student_ds, model)
-    check_leaf_modules(teacher_ds, model)
     student_ds, teacher_ds = (fill_widths(ds, int(model.config.hidden_size)) for ds in (student_ds, teacher_ds))
     vocab_size = int(model.config.vocab_size)
     _check_padding(model, task)

@@ -147,14 +147,15 @@ def known_keys() -> set[str]:
     return {".".join(path) for path in asked}
 
 
-def keys_of_an_engine(stage: int) -> set[str]:
-    """Dotted paths of all keys that starting an engine looks up. Runs inside a rank."""
+def keys_of_an_engine() -> set[str]:
+    """Dotted paths of all keys that starting an engine looks up, whole and sharded. Runs inside a rank."""
     import deepspeed
     import torch
 
     asked: set[Path] = set()
-    zero = Noting({"stage": stage}, ("zero_optimization",), asked)
-    config = Noting({"train_batch_size": 1, "zero_optimization": zero}, (), asked)
-    model = torch.nn.Linear(4, 4)
-    deepspeed.initialize(model=model, optimizer=torch.optim.AdamW(model.parameters()), config=config)
+    for stage in (0, 3):
+        zero = Noting({"stage": stage}, ("zero_optimization",), asked)
+        config = Noting({"train_batch_size": 1, "zero_optimization": zero}, (), asked)
+        model = torch.nn.Linear(4, 4)
+        deepspeed.initialize(model=model, optimizer=torch.optim.AdamW(model.parameters()), config=config)
     return {".".join(path) for path in asked}
