@@ -255,6 +255,30 @@ def adamw(student: nn.Module, *, lr: float, weight_decay: float, ds_config: Mapp
     return torch.optim.AdamW(groups, lr=lr, fused=True)
 
 
+def _scale_after_step(optimizer: Any) -> None:
+    """Let the loss scale of fp16 grow after a step instead of within it.
+
+    DeepSpeed's ZeRO raises the scale before it divides the gradients by it: they would be half as large in every step
+    in which the scale doubles.
+    """
+    update, step, due = optimizer._update_scale, optimizer.step, []
+
+    def update_now_or_later(has_overflow: bool = False) -> None:
+        if has_overflow:
+            update(True)
+        else:
+            due.append(True)
+
+    def step_and_update(closure: Any = None) -> Any:
+        done = step(closure)
+        if due:
+            due.clear()
+            update(False)
+        return done
+
+    optimizer._update_scale, optimizer.step = update_now_or_later, step_and_update
+
+
 def build_student_engine(student: Student, ds_config: Mapping[str, Any], *, lr: float, weight_decay: float) -> Any:
     """The student as a DeepSpeed engine. Collective: all ranks must call.
 
@@ -272,5 +296,7 @@ def build_student_engine(student: Student, ds_config: Mapping[str, Any], *, lr: 
         optimizer = adamw(student, lr=lr, weight_decay=weight_decay, ds_config=ds_config)
         engine, *_ = deepspeed.initialize(model=student, optimizer=optimizer, config=dict(ds_config))
     assert engine.zero_optimization_stage() == zero_stage(ds_config)
+    if engine.fp16_enabled():
+        _scale_after_step(engine.optimizer)
     engine.checked_config = ds_config  # with its file's name; the engine's own copy goes into every checkpoint
     return engine
