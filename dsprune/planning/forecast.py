@@ -12,7 +12,14 @@ from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
 from dsprune.engine.models.load import AUTO_CLASSES, from_config, resolve_source
-from dsprune.engine.zero.config import check_teacher_stage, load_ds_config, precision, zero_stage
+from dsprune.engine.zero.config import (
+    check_student,
+    check_teacher_stage,
+    fill_widths,
+    load_ds_config,
+    precision,
+    zero_stage,
+)
 from dsprune.errors import ArchitectureError, ConfigError
 from dsprune.measure.tables import render_table
 from dsprune.planning.activations import Build, Lecture, MicroStep, trace_step, trace_teacher
@@ -177,6 +184,8 @@ def _overview(scenario: Scenario) -> str:
     for name in STAGES:
         ds_config = load_ds_config(name)
         if kind != "fp32":
+            if zero_stage(ds_config) == 0:
+                continue  # refused, see `check_student`
             ds_config |= {kind: {"enabled": True}}
         rows.append([name, *state_cells(engine_states(sizes, ds_config, scenario.ranks, trained=True))])
     return render_table(["student", *STATE_HEADERS], rows)
@@ -269,7 +278,12 @@ def plan_model(
         except ConfigError as error:
             mistakes += error.mistakes
     if len(found) == 2:
+        check_student(found[0])
         check_teacher_stage(found[1])
     if mistakes:
         raise ConfigError(*mistakes)
-    return describe_forecast(Scenario(student, teacher or student, found[0], found[1], ranks, batch, length, chunk))
+    widths = (int(_config(source).hidden_size) for source in (student, teacher or student))
+    student_filled, teacher_filled = (fill_widths(ds, width) for ds, width in zip(found, widths, strict=True))
+    return describe_forecast(
+        Scenario(student, teacher or student, student_filled, teacher_filled, ranks, batch, length, chunk)
+    )

@@ -52,6 +52,7 @@ def _disk_lines(config: RunConfig, ready: Preflight) -> list[str]:
 
 def describe_plan(config: RunConfig, ready: Preflight, world_size: int) -> str:
     """The whole plan as text."""
+    notes = dict.fromkeys((*ready.student_ds.notes, *ready.teacher_ds.notes))
     sections = {
         "configuration": json.dumps(config.model_dump(mode="json"), indent=2),
         "prunable spaces": describe_spaces(ready.structure),
@@ -59,4 +60,6 @@ def describe_plan(config: RunConfig, ready: Preflight, world_size: int) -> str:
         "checkpoints": "\n".join(_disk_lines(config, ready)),
         f"memory on {world_size} rank(s), activations apart": _memory_table(ready, world_size),
     }
+    if notes:
+        sections["DeepSpeed configurations"] = "\n".join(notes)
     return "\n\n".join(f"{title}\n{'-' * len(title)}\n{body}" for title, body in sections.items())

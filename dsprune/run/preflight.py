@@ -19,7 +19,15 @@ from dsprune.engine.models.factoring import check_rank
 from dsprune.engine.models.load import check_reads_forward, from_config, label_config, load_tokenizer, resolve_source
 from dsprune.engine.models.source_check import plan_loading
 from dsprune.engine.zero.autocast import check_autocast
-from dsprune.engine.zero.config import BatchPlan, load_ds_config, plan_batch, student_config, teacher_config
+from dsprune.engine.zero.config import (
+    BatchPlan,
+    DsConfig,
+    fill_widths,
+    load_ds_config,
+    plan_batch,
+    student_config,
+    teacher_config,
+)
 from dsprune.errors import ArchitectureError, ConfigError, OutputError
 from dsprune.methods import Method, Plan, method_class
 from dsprune.methods.shapes import aimed_sparsity
@@ -42,8 +50,8 @@ class Preflight:
     tokenizer: PreTrainedTokenizerBase
     batch: BatchPlan
     structure: Structure
-    student_ds: dict[str, Any]
-    teacher_ds: dict[str, Any]
+    student_ds: DsConfig
+    teacher_ds: DsConfig
     teaching: LayerPlan
     """Teacher layers that teach, and the student layers in their place."""
     vocab_size: int
@@ -197,6 +205,17 @@ def build_method(config: RunConfig, structure: Structure, *, total_steps: int, s
     return cls(structure, config.method.options, plan)
 
 
+def _student_ds(config: RunConfig, read: DsConfig, batch: BatchPlan) -> DsConfig:
+    """The student's DeepSpeed configuration at the first stage that trains; the others differ in their clipping alone.
+
+    Raises:
+        ConfigError: it contradicts the recipe, at any stage of this launch.
+    """
+    trained = [stage for stage in ("teacher", "prune", "recover", "blocks") if stage in config.stages] or ["prune"]
+    filled = [student_config(read, batch, clip=getattr(config, stage).clip) for stage in trained]
+    return filled[0]
+
+
 def preflight(config: RunConfig, world_size: int) -> Preflight:
     """Check the whole configuration against model, task, DeepSpeed and machine. No weights, no data, no collective.
 
@@ -218,7 +237,7 @@ def preflight(config: RunConfig, world_size: int) -> Preflight:
     for where, found in (("deepspeed.student", student), ("deepspeed.teacher", teacher)):
         if found is not None:
             collect(check_autocast, where, found)
-    student_ds = collect(student_config, student, batch, clip=config.prune.clip) if student and batch else None
+    student_ds = collect(_student_ds, config, student, batch) if student is not None and batch else None
     teacher_ds = collect(teacher_config, teacher, world_size) if teacher is not None else None
     task = collect(build_task, config.task, config.data, seed=config.seed)
     tokenizer = collect(load_tokenizer, config.model.name, config.model.revision)
@@ -239,6 +258,7 @@ def preflight(config: RunConfig, world_size: int) -> Preflight:
         check_rank(model, config.prune.embedding_rank)
         factor_embedding(model, family_for(model.config.model_type).as_dict(), config.prune.embedding_rank)
     structure = analyze(model)
+    student_ds, teacher_ds = (fill_widths(ds, int(model.config.hidden_size)) for ds in (student_ds, teacher_ds))
     _check_text(config, task, vocab_size)
     _check_attentions(config, structure)
     method = build_method(config, structure, total_steps=0, steps_per_epoch=0)

@@ -34,7 +34,7 @@ from dsprune.engine.models.side_files import copy_side_files
 from dsprune.engine.ranks.pulse import pulse
 from dsprune.engine.ranks.stop import Stop, unheard
 from dsprune.engine.ranks.world import World
-from dsprune.engine.zero.config import engine_precision, student_config
+from dsprune.engine.zero.config import DsConfig, engine_precision, with_clip
 from dsprune.engine.zero.gather import release, whole
 from dsprune.errors import CheckpointError, ConfigError, Preempted
 from dsprune.files import write_json
@@ -216,10 +216,9 @@ class Run:
     def _seed(self, purpose: str) -> None:
         torch.manual_seed(stable_seed(purpose, self.config.seed))
 
-    def _student_ds(self, optim: OptimConfig) -> dict[str, Any]:
+    def _student_ds(self, optim: OptimConfig) -> DsConfig:
         """The student's DeepSpeed configuration with this stage's clipping."""
-        unfilled = {k: v for k, v in self.ready.student_ds.items() if k != "gradient_clipping"}
-        return student_config(unfilled, self.ready.batch, clip=optim.clip)
+        return with_clip(self.ready.student_ds, optim.clip)
 
     def _teacher(self) -> None:
         if self.config.teacher.path is not None:

@@ -92,6 +92,8 @@ class Session:
         journal.say(
             f"dsprune {dsprune.__version__}: {world.size} rank(s) on {world.device.type}, run folder {run.folder}"
         )
+        for note in dict.fromkeys((*ready.student_ds.notes, *ready.teacher_ds.notes)):
+            journal.say(note)
         for stage in config.stages:
             run.run_stage(stage)
         journal.close()

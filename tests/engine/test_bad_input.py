@@ -203,6 +203,17 @@ CASES = {
     "batch does not divide": (64, "does not divide", lambda f: ("batch.size=9",)),
     "misspelt DeepSpeed key": (64, "zero_optimization", lambda f: (_ds_config(f, {"zero_optimisation": {}}),)),
     "DeepSpeed batch that differs": (64, "train_batch_size", lambda f: (_ds_config(f, {"train_batch_size": 3}),)),
+    "DeepSpeed section that is no object": (64, "'bf16' is true", lambda f: (_ds_config(f, {"bf16": True}),)),
+    "DeepSpeed clipping of another stage": (
+        64,
+        "the recipe (clip) says 0.5",
+        lambda f: (_ds_config(f, {"gradient_clipping": 1.0}), "recover.clip=0.5"),
+    ),
+    "half precision at stage 0": (
+        64,
+        "bf16 at ZeRO stage 0",
+        lambda f: (_ds_config(f, {"bf16": {"enabled": True}}),),
+    ),
     "fp16 on CPU": (64, "no GPU", lambda f: ("deepspeed.student=zero2_fp16",)),
     "teacher at stage 2": (64, "use stage 0", lambda f: ("deepspeed.teacher=zero2",)),
     "prune before teacher": (64, "run stage 'teacher' first", lambda f: ('stages=["prune"]',)),

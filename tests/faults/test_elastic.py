@@ -87,6 +87,18 @@ def test_f17_f18_other_world_or_stage(tmp_path, way):
     assert before + after == pytest.approx(_reference(row), rel=1e-5)
 
 
+@pytest.mark.parametrize("stage", [2, pytest.param(1, marks=pytest.mark.faults)])
+@pytest.mark.parametrize("into", [True, pytest.param(False, marks=pytest.mark.faults)], ids=["into", "out of"])
+def test_f17_partitions_in_another_order(tmp_path, stage, into):
+    """Parameters dealt out to the ranks in turn, and aligned: DeepSpeed's own addresses of them are wrong there."""
+    shuffled = {"zero_optimization": {"stage": stage, "round_robin_gradients": True, "parameter_alignment": True}}
+    first, then = Setup(ROWS[1], stage=3), Setup(ROWS[1], stage=stage, ds=shuffled)
+    first, then = (first, then) if into else (then, first)
+    before = run_world(_first_half, 2, first, tmp_path)[0]
+    after, *_ = run_world(_second_half, 2, then, tmp_path, True)[0]
+    assert before + after == pytest.approx(_reference(1), rel=1e-5)
+
+
 @pytest.mark.parametrize("stage", [2, *(pytest.param(s, marks=pytest.mark.faults) for s in (0, 1, 3))])
 def test_f17_conversion_changes_no_bit(tmp_path, stage):
     """The same shape through the converter and through DeepSpeed's own loader: equal losses, equal gates."""

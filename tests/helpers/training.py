@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Self
 
@@ -35,6 +36,8 @@ if TYPE_CHECKING:
     from dsprune.tasks.base import Task
 
 BATCH = 8
+WIDTH = 32
+"""Of all tiny models."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,15 +49,19 @@ class Setting:
     accumulation: int = 1
     precision: str = ""
     activation_checkpointing: bool = False
+    ds: Mapping[str, Any] | None = None
+    """Instead of a configuration that ships: what a file of one's own says."""
 
     def at(self, **changes: Any) -> Self:
         return replace(self, **changes)
 
     def plan(self, world: World) -> tuple[BatchPlan, dict[str, Any]]:
         """How a step's batch is cut up, and DeepSpeed's configuration of the student."""
-        from dsprune.engine.zero.config import load_ds_config, plan_batch, student_config
+        from dsprune.engine.zero.config import check_ds_config, fill_widths, load_ds_config, plan_batch, student_config
 
         batch = plan_batch(BatchConfig(size=BATCH, micro=BATCH // world.size // self.accumulation), world.size)
+        if self.ds is not None:
+            return batch, fill_widths(student_config(check_ds_config(self.ds, "ds.json"), batch, clip=1.0), WIDTH)
         suffix = f"_{self.precision}" if self.precision else ""
         return batch, student_config(load_ds_config(f"zero{self.stage}{suffix}"), batch, clip=1.0)
 

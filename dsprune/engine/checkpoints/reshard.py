@@ -106,18 +106,23 @@ def _fill_whole(engine: Any, sources: Sources, steps: float) -> None:
 
 
 def _fill_stage12(engine: Any, sources: Sources, steps: float) -> None:
-    """Stages 1 and 2: a rank's partition of a group is one flat vector, of which a parameter owns a range."""
+    """Stages 1 and 2: a rank's partition of a group is one flat vector, of which a parameter owns a range.
+
+    Where the parameters lie is read from the groups as they were flattened: DeepSpeed's own addresses of fragments
+    are wrong where round_robin_gradients shuffles them.
+    """
     optimizer = engine.optimizer
     names = {param: name for name, param in engine.module.named_parameters()}
-    for params, flat in zip(optimizer.bit16_groups, optimizer.single_partition_of_fp32_groups, strict=True):
+    for group, flat in enumerate(optimizer.single_partition_of_fp32_groups):
         filled = {key: torch.zeros_like(flat.data) for key in sources}
-        for param in params:
-            if param._hp_mapping is None:
-                continue
-            source, target = param._hp_mapping.lp_fragment_address, param._hp_mapping.get_hp_fragment_address()
-            for key, tensors in sources.items():
-                values = tensors.read_flat(names[param], source.start, source.numel)
-                filled[key][target.start : target.start + target.numel] = values
+        begin = torch.distributed.get_rank(optimizer.real_dp_process_group[group]) * flat.numel()
+        params, offsets = optimizer.round_robin_bit16_groups[group], optimizer.round_robin_bit16_offsets[group]
+        for param, offset in zip(params, offsets, strict=True):
+            first, last = max(offset, begin), min(offset + param.numel(), begin + flat.numel())
+            if first < last:
+                for key, tensors in sources.items():
+                    values = tensors.read_flat(names[param], first - offset, last - first)
+                    filled[key][first - begin : last - begin] = values
         flat.data.copy_(filled.pop("weights"))
         optimizer.optimizer.state[flat] = {"step": _steps(optimizer.optimizer, steps, flat), **filled}
     optimizer.update_lp_params()

@@ -253,7 +253,19 @@ def build_student_engine(
     betas: tuple[float, float] = (0.9, 0.999),
     epsilon: float = 1e-8,
 ) -> Any:
-    """The student as a DeepSpeed engine. Collective: all ranks must call."""
+    """The student as a DeepSpeed engine. Collective: all ranks must call.
+
+    Args:
+        student: its module.
+        ds_config: filled configuration, which the engine keeps as `checked_config`.
+        lr: first learning rate.
+        weight_decay: of all but biases and norms.
+        betas: decay of Adam's two moments.
+        epsilon: added to the root of the second moment.
+
+    Raises:
+        ConfigError: DeepSpeed refuses the configuration.
+    """
     announce_tables(student.model)
     apart = student.distill is not None and student.distill.projection_rate == "constant"
     optimizer = adamw(

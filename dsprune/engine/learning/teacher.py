@@ -47,6 +47,7 @@ class Teacher:
 
     Raises:
         ArchitectureError: the model's labels are not the task's, or weights of it are missing.
+        ConfigError: DeepSpeed refuses the configuration.
     """
 
     def __init__(

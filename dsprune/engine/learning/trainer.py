@@ -25,6 +25,7 @@ from dsprune.engine.ranks.stop import Stop, describe
 from dsprune.engine.ranks.world import World
 from dsprune.engine.zero.autocast import autocasting
 from dsprune.engine.zero.gather import whole
+from dsprune.engine.zero.refusals import refusals
 from dsprune.methods.noise import stable_seed
 from dsprune.structure import ffn_alive
 
@@ -178,7 +179,14 @@ class Trainer:
 
         Raises:
             NumericsError: losses or gate gradients that are not finite, or replicas that drifted apart.
+            ConfigError: in the engine's first step, where DeepSpeed first meets some of its configuration.
         """
+        if self.engine.global_steps > 0:
+            return self._step(step)
+        with refusals(self.engine.checked_config):
+            return self._step(step)
+
+    def _step(self, step: int) -> StepResult:
         self.engine.train()
         pulse.at(stage=self.stage, step=step, phase="gates")
         where = f"{self.stage} step {step}"

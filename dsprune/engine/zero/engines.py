@@ -10,6 +10,7 @@ from torch import nn
 
 from dsprune.engine.zero.autocast import forget_autocast
 from dsprune.engine.zero.config import offload_device, zero_stage
+from dsprune.engine.zero.refusals import refusals
 from dsprune.engine.zero.requirements import quiet_import
 
 deepspeed = quiet_import()
@@ -50,7 +51,8 @@ def adamw(
     if offload_device(ds_config, "offload_optimizer") != "none":
         from deepspeed.ops.adam import DeepSpeedCPUAdam
 
-        return DeepSpeedCPUAdam(groups, lr=lr, betas=betas, eps=epsilon, adamw_mode=True)  # type: ignore[no-any-return]
+        with refusals(ds_config):
+            return DeepSpeedCPUAdam(groups, lr=lr, betas=betas, eps=epsilon, adamw_mode=True)  # type: ignore[no-any-return]
     return torch.optim.AdamW(groups, lr=lr, betas=betas, eps=epsilon, fused=True)
 
 
@@ -58,16 +60,53 @@ def _is_plain(name: str) -> bool:
     return name.endswith("bias") or "norm" in name.lower()
 
 
+def _scale_after_step(optimizer: Any) -> None:
+    """Let the loss scale of fp16 grow after a step instead of within it.
+
+    DeepSpeed's ZeRO raises the scale before it divides the gradients by it: they would be half as large in every step
+    in which the scale doubles.
+    """
+    update, step, due = optimizer._update_scale, optimizer.step, []
+
+    def update_now_or_later(has_overflow: bool = False) -> None:
+        if has_overflow:
+            update(True)
+        else:
+            due.append(True)
+
+    def step_and_update(closure: Any = None) -> Any:
+        done = step(closure)
+        if due:
+            due.clear()
+            update(False)
+        return done
+
+    optimizer._update_scale, optimizer.step = update_now_or_later, step_and_update
+
+
 def training_engine(module: nn.Module, optimizer: torch.optim.Optimizer, ds_config: Mapping[str, Any]) -> Any:
-    """A module and its optimizer as an engine. Collective: all ranks must call."""
+    """A module and its optimizer as an engine. Collective: all ranks must call.
+
+    Raises:
+        ConfigError: DeepSpeed refuses the configuration.
+    """
     forget_autocast()
-    engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=dict(ds_config))
+    with refusals(ds_config):
+        engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=dict(ds_config))
     assert engine.zero_optimization_stage() == zero_stage(ds_config)
+    if engine.fp16_enabled():
+        _scale_after_step(engine.optimizer)
+    engine.checked_config = ds_config  # with its file's name; the engine's own copy goes into every checkpoint
     return engine
 
 
 def answering_engine(module: nn.Module, ds_config: Mapping[str, Any]) -> Any:
-    """A module that only runs forward as an engine, in evaluation mode. Collective: all ranks must call."""
+    """A module that only runs forward as an engine, in evaluation mode. Collective: all ranks must call.
+
+    Raises:
+        ConfigError: DeepSpeed refuses the configuration.
+    """
     forget_autocast()
-    engine, *_ = deepspeed.initialize(model=module, config=dict(ds_config))
+    with refusals(ds_config):
+        engine, *_ = deepspeed.initialize(model=module, config=dict(ds_config))
     return engine.eval()

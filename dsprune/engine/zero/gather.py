@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from transformers.integrations import HfDeepSpeedConfig, unset_hf_deepspeed_config
 
 from dsprune.engine.zero.config import zero_stage
+from dsprune.engine.zero.refusals import refusals
 from dsprune.engine.zero.requirements import quiet_import
 
 __all__ = ["gathered", "partitioned_loading", "register_external", "release", "whole"]
@@ -26,7 +27,9 @@ def partitioned_loading(ds_config: Mapping[str, Any]) -> Iterator[None]:
         return
     keep = HfDeepSpeedConfig(dict(ds_config))
     try:
-        yield
+        # Outside of what reads the model: what DeepSpeed refuses is no fault of the model's.
+        with refusals(ds_config):
+            yield
     finally:
         del keep
         unset_hf_deepspeed_config()

@@ -66,6 +66,8 @@ def check_requirements() -> None:
 def quiet_import() -> ModuleType:
     """DeepSpeed, checked, with its banner lines turned down to warnings."""
     check_requirements()
+    if "deepspeed" in sys.modules:
+        return sys.modules["deepspeed"]  # its level may have been asked for since: `log_level`
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     module = importlib.import_module("deepspeed")
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
