@@ -259,8 +259,8 @@ def label_config(task: Task) -> dict[str, Any]:
     }
     if task.problem == "tokens":
         return labels
-    regression = task.problem == "regression"
-    return labels | {"problem_type": "regression" if regression else "single_label_classification"}
+    kinds = {"regression": "regression", "multi_label": "multi_label_classification"}
+    return labels | {"problem_type": kinds.get(task.problem, "single_label_classification")}
 
 
 def _stacks(model: PreTrainedModel) -> list[tuple[StackSpec, list[str]]]:
