@@ -76,7 +76,7 @@ def _names_of(split: str) -> list[str]:
 def _candidates(folder: Path, split: str) -> list[Source]:
     """Files under the official name; where there are none, under another one; else those marked as partial."""
     official, *others = _names_of(split)
-    partial = [
+    partial: list[Source] = [
         (path,) for path in _readable(folder) if path.stem.startswith(f"{split}_") and "partial" in kind_of(path)[0]
     ]
     return _sources(folder, official) or [*chain(*(_sources(folder, name) for name in others))] or partial

@@ -30,11 +30,16 @@ __all__ = ["COLUMNS", "ENTITY_METRICS", "OUTSIDE", "TaggedWords", "TokenTask", "
 
 OUTSIDE = "O"
 """Tag of a word that belongs to no entity."""
-COLUMNS = ("tokens", "ner_tags")
-"""Columns of the words and of their tags, as CoNLL-2003 names them."""
+WORDS = "tokens"
+"""Column of the words, as data sets name it."""
+TAGS = "ner_tags"
+"""Column of their tags."""
 ENTITY_METRICS = ("f1", "precision", "recall")
 
 Integers = np.ndarray[Any, np.dtype[np.int64]]
+
+COLUMNS = (WORDS, TAGS)
+"""What CoNLL-2003 is read from."""
 
 
 class TaggedWords(Encoded):
@@ -150,7 +155,7 @@ class TokenTask(LabelTask):
         wrong = [row is None or None in row for row in found]
         there = labels_there(tag for row in rows if isinstance(row, list) for tag in row) if any(wrong) else ""
         refuse_first(split, column, wrong, f"for each word {wanted_label(self.labels)}", hint=there)
-        return found  # type: ignore[return-value]
+        return [[tag for tag in row if tag is not None] for row in found if row is not None]
 
     def _kinds(self, split: Split) -> set[int]:
         return {tag for sentence in split.columns[self.columns[1]] for tag in sentence}

@@ -55,7 +55,7 @@ def test_tags_are_found_and_entities_are_scored(tmp_path: Path, write: Write, sp
     assert isinstance(split, TaggedWords)
     assert split.tags.tolist() == [1, 2, 1, 0]
     outputs = certain(split, 3)
-    assert task.score(outputs, split) == {"f1": 1.0, "precision": 1.0, "recall": 1.0}
+    assert task.score(outputs, split) | {"f1": 1.0, "precision": 1.0, "recall": 1.0} == task.score(outputs, split)
     assert label_config(task)["id2label"] == {0: "B-LOC", 1: "B-PER", 2: "O"}
 
 
