@@ -108,12 +108,25 @@ class TaskConfig(Section):
     """What the model is to do."""
 
     name: str
-    """Task: one of the nine of GLUE, `squad`, `squad_v2`, `conll2003`, `lm` (causal language modelling), `seq2seq`,
-    `span_corruption` (the missing spans of a text, for encoder-decoders), or `order`, the generated one."""
+    """Task: `text_classification` or `token_classification` for data of your own, one of the nine of GLUE, `squad`,
+    `squad_v2`, `conll2003`, `lm` (causal language modelling), `seq2seq`, `span_corruption` (the missing spans of a
+    text, for encoder-decoders), or `order`, the generated one."""
     max_length: int = Field(128, ge=8)
     """Longest sequence in tokens; longer ones are cut. span_corruption: the length of its inputs."""
     metric: str | None = None
-    """Metric that picks the best model; by default the first of the task's official ones."""
+    """Metric that picks the best model; by default the first of the task's official ones. text_classification:
+    `accuracy`, `macro_f1`, `mcc`, of two labels also `f1` (of the second); of a regression `pearson`, `spearman`; of
+    several labels a text `micro_f1`, `macro_f1`. token_classification: `f1`, `precision`, `recall` of entities where
+    the tags are IOB, else (or when asked for) `accuracy`, `macro_f1` of words."""
+    labels: tuple[str, ...] | None = None
+    """text_classification, token_classification: names of all labels in order, which numbers in the data then count
+    from 0; by default those that the training examples hold, sorted, or as the data set names them."""
+    problem: Literal["classification", "regression"] | None = None
+    """text_classification: what the label column holds; by default numbers make a regression if any is not whole."""
+    multi_label: bool = False
+    """text_classification: a text has any number of labels, each on or off: a list, or text with separators."""
+    label_separator: str = Field(",", min_length=1)
+    """text_classification with multi_label: what stands between the labels of a text, where they are not a list."""
     stride: int = Field(128, ge=0)
     """SQuAD: tokens that two neighbouring windows on a long context share."""
     max_answer_length: int = Field(30, ge=1)
@@ -144,15 +157,23 @@ class DataConfig(Section):
     """Where the examples come from."""
 
     path: str | None = None
-    """Folder with train/validation files (parquet, csv, tsv, jsonl); by default the data come from the hub."""
+    """Folder with train and validation files (parquet, csv, tsv, jsonl, json; whole or in shards, in it, in `data/` or
+    in a subfolder named as the task); by default the data come from the hub."""
+    columns: dict[str, str] = {}
+    """What the data call the columns that the task reads, such as `{sentence = "text"}`. text_classification reads
+    `text`, `text_pair` (where there is one) and `label`, token_classification `tokens` and `tags`."""
+    validation_share: float | None = Field(None, gt=0, lt=1)
+    """For want of a validation split: evaluate on this share of the training examples, which are not trained on."""
     revision: str | None = None
     """Hub revision of the data set to pin."""
     dataset: str | None = None
-    """lm, seq2seq, span_corruption: data set of the hub; by default WikiText-2, which seq2seq cannot use."""
+    """lm, span_corruption (by default WikiText-2), seq2seq, text_classification, token_classification: data set of the
+    hub."""
     subset: str | None = None
-    """lm, seq2seq, span_corruption: subset of that data set, where it has several."""
+    """Subset of that data set, where it has several."""
     evals: tuple[str, ...] = ("validation",)
-    """lm, seq2seq, span_corruption: evaluation splits; figures of `test` are reported, and never picked by."""
+    """lm, seq2seq, span_corruption, text_classification, token_classification: evaluation splits; figures of `test` are
+    reported, and never picked by."""
     max_train_examples: int | None = Field(None, ge=1)
     """Use only the first so many training examples."""
     max_eval_examples: int | None = Field(None, ge=1)

@@ -27,7 +27,10 @@ def load(recipe: str, overrides: Sequence[str]) -> RunConfig:
 
 
 def plan_text(recipe: str, overrides: Sequence[str]) -> str:
-    """What `--dry-run` prints; nothing is trained, downloaded weights and data are not touched."""
+    """What `--dry-run` prints; nothing is trained, and neither weights nor data are touched.
+
+    But for tasks that find their labels in the training examples, which `build_task` reads.
+    """
     config = load(recipe, overrides)
     check_requirements()
     from dsprune.run.plan import describe_plan

@@ -217,7 +217,9 @@ def _student_ds(config: RunConfig, read: DsConfig, batch: BatchPlan) -> DsConfig
 
 
 def preflight(config: RunConfig, world_size: int) -> Preflight:
-    """Check the whole configuration against model, task, DeepSpeed and machine. No weights, no data, no collective.
+    """Check the whole configuration against model, task, DeepSpeed and machine. No weights, no collective.
+
+    Of the data nothing is read but the training examples of a task that finds its labels in them.
 
     Raises:
         ConfigError: with all mistakes of configuration together; other errors as found.

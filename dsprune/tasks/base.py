@@ -20,7 +20,7 @@ __all__ = ["Head", "LabelTask", "Problem", "Task", "TaskData", "choose_metric"]
 
 logger = logging.getLogger(__name__)
 
-Problem = Literal["classification", "regression", "spans", "tokens", "text"]
+Problem = Literal["classification", "regression", "multi_label", "spans", "tokens", "text"]
 Head = Literal[
     "ForSequenceClassification",
     "ForQuestionAnswering",

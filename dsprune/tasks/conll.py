@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dsprune.config import DataConfig, TaskConfig
 from dsprune.tasks.base import Task, choose_metric
-from dsprune.tasks.sources import HubData, split_reader
-from dsprune.tasks.tokens import ENTITY_METRICS, TokenTask
+from dsprune.tasks.sources import HubData, SplitReader
+from dsprune.tasks.tokens import COLUMNS, ENTITY_METRICS, TokenTask
 
 __all__ = ["CONLL", "TAG_NAMES", "build_conll"]
 
@@ -29,5 +29,5 @@ def build_conll(task: TaskConfig, data: DataConfig, seed: int) -> Task:
         metrics=ENTITY_METRICS,
         primary=choose_metric(task.name, ENTITY_METRICS, task.metric),
         max_length=task.max_length,
-        read=split_reader(task.name, data, CONLL, {"validation": "validation", "test": "test"}),
+        read=SplitReader(task.name, data, CONLL, {"validation": "validation", "test": "test"}, COLUMNS),
     )

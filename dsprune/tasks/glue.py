@@ -12,8 +12,8 @@ from dataclasses import dataclass
 
 from dsprune.config import DataConfig, TaskConfig
 from dsprune.tasks.base import Task, choose_metric
-from dsprune.tasks.sequence import SequenceTask
-from dsprune.tasks.sources import HubData, split_reader
+from dsprune.tasks.sequence import LABEL, SequenceTask
+from dsprune.tasks.sources import HubData, SplitReader
 
 __all__ = ["GLUE", "HUB_DATASET", "build_glue"]
 
@@ -61,6 +61,7 @@ def build_glue(task: TaskConfig, data: DataConfig, seed: int) -> Task:
         DataError: `data.path` without the files of the task.
     """
     facts = GLUE[task.name]
+    columns = (*facts.columns, LABEL)
     return SequenceTask(
         name=task.name,
         labels=facts.labels,
@@ -68,6 +69,6 @@ def build_glue(task: TaskConfig, data: DataConfig, seed: int) -> Task:
         primary=choose_metric(task.name, facts.metrics, task.metric),
         columns=facts.columns,
         max_length=task.max_length,
-        read=split_reader(task.name, data, HubData(HUB_DATASET, task.name), dict(facts.evals), facts.columns),
+        read=SplitReader(task.name, data, HubData(HUB_DATASET, task.name), dict(facts.evals), columns, columns),
         bounds=facts.bounds,
     )

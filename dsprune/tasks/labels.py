@@ -41,9 +41,11 @@ def label_permutation(id2label: Mapping[int, str], labels: Sequence[str]) -> lis
         )
     if has_default_names(id2label):
         return None
-    position = {_canonical(name): index for index, name in enumerate(names)}
-    wanted = [_canonical(label) for label in labels]
-    if set(position) != set(wanted):
+    # What tells two names of the task apart is not passed over: -1 is not 1.
+    spelt = str if set(names) == set(labels) else _canonical
+    position = {spelt(name): index for index, name in enumerate(names)}
+    wanted = [spelt(label) for label in labels]
+    if len(position) < len(names) or set(position) != set(wanted):
         raise ArchitectureError(
             f"the model's labels ({', '.join(names)}) are not the task's ({', '.join(labels)}): "
             "rename id2label in the model's config.json"

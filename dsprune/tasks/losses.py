@@ -14,6 +14,8 @@ __all__ = [
     "ENDS",
     "IGNORED",
     "STARTS",
+    "binary_cross_entropy",
+    "binary_divergence",
     "cross_entropy",
     "divergence",
     "span_cross_entropy",
@@ -39,6 +41,16 @@ def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
     return F.cross_entropy(logits.float().flatten(0, -2), labels.flatten(), ignore_index=IGNORED, reduction="sum")
 
 
+def binary_cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
+    """Cross entropy of labels that are on or off, mean over labels, summed over examples: [].
+
+    Args:
+        logits: [batch, labels].
+        labels: [batch, labels] 1 for on, 0 for off.
+    """
+    return F.binary_cross_entropy_with_logits(logits.float(), labels.float(), reduction="none").mean(-1).sum()
+
+
 def squared_error(outputs: Tensor, targets: Tensor) -> Tensor:
     """Squared error, summed: [].
 
@@ -59,6 +71,19 @@ def divergence(student: Tensor, teacher: Tensor, *, temperature: float) -> Tenso
     """
     log_student, log_teacher = (F.log_softmax(x.float() / temperature, dim=-1) for x in (student, teacher))
     return F.kl_div(log_student, log_teacher, reduction="sum", log_target=True) * temperature**2
+
+
+def binary_divergence(student: Tensor, teacher: Tensor, *, temperature: float) -> Tensor:
+    """`divergence` of the two probabilities of each label, on and off, mean over labels, summed over rows: [].
+
+    Args:
+        student: [rows, labels] logits.
+        teacher: [rows, labels] logits.
+        temperature: T.
+    """
+    # sigmoid(x) is the first of softmax(x, 0).
+    pairs = (torch.stack([x, torch.zeros_like(x)], dim=-1).flatten(0, 1) for x in (student, teacher))
+    return divergence(*pairs, temperature=temperature) / student.shape[-1]
 
 
 def span_cross_entropy(outputs: Tensor, labels: Tensor) -> Tensor:

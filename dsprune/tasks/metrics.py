@@ -28,6 +28,16 @@ def _f1(predictions: np.ndarray[Any, Any], labels: np.ndarray[Any, Any]) -> floa
     return float(f1_score(labels, predictions, zero_division=0.0))
 
 
+def _macro_f1(predictions: np.ndarray[Any, Any], labels: np.ndarray[Any, Any]) -> float:
+    """Mean of the F1 of all classes that occur, or are predicted; of [examples, labels] of 0 and 1, of all labels."""
+    return float(f1_score(labels, predictions, average="macro", zero_division=0.0))
+
+
+def _micro_f1(predictions: np.ndarray[Any, Any], labels: np.ndarray[Any, Any]) -> float:
+    """F1 over all labels of all examples, of [examples, labels] of 0 and 1."""
+    return float(f1_score(labels, predictions, average="micro", zero_division=0.0))
+
+
 def _mcc(predictions: np.ndarray[Any, Any], labels: np.ndarray[Any, Any]) -> float:
     """Matthews correlation; 0 where predictions or labels are all the same."""
     return float(matthews_corrcoef(labels, predictions))
@@ -50,6 +60,8 @@ def _varies(*arrays: np.ndarray[Any, Any]) -> bool:
 METRICS: dict[str, Metric] = {
     "accuracy": _accuracy,
     "f1": _f1,
+    "macro_f1": _macro_f1,
+    "micro_f1": _micro_f1,
     "mcc": _mcc,
     "pearson": _pearson,
     "spearman": _spearman,

@@ -131,7 +131,7 @@ def build_order(task: TaskConfig, data: DataConfig, seed: int) -> Task:
     Raises:
         ConfigError: a metric that the task has not, or settings of data that it does not read.
     """
-    given = [key for key in ("path", "revision") if getattr(data, key) is not None]
+    given = [key for key in ("path", "revision", "columns", "validation_share") if getattr(data, key) not in (None, {})]
     if given:
         raise ConfigError(f"data.{given[0]}: task 'order' is generated and reads no data: drop it")
     sizes = {

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import torch
@@ -12,10 +12,14 @@ from torch import Tensor
 from dsprune.tasks import losses, metrics
 from dsprune.tasks.base import Head, LabelTask, Problem
 from dsprune.tasks.batching import Encoded, Tokeniser, encode
-from dsprune.tasks.checks import check_columns, check_text, refuse_first
+from dsprune.tasks.checks import blank_texts, check_columns, check_text, refuse_first
+from dsprune.tasks.label_names import as_number, label_reader, labels_there, wanted_label
 from dsprune.tasks.sources import Split, Splits
 
-__all__ = ["SequenceTask"]
+__all__ = ["LABEL", "SequenceTask"]
+
+LABEL = "label"
+"""Column of the labels, as data sets name it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,27 +59,30 @@ class SequenceTask(LabelTask):
         return metrics.score(predictions, data.labels, self.metrics)
 
     def _check(self, splits: Splits) -> Splits:
-        for split in splits:
-            self._check_split(split)
-        return splits
+        return splits.map(self._check_split)
 
-    def _check_split(self, split: Split) -> None:
-        check_columns(split, (*self.columns, "label"), self.name)
+    def _check_split(self, split: Split) -> Split:
+        """The split with its labels as class indices or numbers, once all is known to be good."""
+        check_columns(split, (*self.columns, LABEL), self.name)
         check_text(split, self.columns)
-        values = split.columns["label"]
+        notes = (*split.notes, *blank_texts(split, self.columns))
+        return replace(split.with_columns(**{LABEL: self._read_labels(split)}), notes=notes)
+
+    def _read_labels(self, split: Split) -> list[Any]:
+        """[examples] class indices or target values, or whatever else a row of the labels' tensor is."""
         if self.labels:
-            top = len(self.labels) - 1
-            wanted = f"expected an integer from 0 to {top} ({', '.join(self.labels)})"
-            refuse_first(split, "label", (type(v) is not int or not 0 <= v <= top for v in values), wanted)
-        else:
-            low, high = self.bounds
-            wanted = f"expected a number from {low:g} to {high:g}"
-            refuse_first(split, "label", (not _is_number(v) or not low <= v <= high for v in values), wanted)
+            read = label_reader(self.labels)
+            found = [read(value) for value in split.columns[LABEL]]
+            hint = labels_there(split.columns[LABEL]) if None in found else ""
+            refuse_first(split, LABEL, (label is None for label in found), wanted_label(self.labels), hint=hint)
+            return found
+        low, high = self.bounds
+        numbers = [as_number(value) for value in split.columns[LABEL]]
+        wanted = f"expected a number from {low:g} to {high:g}" if math.isfinite(high - low) else "expected a number"
+        refuse_first(split, LABEL, (number is None or not low <= number <= high for number in numbers), wanted)
+        return numbers
 
     def _encode(self, split: Split, tokeniser: Tokeniser) -> Encoded:
-        labels = torch.tensor(split.columns["label"], dtype=torch.int64 if self.labels else torch.float32)
+        kind = torch.int64 if self.problem == "classification" else torch.float32
+        labels = torch.tensor(split.columns[LABEL], dtype=kind)
         return encode(split.name, [split.columns[column] for column in self.columns], labels, tokeniser)
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)

@@ -1,4 +1,4 @@
-"""Where the examples come from: files of a local folder, or the hub.
+"""Where the examples come from: files of a local folder, or the hub; under the names of columns that a task knows.
 
 Local files are read afresh each time and never touch the network or a cache. A file that holds only
 part of an official split keeps its own name wherever figures are shown.
@@ -6,71 +6,28 @@ part of an official split keeps its own name wherever figures are shown.
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
-from functools import partial
+import difflib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
-import pyarrow.csv
-import pyarrow.parquet
-
 from dsprune.config import DataConfig
 from dsprune.errors import ConfigError, DataError
+from dsprune.tasks.file_formats import class_names, kind_of, read_table
+from dsprune.tasks.folders import find_files, holds, is_official
+from dsprune.tasks.splits import HELD_OUT, Split, Splits, hold_out, renamed, with_class_names
 
-__all__ = ["HubData", "Split", "Splits", "find_files", "read_file", "read_hub", "split_reader"]
-
-Columns = dict[str, list[Any]]
-
-FORMATS = "parquet, csv, tsv, jsonl or json"
-
-
-@dataclass(frozen=True)
-class Split:
-    """One split as it was read.
-
-    Attributes:
-        name: of the split; for a file that is not the official split, the file's own.
-        origin: file or hub address, for messages.
-        columns: raw values by column name.
-        notes: what figures measured on it have to say.
-        whole: it holds all that was read, not just the first examples.
-    """
-
-    name: str
-    origin: str
-    columns: Mapping[str, Sequence[Any]]
-    notes: tuple[str, ...] = ()
-    whole: bool = True
-
-    def __len__(self) -> int:
-        return len(next(iter(self.columns.values()), ()))
-
-    def first(self, count: int | None) -> Split:
-        """The first so many examples, with a note that says so; all of them for None."""
-        if count is None or count >= len(self):
-            return self
-        note = f"{self.name}: the first {count} of {len(self)} examples"
-        columns = {name: values[:count] for name, values in self.columns.items()}
-        return replace(self, columns=columns, notes=(*self.notes, note), whole=False)
-
-
-@dataclass(frozen=True)
-class Splits:
-    """Training and evaluation examples as they were read."""
-
-    train: Split
-    evals: Mapping[str, Split]
-
-    def __iter__(self) -> Iterator[Split]:
-        yield self.train
-        yield from self.evals.values()
-
-    def map(self, change: Callable[[Split], Split]) -> Splits:
-        """All splits, changed."""
-        return Splits(change(self.train), {name: change(split) for name, split in self.evals.items()})
+__all__ = [
+    "HubData",
+    "Split",
+    "SplitReader",
+    "Splits",
+    "eval_splits",
+    "named_data",
+    "read_files",
+    "read_hub",
+]
 
 
 @dataclass(frozen=True)
@@ -82,166 +39,174 @@ class HubData:
     revision: str | None = None
 
 
-def split_reader(
-    task: str, data: DataConfig, hub: HubData, evals: Mapping[str, str], text_columns: Sequence[str] = ()
-) -> Callable[[bool], Splits]:
-    """What reads the splits of a task: local files, found now, or the hub.
+class SplitReader:
+    """Reads the splits of a task, from local files or from the hub; called, it gives all of them.
+
+    Local files are found when it is made, and read when it is called.
 
     Args:
         task: its name.
         data: the user's settings.
         hub: where the splits are, unless they are local.
         evals: evaluation splits, from the name in figures to that in the data set.
-        text_columns: columns that csv and tsv files must not take for numbers.
+        columns: that the task reads.
+        text_columns: those that csv and tsv files must not take for numbers.
 
     Raises:
-        ConfigError: contradictory settings.
+        ConfigError: contradictory settings, or `data.columns` of which the task knows nothing.
         DataError: `data.path` without the files of the task.
     """
+
+    def __init__(
+        self,
+        task: str,
+        data: DataConfig,
+        hub: HubData,
+        evals: Mapping[str, str],
+        columns: Sequence[str],
+        text_columns: Sequence[str] = (),
+    ) -> None:
+        self._data = data
+        self._hub = hub
+        self._columns = tuple(columns)
+        self._text = [data.columns.get(column, column) for column in text_columns]
+        mistakes = [
+            *_source_mistakes(data),
+            *_column_mistakes(task, data, columns),
+            *_share_mistakes(task, data, evals),
+        ]
+        if mistakes:
+            raise ConfigError(*mistakes)
+        held_out = data.validation_share is not None
+        self._evals = {name: split for name, split in evals.items() if not (held_out and split == "validation")}
+        self._files = {}
+        if data.path is not None:
+            folder = Path(data.path).expanduser()
+            self._files = find_files(folder, task, ("train", *self._evals.values()))
+            there = holds(folder, task, "validation") if held_out else None
+            if there:
+                raise ConfigError(
+                    f"data.validation_share = {data.validation_share}: {there} is there already: drop one"
+                )
+        self._train: Split | None = None
+
+    def training(self) -> Split:
+        """All training examples, before any are held out; kept until the reader is called."""
+        if self._train is None:
+            self._train = self._read("train", progress=False)
+        return self._train
+
+    def __call__(self, progress: bool) -> Splits:
+        """All splits, as many examples of each as are wanted.
+
+        Args:
+            progress: whether it may be shown.
+
+        Raises:
+            DataError: a split that cannot be read, or lacks a column of `data.columns`.
+        """
+        evals = {name: self._read(split, progress) for name, split in self._evals.items()}
+        train, self._train = self._train or self._read("train", progress), None
+        found = {name if got.name == self._evals[name] else got.name: got for name, got in evals.items()}
+        if self._data.validation_share is not None:
+            train, held = hold_out(train, self._data.validation_share)
+            found = {HELD_OUT: held} | found
+        found = {name: got.first(self._data.max_eval_examples) for name, got in found.items()}
+        return Splits(train.first(self._data.max_train_examples), found)
+
+    def _read(self, split: str, progress: bool) -> Split:
+        if split in self._files:
+            got = read_files(self._files[split], split, text_columns=self._text)
+        else:
+            revision = self._data.revision or self._hub.revision
+            got = read_hub(self._hub.dataset, self._hub.subset, split, revision=revision, progress=progress)
+        return with_class_names(renamed(got, self._data.columns), self._columns)
+
+
+def _source_mistakes(data: DataConfig) -> list[str]:
     if data.path is not None and data.revision is not None:
-        raise ConfigError("data.revision pins a data set of the hub, and data.path is a local folder: drop one")
-    official = ("train", *evals.values())
-    files = {} if data.path is None else find_files(Path(data.path).expanduser(), task, official)
+        return ["data.revision pins a data set of the hub, and data.path is a local folder: drop one"]
+    return []
 
-    def read_split(split: str, limit: int | None, progress: bool) -> Split:
-        if split in files:
-            return read_file(files[split], split, text_columns=text_columns).first(limit)
-        revision = data.revision or hub.revision
-        return read_hub(hub.dataset, hub.subset, split, revision=revision, progress=progress).first(limit)
 
-    def read(progress: bool) -> Splits:
-        found = {}
-        for name, split in evals.items():
-            got = read_split(split, data.max_eval_examples, progress)
-            found[name if got.name == split else got.name] = got
-        return Splits(read_split("train", data.max_train_examples, progress), found)
+def _column_mistakes(task: str, data: DataConfig, columns: Sequence[str]) -> list[str]:
+    """Names on the left of `data.columns` are the task's, and nobody's column is read twice."""
+    mistakes = []
+    for role in data.columns:
+        if role not in columns:
+            near = difflib.get_close_matches(role, columns, n=1)
+            hint = f"did you mean '{near[0]}'?" if near else f"it reads {', '.join(columns)}"
+            mistakes.append(f"data.columns.{role}: task '{task}' reads no column '{role}'; {hint}")
+    given = list(data.columns.values())
+    twice = next((name for name in given if given.count(name) > 1), None)
+    if twice is not None:
+        mistakes.append(f"data.columns: column '{twice}' is named twice")
+    return mistakes
 
-    return read
+
+def _share_mistakes(task: str, data: DataConfig, evals: Mapping[str, str]) -> list[str]:
+    if data.validation_share is None or "validation" in evals.values():
+        return []
+    return [f"data.validation_share: task '{task}' is evaluated on {', '.join(evals.values())}, and not on one split"]
 
 
 # --- local folders ------------------------------------------------------------------------
 
 
-def find_files(folder: Path, task: str, splits: Iterable[str]) -> dict[str, Path]:
-    """The file of each split, in the folder or in its subfolder named as the task.
-
-    `train.parquet` is the official split; where it is absent, one file such as `train_partial.parquet`
-    stands in for it.
-
-    Raises:
-        DataError: no such folder, a split without a file or with several.
-    """
-    if not folder.is_dir():
-        raise DataError(f"data.path '{folder}' is not a folder")
-    splits = list(splits)
-    for place in (folder, folder / task):
-        found = {split: _candidates(place, split) for split in splits}
-        if any(found.values()):
-            return {split: _only(place, split, paths) for split, paths in found.items()}
-    raise DataError(
-        f"data.path '{folder}': neither it nor its subfolder '{task}' holds {', '.join(splits)} ({FORMATS}); "
-        f"there is {_listing(folder)}"
-    )
-
-
-def _candidates(folder: Path, split: str) -> list[Path]:
-    """Files that carry the official name or, where there are none, those marked as partial."""
-    if not folder.is_dir():
-        return []
-    files = sorted(path for path in folder.iterdir() if path.is_file() and path.suffix in READERS)
-    official = [path for path in files if path.stem == split]
-    return official or [path for path in files if path.stem.startswith(f"{split}_") and "partial" in path.stem]
-
-
-def _only(folder: Path, split: str, paths: Sequence[Path]) -> Path:
-    if not paths:
-        raise DataError(f"data.path '{folder}': no file for split '{split}' ({FORMATS}); there is {_listing(folder)}")
-    if len(paths) > 1:
-        names = " and ".join(path.name for path in paths)
-        raise DataError(f"data.path '{folder}': {names} both stand for split '{split}': keep one")
-    return paths[0]
-
-
-def _listing(folder: Path) -> str:
-    names = sorted(path.name + "/" * path.is_dir() for path in folder.iterdir())
-    shown = ", ".join(names[:10]) or "nothing"
-    return f"{shown}, and {len(names) - 10} more" if len(names) > 10 else shown
-
-
-def read_file(path: Path, split: str, *, text_columns: Sequence[str]) -> Split:
-    """One local file as a split.
+def read_files(paths: Sequence[Path], split: str, *, text_columns: Sequence[str]) -> Split:
+    """One local file, or all shards of one, as a split.
 
     Args:
-        path: a parquet, csv, tsv, jsonl or json file; the columns of csv and tsv stand in the first line.
-        split: the official split that it stands for.
+        paths: in order.
+        split: the official split that they stand for.
         text_columns: columns that csv and tsv must not take for numbers.
 
     Raises:
-        DataError: a file that cannot be read.
+        DataError: a file that cannot be read, or that has other columns than the first.
     """
-    try:
-        columns = READERS[path.suffix](path, text_columns)
-    except (pa.ArrowException, OSError, ValueError) as error:
-        raise DataError(f"cannot read {path}: {_reason(error)}") from error
-    if path.stem == split:
-        return Split(split, str(path), columns)
-    return Split(path.stem, str(path), columns, (f"{path.stem}: {path.name} is not the official {split} split",))
-
-
-def _read_parquet(path: Path, _: Sequence[str]) -> Columns:
-    with path.open("rb") as file:
-        columns: Columns = pa.parquet.read_table(file).to_pydict()
-    return columns
-
-
-def _read_delimited(path: Path, text_columns: Sequence[str], *, delimiter: str, quote_char: str | bool) -> Columns:
-    columns: Columns = pa.csv.read_csv(
-        path,
-        parse_options=pa.csv.ParseOptions(
-            delimiter=delimiter, quote_char=quote_char, newlines_in_values=bool(quote_char)
-        ),
-        convert_options=pa.csv.ConvertOptions(column_types=dict.fromkeys(text_columns, pa.string())),
-    ).to_pydict()
-    return columns
-
-
-def _read_json(path: Path, _: Sequence[str]) -> Columns:
-    """One object a line, or one list of objects."""
-    text = path.read_text(encoding="utf-8")
-    if text.lstrip().startswith("["):
-        return _transpose(json.loads(text))
-    return _transpose([_parse_line(number, line) for number, line in enumerate(text.splitlines(), 1) if line.strip()])
-
-
-def _parse_line(number: int, line: str) -> Any:
-    try:
-        return json.loads(line)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"line {number}: {error.msg}") from error
-
-
-def _transpose(rows: Sequence[Any]) -> Columns:
-    names = list(rows[0]) if rows and isinstance(rows[0], dict) else []
-    for number, row in enumerate(rows):
-        if not isinstance(row, dict):
-            raise ValueError(f"row {number}: expected an object, found {type(row).__name__}")
-        if set(row) != set(names):
-            raise ValueError(f"row {number}: has columns {', '.join(row)}, the first row has {', '.join(names)}")
-    return {name: [row[name] for row in rows] for name in names}
-
-
-READERS: dict[str, Callable[[Path, Sequence[str]], Columns]] = {
-    ".parquet": _read_parquet,
-    ".csv": partial(_read_delimited, delimiter=",", quote_char='"'),
-    # GLUE's own tsv files are written without quoting, and a lone quote mark is text.
-    ".tsv": partial(_read_delimited, delimiter="\t", quote_char=False),
-    ".jsonl": _read_json,
-    ".json": _read_json,
-}
-"""Reader of each kind of file; `find_files` looks for these."""
+    tables = [read_table(path, split, text_columns=text_columns) for path in paths]
+    columns = tables[0].columns
+    for path, table in zip(paths[1:], tables[1:], strict=True):
+        if set(table.columns) != set(columns):
+            raise DataError(f"{path}: has columns {', '.join(table.columns)}, and {paths[0].name} {', '.join(columns)}")
+        columns = {name: [*values, *table.columns[name]] for name, values in columns.items()}
+    official = is_official(paths, split)
+    name = split if official else kind_of(paths[0])[0]
+    notes = () if official else (f"{name}: {paths[0].name} is not the official {split} split",)
+    told = tuple(f"{name}: {note}" for table in tables for note in table.notes)
+    origin = str(paths[0]) if len(paths) == 1 else f"{paths[0]} and {len(paths) - 1} more"
+    return Split(name, origin, columns, (*notes, *told), class_names=tables[0].class_names)
 
 
 # --- the hub ------------------------------------------------------------------------------
+
+
+def named_data(task: str, data: DataConfig, default: HubData | None) -> HubData:
+    """The data set of the hub that the user names, or the default.
+
+    Raises:
+        ConfigError: none is named, and there is neither a default nor a local folder.
+    """
+    if data.dataset is not None:
+        return HubData(data.dataset, data.subset)
+    if data.subset is not None:
+        raise ConfigError(f"data.subset = '{data.subset}': of which data set? give data.dataset as well")
+    if default is None and data.path is None:
+        raise ConfigError(
+            f"task '{task}' has no data set of its own: give data.dataset, or a local folder as data.path"
+        )
+    return default or HubData("")
+
+
+def eval_splits(data: DataConfig) -> dict[str, str]:
+    """Evaluation splits by their names in figures.
+
+    Raises:
+        ConfigError: none but the test split, which must not pick the best model.
+    """
+    if not set(data.evals) - {"test"} or len(set(data.evals)) < len(data.evals):
+        raise ConfigError(f"data.evals = {list(data.evals)}: name each split once, and one beside 'test'")
+    return {split: split for split in data.evals}
 
 
 def read_hub(
@@ -260,8 +225,10 @@ def read_hub(
     try:
         table = datasets.load_dataset(dataset, subset, split=split, revision=revision)
     except (datasets.exceptions.DatasetsError, OSError, ValueError, RuntimeError) as error:
-        raise DataError(f"cannot get {origin}: {_reason(error)}; a local folder can be given as data.path") from error
-    return Split(split, origin + _commit(table), {name: list(table[name]) for name in table.column_names})
+        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        raise DataError(f"cannot get {origin}: {reason}; a local folder can be given as data.path") from error
+    columns = {name: list(table[name]) for name in table.column_names}
+    return Split(split, origin + _commit(table), columns, class_names=class_names(table.features.to_dict()))
 
 
 def _commit(table: Any) -> str:
@@ -269,8 +236,3 @@ def _commit(table: Any) -> str:
     addresses = table.info.download_checksums or {}
     commits = sorted({address.partition("@")[2].partition("/")[0] for address in addresses if "@" in address})
     return f", commit {', '.join(commits)}" if commits else ""
-
-
-def _reason(error: Exception) -> str:
-    """The first line of a foreign error."""
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)

@@ -23,8 +23,11 @@ from dsprune.tasks.checks import check_columns, check_text, refuse_first
 from dsprune.tasks.metrics import check_finite
 from dsprune.tasks.sources import Split, Splits
 
-__all__ = ["NO_SPAN", "Questions", "SpanTask", "Windows", "locate"]
+__all__ = ["COLUMNS", "NO_SPAN", "TEXTS", "Questions", "SpanTask", "Windows", "locate"]
 
+TEXTS = ("id", "question", "context")
+"""Columns of texts, as data sets name them."""
+COLUMNS = (*TEXTS, "answers")
 NO_SPAN = (0, 0)
 """First and last token that a feature without the answer points at."""
 TOLERATED = 0.01
@@ -197,8 +200,8 @@ class SpanTask(LabelTask):
 
     def _check_split(self, split: Split) -> Split:
         """The split without the examples whose answers are out of place."""
-        check_columns(split, ("id", "question", "context", "answers"), self.name)
-        check_text(split, ("id", "question", "context"))
+        check_columns(split, COLUMNS, self.name)
+        check_text(split, TEXTS)
         least = 0 if self.may_be_unanswerable else 1
         wanted = (
             f"expected {{text: [...], answer_start: [...]}} of equal length{', at least one of each' if least else ''}"

@@ -9,8 +9,8 @@ from dsprune.config import DataConfig, TaskConfig
 from dsprune.errors import ConfigError
 from dsprune.tasks.answers import ANSWER_METRICS, OR_NONE_METRICS
 from dsprune.tasks.base import Task, choose_metric
-from dsprune.tasks.sources import HubData, split_reader
-from dsprune.tasks.spans import SpanTask
+from dsprune.tasks.sources import HubData, SplitReader
+from dsprune.tasks.spans import COLUMNS, TEXTS, SpanTask
 
 __all__ = ["SQUAD", "build_squad"]
 
@@ -52,7 +52,7 @@ def build_squad(task: TaskConfig, data: DataConfig, seed: int) -> Task:
         metrics=facts.metrics,
         primary=primary,
         max_length=task.max_length,
-        read=split_reader(task.name, data, facts.hub, {"validation": "validation"}),
+        read=SplitReader(task.name, data, facts.hub, {"validation": "validation"}, COLUMNS, TEXTS),
         stride=task.stride,
         max_answer_length=task.max_answer_length,
         n_best=task.n_best,

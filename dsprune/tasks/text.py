@@ -13,20 +13,18 @@ from transformers import PreTrainedTokenizerBase
 
 from dsprune.config import DataConfig, TaskConfig
 from dsprune.distill import VocabularyHead, surprisals
-from dsprune.errors import ArchitectureError, ConfigError, DataError
+from dsprune.errors import ArchitectureError, DataError
 from dsprune.tasks.base import Head, Problem, Task, choose_metric
 from dsprune.tasks.batching import Flat, Tokeniser, flatten
 from dsprune.tasks.checks import check_columns, check_text
 from dsprune.tasks.losses import IGNORED
-from dsprune.tasks.sources import HubData, Split, Splits, split_reader
+from dsprune.tasks.sources import HubData, Split, SplitReader, Splits, eval_splits, named_data
 
 __all__ = [
     "DecodedTask",
     "TextTask",
     "check_documents",
     "end_of_text",
-    "eval_splits",
-    "named_data",
     "summed_surprisals",
     "text_settings",
     "text_stream",
@@ -172,34 +170,6 @@ def text_settings(
         "metrics": metrics,
         "primary": choose_metric(task.name, metrics, task.metric),
         "max_length": task.max_length,
-        "read": split_reader(task.name, data, named_data(task.name, data, default), eval_splits(data), columns),
+        "read": SplitReader(task.name, data, named_data(task.name, data, default), eval_splits(data), columns, columns),
         "chunk": task.logits_chunk,
     }
-
-
-def named_data(task: str, data: DataConfig, default: HubData | None) -> HubData:
-    """The data set of the hub that the user names, or the default.
-
-    Raises:
-        ConfigError: none is named, and there is neither a default nor a local folder.
-    """
-    if data.dataset is not None:
-        return HubData(data.dataset, data.subset)
-    if data.subset is not None:
-        raise ConfigError(f"data.subset = '{data.subset}': of which data set? give data.dataset as well")
-    if default is None and data.path is None:
-        raise ConfigError(
-            f"task '{task}' has no data set of its own: give data.dataset, or a local folder as data.path"
-        )
-    return default or HubData("")
-
-
-def eval_splits(data: DataConfig) -> dict[str, str]:
-    """Evaluation splits by their names in figures.
-
-    Raises:
-        ConfigError: none but the test split, which must not pick the best model.
-    """
-    if not set(data.evals) - {"test"} or len(set(data.evals)) < len(data.evals):
-        raise ConfigError(f"data.evals = {list(data.evals)}: name each split once, and one beside 'test'")
-    return {split: split for split in data.evals}

@@ -23,10 +23,11 @@ from dsprune.tasks import losses
 from dsprune.tasks.base import Head, LabelTask, Problem
 from dsprune.tasks.batching import Encoded, Flat, Tokeniser, Tokens, flatten
 from dsprune.tasks.checks import check_columns, refuse_first
+from dsprune.tasks.label_names import label_reader, labels_there, wanted_label
 from dsprune.tasks.metrics import check_finite
 from dsprune.tasks.sources import Split, Splits
 
-__all__ = ["ENTITY_METRICS", "OUTSIDE", "TaggedWords", "TokenTask", "entity_scores", "first_pieces"]
+__all__ = ["COLUMNS", "ENTITY_METRICS", "OUTSIDE", "TaggedWords", "TokenTask", "entity_scores", "first_pieces"]
 
 OUTSIDE = "O"
 """Tag of a word that belongs to no entity."""
@@ -39,12 +40,15 @@ ENTITY_METRICS = ("f1", "precision", "recall", "strict_f1")
 
 Integers = np.ndarray[Any, np.dtype[np.int64]]
 
+COLUMNS = (WORDS, TAGS)
+"""What CoNLL-2003 is read from."""
+
 
 class TaggedWords(Encoded):
     """Sentences as token ids, and the tags of all their words.
 
     Attributes:
-        tags: [words] int8 label of every word of the split, one sentence after the other.
+        tags: [words] label of every word of the split, one sentence after the other; int8, or int16 for many labels.
         num_words: [sentences] int64 words of each.
         labelled: [targets] int64 index into `tags` of each word that has a label, in the order of the tokens.
     """
@@ -73,7 +77,13 @@ class TaggedWords(Encoded):
 
 @dataclass(frozen=True, kw_only=True)
 class TokenTask(LabelTask):
-    """Tagging of words; `labels` are IOB2 tags, `O` among them."""
+    """Tagging of words; `labels` are IOB2 tags, `O` among them.
+
+    Attributes:
+        columns: of the words and of their tags.
+    """
+
+    columns: tuple[str, str] = COLUMNS
 
     head: ClassVar[Head] = "ForTokenClassification"
 
@@ -113,11 +123,11 @@ class TokenTask(LabelTask):
 
     def _check(self, splits: Splits) -> Splits:
         checked = splits.map(self._check_split)
-        seen = _kinds(checked.train)
+        seen = self._kinds(checked.train)
         train = checked.train.origin
 
         def compare(split: Split) -> Split:
-            unseen = ", ".join(self.labels[tag] for tag in sorted(_kinds(split) - seen))
+            unseen = ", ".join(self.labels[tag] for tag in sorted(self._kinds(split) - seen))
             if not unseen:
                 return split
             if checked.train.whole:
@@ -128,20 +138,29 @@ class TokenTask(LabelTask):
 
     def _check_split(self, split: Split) -> Split:
         """The split with the ids of all tags, once they are known to be good."""
-        check_columns(split, (WORDS, TAGS), self.name)
-        refuse_first(split, WORDS, (not _are_words(row) for row in split.columns[WORDS]), "expected a list of words")
-        refuse_first(split, WORDS, (not row for row in split.columns[WORDS]), "expected at least one word")
-        ids = {name: index for index, name in enumerate(self.labels)} | {
-            index: index for index in range(len(self.labels))
-        }
-        wanted = f"expected a list of integers from 0 to {len(self.labels) - 1}, or of {', '.join(self.labels)}"
-        refuse_first(split, TAGS, (not _are_tags(row, ids) for row in split.columns[TAGS]), wanted)
-        for row, (words, tags) in enumerate(zip(split.columns[WORDS], split.columns[TAGS], strict=True)):
-            if len(words) != len(tags):
-                raise DataError(f"{split.origin}: row {row} (from 0) has {len(words)} words and {len(tags)} tags")
-        tags = [[ids[tag] for tag in row] for row in split.columns[TAGS]]
-        self._check_iob2(split, tags)
-        return replace(split, columns={WORDS: split.columns[WORDS], TAGS: tags})
+        words, tags = self.columns
+        check_columns(split, self.columns, self.name)
+        refuse_first(split, words, (not _are_words(row) for row in split.columns[words]), "expected a list of words")
+        refuse_first(split, words, (not row for row in split.columns[words]), "expected at least one word")
+        found = self._read_tags(split)
+        for row, (sentence, labels) in enumerate(zip(split.columns[words], found, strict=True)):
+            if len(sentence) != len(labels):
+                raise DataError(f"{split.origin}: row {row} (from 0) has {len(sentence)} words and {len(labels)} tags")
+        self._check_iob2(split, found)
+        return replace(split, columns={words: split.columns[words], tags: found})
+
+    def _read_tags(self, split: Split) -> list[list[int]]:
+        """Ids of the tags of each sentence."""
+        column = self.columns[1]
+        rows, read = split.columns[column], label_reader(self.labels)
+        found = [[read(tag) for tag in row] if isinstance(row, list) else None for row in rows]
+        wrong = [row is None or None in row for row in found]
+        there = labels_there(tag for row in rows if isinstance(row, list) for tag in row) if any(wrong) else ""
+        refuse_first(split, column, wrong, f"for each word {wanted_label(self.labels)}", hint=there)
+        return [[tag for tag in row if tag is not None] for row in found if row is not None]
+
+    def _kinds(self, split: Split) -> set[int]:
+        return {tag for sentence in split.columns[self.columns[1]] for tag in sentence}
 
     def _check_iob2(self, split: Split, tags: Sequence[Sequence[int]]) -> None:
         """Refuse entities that do not begin with a B tag, as in IOB1."""
@@ -164,7 +183,8 @@ class TokenTask(LabelTask):
 
     def _encode(self, split: Split, tokeniser: Tokeniser) -> TaggedWords:
         tokeniser.need_offsets(self.name)
-        sentences, tags = split.columns[WORDS], split.columns[TAGS]
+        sentences, tags = (split.columns[column] for column in self.columns)
+        small = torch.int8 if len(self.labels) <= torch.iinfo(torch.int8).max else torch.int16
         num_words = torch.tensor([len(words) for words in sentences])
         words_before = (num_words.cumsum(0) - num_words).tolist()
 
@@ -180,7 +200,7 @@ class TokenTask(LabelTask):
             )
             aligned = list(map(_align, encoding["offset_mapping"], sentences[rows], tags[rows]))
             return flatten(encoding) | {
-                "labels": torch.cat([labels for labels, _ in aligned]),
+                "labels": torch.cat([labels for labels, _ in aligned]).to(small),
                 "labelled": torch.cat(
                     [words + before for (_, words), before in zip(aligned, words_before[rows], strict=True)]
                 ),
@@ -194,7 +214,7 @@ class TokenTask(LabelTask):
             split.name,
             tokens,
             flat["labels"],
-            tags=torch.tensor([tag for sentence in tags for tag in sentence], dtype=torch.int8),
+            tags=torch.tensor([tag for sentence in tags for tag in sentence], dtype=small),
             num_words=num_words,
             labelled=flat["labelled"],
             targets=flat["targets"],
@@ -203,9 +223,9 @@ class TokenTask(LabelTask):
 
 
 def _align(offsets: list[tuple[int, int]], words: Sequence[str], tags: Sequence[int]) -> tuple[Tensor, Tensor]:
-    """Labels of a sentence's tokens, [tokens] int8, and the words that have one, [words found]."""
+    """Labels of a sentence's tokens, [tokens] int16, and the words that have one, [words found]."""
     positions, found = first_pieces(np.array(offsets), words)
-    labels = np.full(len(offsets), losses.IGNORED, dtype=np.int8)
+    labels = np.full(len(offsets), losses.IGNORED, dtype=np.int16)
     labels[positions] = np.array(tags)[found]
     return torch.from_numpy(labels), torch.from_numpy(found)
 
@@ -248,13 +268,5 @@ def entity_scores(predicted: list[list[str]], true: list[list[str]]) -> dict[str
     return {name: float(value) for name, value in zip(ENTITY_METRICS, found, strict=True)}
 
 
-def _kinds(split: Split) -> set[int]:
-    return {tag for sentence in split.columns[TAGS] for tag in sentence}
-
-
 def _are_words(row: Any) -> bool:
     return isinstance(row, list) and all(isinstance(word, str) for word in row)
-
-
-def _are_tags(row: Any, known: dict[Any, int]) -> bool:
-    return isinstance(row, list) and all(type(tag) in (int, str) and tag in known for tag in row)

@@ -245,6 +245,16 @@ CASES = {
     ),
     "missing column": (65, "sentence", lambda f: _data(f, GOOD.replace("sentence", "text"))),
     "empty split": (65, "validation", lambda f: _data(f, GOOD, "sentence,label\n")),
+    "data of one's own with a single label": (
+        65,
+        "column 'label' holds one label alone, 1",
+        lambda f: (*_data(f, "text,label\nfine,1\ngood,1.0\n"), "task.name=text_classification"),
+    ),
+    "label that is none of the task's": (
+        65,
+        "expected one of negative, positive, or a number from 0 to 1, found 'neutral'; the column holds 0, 1, neutral",
+        lambda f: _data(f, GOOD + "one more,neutral\n"),
+    ),
     "label out of range": (65, "label", lambda f: _data(f, GOOD + "one more,7\n")),
     "no data": (65, "no data here", lambda f: ("task.name=sst2", f"data.path={_empty(f)}")),
     "density out of reach": (64, "gates qk_dim, vo_dim, ffn_dim can remove at most", lambda f: ("prune.target=0.999",)),

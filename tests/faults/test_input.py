@@ -14,7 +14,7 @@ from dsprune.engine.zero.config import list_ds_configs, load_ds_config, zero_sta
 from dsprune.errors import ArchitectureError, ConfigError, DataError
 from dsprune.run.launch import load
 from dsprune.structure import analyze
-from dsprune.tasks.sources import read_file
+from dsprune.tasks.sources import read_files
 from tests.engine import test_bad_input
 from tests.helpers.models import tiny_model
 from tests.helpers.runs import execute, words
@@ -147,7 +147,7 @@ def test_f26_bad_files_are_named(tmp_path, name):
     path = tmp_path / name
     path.write_bytes(BAD_FILES[name])
     with pytest.raises(DataError) as caught:
-        read_file(path, "train", text_columns=())
+        read_files([path], "train", text_columns=())
     assert str(path) in str(caught.value)
     assert caught.value.exit_code == 65
 

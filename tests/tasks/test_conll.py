@@ -271,6 +271,14 @@ def test_unequal_micro_batches_add_up(tmp_path: Path, write: Write, speller: Pre
 # --- sources and mistakes -----------------------------------------------------------------
 
 
+def test_tags_may_be_numbers_that_a_table_with_gaps_wrote(
+    tmp_path: Path, write: Write, speller: PreTrainedTokenizerFast
+) -> None:
+    floats = DATA | {"ner_tags": [[float(tag) for tag in sentence] for sentence in DATA["ner_tags"]]}
+    read = build(tmp_path / "floats", write, train=floats, validation=floats, test=floats).load(speller)
+    assert torch.equal(read.train.labels, build(tmp_path / "ids", write).load(speller).train.labels)
+
+
 def test_tags_may_be_names(tmp_path: Path, write: Write, speller: PreTrainedTokenizerFast) -> None:
     named = DATA | {"ner_tags": [[TAG_NAMES[tag] for tag in sentence] for sentence in DATA["ner_tags"]]}
     by_name = build(tmp_path / "names", write, train=named, validation=named, test=named).load(speller)
@@ -298,12 +306,15 @@ def test_the_hub_by_default(monkeypatch: pytest.MonkeyPatch, speller: PreTrained
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
-        ({"ner_tags": [[0] * 5, [9], [0] * 5]}, r"row 1 \(from 0\), column 'ner_tags': .* from 0 to 8, .*found \[9\]"),
+        ({"ner_tags": [[0] * 5, [9], [0] * 5]}, r"row 1 \(from 0\), column 'ner_tags': .* from 0 to 8, found \[9\]"),
         ({"ner_tags": [[0] * 5, [-1], [0] * 5]}, r"row 1 .*found \[-1\]"),
-        ({"ner_tags": [["O"] * 5, ["B-DATE"], ["O"] * 5]}, r"row 1 .*or of O, B-PER, .*found \['B-DATE'\]"),
+        (
+            {"ner_tags": [["O"] * 5, ["B-DATE"], ["O"] * 5]},
+            r"row 1 .*one of O, B-PER, .*found \['B-DATE'\]; the column holds B-DATE, O$",
+        ),
         ({"ner_tags": [[0] * 5, [True], [0] * 5]}, r"row 1 .*found \[True\]"),
         ({"ner_tags": [[0] * 5, [None], [0] * 5]}, r"row 1 .*found \[None\]"),
-        ({"ner_tags": [[0] * 5, 5, [0] * 5]}, r"row 1 .*'ner_tags': .*found 5$"),
+        ({"ner_tags": [[0] * 5, 5, [0] * 5]}, r"row 1 .*'ner_tags': .*found 5; "),
         ({"ner_tags": [[0] * 5, [0], [0] * 4]}, r"row 2 \(from 0\) has 5 words and 4 tags"),
         ({"tokens": [["a"], [], ["b"]], "ner_tags": [[0], [], [0]]}, r"row 1 .*'tokens': expected at least one word"),
         ({"tokens": [["a"], ["b", None], ["c"]]}, r"row 1 .*'tokens': expected a list of words"),

@@ -135,14 +135,24 @@ def test_partial_files_are_never_called_official(
         (
             "sst2",
             {"label": [0, 1, -1]},
-            r"train\.jsonl: row 2 \(from 0\), column 'label': expected an integer from 0 to 1",
+            r"train\.jsonl: row 2 \(from 0\), column 'label': expected one of negative, positive, or a number from 0 "
+            r"to 1, found -1; the column holds -1, 0, 1$",
         ),
-        ("sst2", {"label": [0, 2, 1]}, r"row 1 \(from 0\), column 'label': .* found 2$"),
-        ("mnli", {"label": [0, 3, 1]}, r"from 0 to 2 \(entailment, neutral, contradiction\), found 3$"),
-        ("sst2", {"label": [0, 1, 0.5]}, "found 0.5$"),
-        ("sst2", {"label": [0, 1, True]}, "found True$"),
-        ("sst2", {"label": ["positive", "negative", "negative"]}, "found 'positive'$"),
-        ("sst2", {"label": [0, 1, None]}, "found None$"),
+        ("sst2", {"label": [0, 2, 1]}, r"row 1 \(from 0\), column 'label': .* found 2; the column holds 0, 1, 2$"),
+        (
+            "mnli",
+            {"label": [0, 3, 1]},
+            r"one of entailment, neutral, contradiction, or a number from 0 to 2, found 3; ",
+        ),
+        ("sst2", {"label": [0, 1, 0.5]}, "found 0.5; the column holds 0, 0.5, 1$"),
+        ("mnli", {"label": [0, 1, True]}, "found True; "),
+        (
+            "sst2",
+            {"label": ["positive", "neutral", "negative"]},
+            "found 'neutral'; the column holds negative, neutral, po",
+        ),
+        ("sst2", {"label": [0, 1, None]}, "found None; "),
+        ("stsb", {"label": [0.0, True, 1.0]}, "row 1 .* expected a number from 0 to 5, found True$"),
         ("stsb", {"label": [0.0, float("nan"), 1.0]}, "row 1 .* expected a number from 0 to 5, found nan$"),
         ("stsb", {"label": [0.0, 5.5, 1.0]}, "found 5.5$"),
         ("stsb", {"label": [0.0, "high", 1.0]}, "found 'high'$"),
@@ -163,6 +173,36 @@ def test_values_that_cannot_be(
     with pytest.raises(DataError, match=message) as caught:
         task.load(tokenizer)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "labels", "wanted"),
+    [
+        ("sst2", ["positive", "negative", "Positive"], [1, 0, 1]),
+        ("sst2", [1.0, 0.0, 1.0], [1, 0, 1]),
+        ("sst2", [True, False, True], [1, 0, 1]),
+        ("sst2", ["1", "0", "1.0"], [1, 0, 1]),
+        ("sst2", ["LABEL_1", "LABEL_0", "LABEL_1"], [1, 0, 1]),
+        ("rte", ["not_entailment", "entailment", "Not Entailment"], [1, 0, 1]),
+        ("wnli", ["not_entailment", "entailment", 1], [0, 1, 1]),
+        ("mnli", ["contradiction", "neutral", "entailment"], [2, 1, 0]),
+        ("stsb", ["0.5", 3, "5"], [0.5, 3.0, 5.0]),
+    ],
+)
+@pytest.mark.parametrize("suffix", ["csv", "jsonl"])
+def test_labels_as_users_have_them(
+    name: str,
+    labels: list[Any],
+    wanted: list[float],
+    suffix: str,
+    tmp_path: Path,
+    write: Write,
+    tokenizer: PreTrainedTokenizerFast,
+) -> None:
+    for split in ("train", *(split for _, split in GLUE[name].evals)):
+        write(tmp_path / f"{split}.{suffix}", columns_of(name) | {"label": labels})
+    data = build_task(TaskConfig(name=name), DataConfig(path=str(tmp_path)), seed=0).load(tokenizer)
+    assert data.train.labels.tolist() == wanted
 
 
 def test_an_empty_split_is_refused(tmp_path: Path, write: Write, tokenizer: PreTrainedTokenizerFast) -> None:

@@ -26,6 +26,14 @@ def test_names_are_compared_loosely() -> None:
     assert label_permutation({1: "POSITIVE", 0: "NEGATIVE"}, ("negative", "positive")) is None
 
 
+def test_names_that_are_the_same_are_not_compared_loosely() -> None:
+    assert label_permutation({0: "-1", 1: "0", 2: "1"}, ("-1", "0", "1")) is None
+    assert label_permutation({0: "1", 1: "0", 2: "-1"}, ("-1", "0", "1")) == [2, 1, 0]
+    assert label_permutation({0: "c", 1: "C"}, ("C", "c")) == [1, 0]
+    with pytest.raises(ArchitectureError, match="are not the task's"):
+        label_permutation({0: "C", 1: "c"}, ("C", "C "))
+
+
 def test_default_names_are_believed() -> None:
     names = {0: "LABEL_0", 1: "LABEL_1", 2: "LABEL_2"}
     assert label_permutation(names, MNLI) is None

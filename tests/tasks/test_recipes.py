@@ -1,12 +1,16 @@
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 from dsprune.config import Duration, RunConfig, list_recipes, load_config
+from dsprune.errors import ConfigError
 from dsprune.methods import method_options
 from dsprune.tasks import build_task
 from dsprune.tasks.glue import GLUE
 from dsprune.tasks.squad import SQUAD
+from tests.tasks.conftest import Write
 
 SMALL = ("cola", "mrpc", "stsb", "rte", "wnli")
 
@@ -49,6 +53,42 @@ def test_one_recipe_mixes_the_selection_of_one_method_with_the_distillation_of_a
     )
     assert mixed.method == grain.method
     assert mixed.distill == cofi.distill != grain.distill
+
+
+FIVE_LINES = """
+model.name = "google-bert/bert-base-uncased"
+task.name = "text_classification"
+data.path = "reviews"
+data.columns = {text = "review", label = "stars"}
+prune.target = 0.6
+"""
+
+
+def test_five_lines_are_a_recipe(tmp_path: Path, write: Write, monkeypatch: pytest.MonkeyPatch) -> None:
+    for split in ("train", "validation"):
+        write(tmp_path / "reviews" / f"{split}.csv", {"review": ["fine", "dull", "so so"], "stars": [5, 1, 3]})
+    (tmp_path / "reviews.toml").write_text(FIVE_LINES)
+    monkeypatch.chdir(tmp_path)
+    config = load_config("reviews.toml", method_options=method_options)
+    assert (config.output, config.method.name, config.prune.target) == ("runs/reviews", "cofi", 0.6)
+    task = build_task(config.task, config.data, seed=config.seed)
+    assert (task.labels, task.primary) == (("1", "3", "5"), "accuracy")
+
+
+@pytest.mark.parametrize(
+    ("method", "task", "metric"),
+    [("cofi", "text_classification", "accuracy"), ("grain", "token_classification", "f1")],
+)
+def test_recipes_for_data_of_ones_own(method: str, task: str, metric: str, tmp_path: Path, write: Write) -> None:
+    config = recipe(task, method)
+    assert (config.task.name, config.method.name) == (task, method)
+    with pytest.raises(ConfigError, match=r"give data.dataset, or a local folder as data.path"):
+        build_task(config.task, config.data, seed=config.seed)
+    rows = {"text": ["a", "b"], "tokens": [["a", "b"]] * 2, "label": ["x", "y"], "tags": [["B-X", "O"]] * 2}
+    for split in ("train", "dev"):
+        write(tmp_path / f"{split}.jsonl", rows)
+    data = config.data.model_copy(update={"path": str(tmp_path)})
+    assert build_task(config.task, data, seed=config.seed).primary == metric
 
 
 @pytest.mark.parametrize("name", SQUAD)

@@ -91,7 +91,10 @@ class Batches:
         """This rank's micro-batch of a step."""
         data = self.data.in_epoch(step // self.steps_per_epoch)
         batch = data.collate(self._mine(step, micro_step))
-        written = (batch["labels"] != IGNORED).flatten().nonzero().flatten() if batch["labels"].dim() == 2 else NOTHING
+        labels = batch["labels"]
+        # Of an example with several labels these are no token ids.
+        by_token = labels.dim() == 2 and not labels.is_floating_point()
+        written = (labels != IGNORED).flatten().nonzero().flatten() if by_token else NOTHING
         inputs, labels, token_index = to_device(batch, self.world)
         shares = self.plan.world_size * self.plan.accumulation
         indices = self.indices(step)

@@ -27,8 +27,8 @@ def label_config(task: Task) -> dict[str, Any]:
     }
     if task.problem == "tokens":
         return labels
-    regression = task.problem == "regression"
-    return labels | {"problem_type": "regression" if regression else "single_label_classification"}
+    kinds = {"regression": "regression", "multi_label": "multi_label_classification"}
+    return labels | {"problem_type": kinds.get(task.problem, "single_label_classification")}
 
 
 def name_labels(config: PretrainedConfig, task: Task) -> None:
