@@ -8,6 +8,7 @@ from dsprune.consolidate.compact import (
     is_stock,
     kept_heads,
     load_compact,
+    without_weights,
 )
 from dsprune.consolidate.export import ConsolidationReport, consolidate, open_checkpoint
 from dsprune.consolidate.heads import auto_with_own_head, with_own_head
@@ -42,4 +43,5 @@ __all__ = [
     "render_manifest",
     "sha256",
     "with_own_head",
+    "without_weights",
 ]

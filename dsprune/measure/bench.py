@@ -46,10 +46,12 @@ MEMORY_NOTES = {
     "cpu": "peak: weights + the growth of resident memory (VmHWM) during one forward, good to a tenth or two",
 }
 
+Source = str | Path | tuple[str, nn.Module]
+
 
 def bench_models(
-    dense: str | Path,
-    compact: str | Path,
+    dense: Source,
+    compact: Source,
     *,
     batch_sizes: Sequence[int],
     length: int,
@@ -67,8 +69,8 @@ def bench_models(
     is run; code from the hub never is.
 
     Args:
-        dense: model folder or hub id.
-        compact: model folder or hub id.
+        dense: model folder, hub id, or a model in memory and its name.
+        compact: likewise.
         batch_sizes: sequences a forward; each size is a row of the report.
         length: tokens a sequence; nothing is padding.
         dtype: float32, bfloat16 or float16.
@@ -85,7 +87,7 @@ def bench_models(
             that does not fit into GPU memory.
     """
     place = check_options(batch_sizes, length, dtype, device, runs, warmup, threads)
-    sources = [str(dense), str(compact)]
+    sources = [source[0] if isinstance(source, tuple) else str(source) for source in (dense, compact)]
     models = [_load(source, DTYPES[dtype]) for source in (dense, compact)]
     _check_fit(sources, models, length)
     models = [model.to(place) for model in models]
@@ -195,8 +197,10 @@ def _find_device(name: str | None) -> tuple[torch.device, str | None]:
     return torch.device("cuda", int(match[2]) if match[2] else torch.cuda.current_device()), None
 
 
-def _load(source: str | Path, dtype: torch.dtype) -> nn.Module:
+def _load(source: Source, dtype: torch.dtype) -> nn.Module:
     """A model in eval mode on the CPU, as the class that its configuration names first."""
+    if isinstance(source, tuple):
+        return source[1].to(dtype).eval()
     folder = Path(source)
     local = folder.is_dir()
     if not local and (isinstance(source, Path) or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", source)):
