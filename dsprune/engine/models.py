@@ -151,7 +151,8 @@ def load_model(
         ConfigError: the source cannot be read.
         ArchitectureError: a family that dsprune does not know, or that does not fit the task.
     """
-    quiet_import()
+    if zero_stage(ds_config) == 3:
+        quiet_import()
     source = resolve_source(source)
     options: dict[str, Any] = {"dtype": _DTYPES[precision(ds_config)] if zero_stage(ds_config) == 3 else torch.float32}
     with _partitioned_loading(ds_config):

@@ -17,9 +17,10 @@ from dsprune.config import DistillConfig
 from dsprune.distill import TeacherLogits, TeacherStates, TopLogits, VocabularyHead, chunked_losses, top_logits
 from dsprune.engine.models import gathered
 from dsprune.tasks import LabelTask, Task, TextTask
+from dsprune.tasks.labels import label_permutation
 from dsprune.tasks.losses import IGNORED
 
-__all__ = ["Scored", "Scorer", "Taught", "make_scorer"]
+__all__ = ["Scored", "Scorer", "Taught", "make_answerer", "make_scorer"]
 
 Taught = Tensor | TeacherLogits
 """What a teacher says of one micro-batch: its outputs in the task's order of labels, or logits to be had by chunks."""
@@ -228,3 +229,13 @@ def make_scorer(task: Task, model: PreTrainedModel, order: list[int] | None = No
         return VocabularyScorer(task, model)
     assert isinstance(task, LabelTask)
     return OutputScorer(task, order)
+
+
+def make_answerer(task: Task, model: PreTrainedModel) -> Scorer:
+    """What reads the answers of a model that was fine-tuned before, its labels matched by their names.
+
+    Raises:
+        ArchitectureError: the model's labels are not the task's.
+    """
+    order = label_permutation(model.config.id2label, task.labels) if task.labels else None
+    return make_scorer(task, model, order)

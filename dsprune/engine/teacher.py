@@ -14,9 +14,8 @@ from dsprune.distill import AttentionTap, HiddenTap
 from dsprune.engine.ds_config import precision
 from dsprune.engine.models import announce_tables, attention_modules, hidden_states, layer_stacks, load_model
 from dsprune.engine.requirements import quiet_import
-from dsprune.engine.scoring import Taught, make_scorer
+from dsprune.engine.scoring import Taught, make_answerer
 from dsprune.tasks import Task
-from dsprune.tasks.labels import label_permutation
 
 deepspeed = quiet_import()
 
@@ -62,8 +61,7 @@ class Teacher:
     ) -> None:
         model = load_model(source, task, ds_config)
         self.width = int(model.config.hidden_size)
-        order = label_permutation(model.config.id2label, task.labels) if task.labels else None
-        self.scorer = make_scorer(task, model, order)
+        self.scorer = make_answerer(task, model)
         model.to(_DTYPES[precision(ds_config)])
         self.layer_stacks = layer_stacks(model)
         self.stacks = tuple(self.layer_stacks[i - 1] if i > 0 else 0 for i in layers)

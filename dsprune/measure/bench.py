@@ -28,7 +28,16 @@ from dsprune.consolidate.modeling_dsprune import device_name
 from dsprune.errors import ConfigError
 from dsprune.measure.bench_report import BenchReport, BenchRow, Measurement, ModelFacts
 
-__all__ = ["DTYPES", "BenchReport", "bench_models", "check_options", "count_macs", "limit_threads", "wait"]
+__all__ = [
+    "DTYPES",
+    "BenchReport",
+    "bench_models",
+    "check_options",
+    "count_macs",
+    "limit_threads",
+    "num_positions",
+    "wait",
+]
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 AUTO_CLASSES = {
@@ -238,14 +247,14 @@ def _check_fit(sources: Sequence[str], models: Sequence[nn.Module], length: int)
         known = " and ".join(f"'{s}' has {v:,} tokens" for s, v in zip(sources, vocabularies, strict=True))
         mistakes.append(f"{known}: the two must read the same input, give models of one vocabulary")
     for source, model in zip(sources, models, strict=True):
-        positions = _num_positions(model)
+        positions = num_positions(model)
         if positions is not None and length > positions:
             mistakes.append(f"length {length} is more than the {positions} positions of '{source}': give a smaller one")
     if mistakes:
         raise ConfigError(*dict.fromkeys(mistakes))
 
 
-def _num_positions(model: nn.Module) -> int | None:
+def num_positions(model: nn.Module) -> int | None:
     """The longest input; RoBERTa keeps its first positions, up to the padding index, for itself."""
     for name, module in model.named_modules():
         if name.endswith("position_embeddings") and getattr(module, "padding_idx", None) is not None:

@@ -20,7 +20,7 @@ import pyarrow.parquet
 from dsprune.config import DataConfig
 from dsprune.errors import ConfigError, DataError
 
-__all__ = ["HubData", "Split", "Splits", "find_files", "read_file", "read_hub", "split_reader"]
+__all__ = ["EvalData", "HubData", "Split", "Splits", "find_files", "read_file", "read_hub", "split_reader"]
 
 Columns = dict[str, list[Any]]
 
@@ -59,7 +59,7 @@ class Split:
 
 @dataclass(frozen=True)
 class Splits:
-    """Training and evaluation examples as they were read."""
+    """Training and evaluation examples as they were read; of a task that is only evaluated, `train` is one of these."""
 
     train: Split
     evals: Mapping[str, Split]
@@ -82,6 +82,25 @@ class HubData:
     revision: str | None = None
 
 
+class EvalData(DataConfig):
+    """Data settings of a task that is evaluated and not trained: no training examples are looked for."""
+
+    split: str | None = None
+    """Which split; by default the task's own evaluation splits."""
+
+    def choose(self, evals: Mapping[str, str]) -> Mapping[str, str]:
+        """The splits that are meant, from the name in figures to that in the data set.
+
+        `test` of a task with several evaluation splits means the test split of each.
+        """
+        asked = self.split
+        if asked is None:
+            return evals
+        named = {name: split for name, split in evals.items() if asked in (name, split)}
+        tests = [split.replace("validation", "test") for split in evals.values()]
+        return named or (dict(zip(tests, tests, strict=True)) if asked == "test" else {asked: asked})
+
+
 def split_reader(
     task: str, data: DataConfig, hub: HubData, evals: Mapping[str, str], text_columns: Sequence[str] = ()
 ) -> Callable[[bool], Splits]:
@@ -100,7 +119,9 @@ def split_reader(
     """
     if data.path is not None and data.revision is not None:
         raise ConfigError("data.revision pins a data set of the hub, and data.path is a local folder: drop one")
-    official = ("train", *evals.values())
+    evaluated = data if isinstance(data, EvalData) else None
+    evals = evals if evaluated is None else evaluated.choose(evals)
+    official = (*(["train"] if evaluated is None else []), *evals.values())
     files = {} if data.path is None else find_files(Path(data.path).expanduser(), task, official)
 
     def read_split(split: str, limit: int | None, progress: bool) -> Split:
@@ -114,6 +135,8 @@ def split_reader(
         for name, split in evals.items():
             got = read_split(split, data.max_eval_examples, progress)
             found[name if got.name == split else got.name] = got
+        if evaluated is not None:
+            return Splits(next(iter(found.values())), found)
         return Splits(read_split("train", data.max_train_examples, progress), found)
 
     return read
