@@ -109,7 +109,7 @@ ADD = (
     model_commands.add_bench,
     model_commands.add_inspect,
     model_commands.add_consolidate,
-    # model_commands.add_import,
+    model_commands.add_import,
     model_commands.add_families,
 )
 """The commands, in the order of the overview."""

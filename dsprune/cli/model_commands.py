@@ -9,7 +9,7 @@ from pathlib import Path
 from dsprune.cli.parsing import Commands, add_command
 from dsprune.errors import ConfigError
 
-__all__ = ["add_bench", "add_consolidate", "add_evaluate", "add_families", "add_inspect"]
+__all__ = ["add_bench", "add_consolidate", "add_evaluate", "add_families", "add_import", "add_inspect"]
 
 
 def _without_bars() -> None:
@@ -234,6 +234,71 @@ def add_inspect(commands: Commands) -> None:
         "  dsprune inspect runs/demo                         what was kept, layer by layer",
     )
     inspect.add_argument("source", help="model folder, hub id, or run folder")
+
+
+def _import(options: argparse.Namespace) -> int:
+    from dsprune.migrate import Origin, adopt
+
+    _without_bars()
+    report = adopt(
+        options.method,
+        Origin(
+            options.source,
+            config=options.config,
+            tokenizer=options.tokenizer,
+            labels=tuple(options.labels),
+            first_step=options.first_step,
+            block=options.block,
+        ),
+        options.out,
+        dtype=options.dtype,
+        force=options.force,
+        head_multiple=options.head_multiple,
+        progress=sys.stderr.isatty(),
+    )
+    print(report.render())
+    return 0
+
+
+def add_import(commands: Commands) -> None:
+    """`dsprune import`."""
+    adopt = add_command(
+        commands,
+        "import",
+        _import,
+        summary="a model that a method's authors' own code pruned, as a compact folder",
+        description="Reads what the code of CoFi's, GRAIN's or MLPruning's authors left, folds soft masks into the\n"
+        "weights, cuts away what they remove, and compares masked and compact logits. Nothing pickled is run.\n\n"
+        "  cofi       a folder with dense weights and zs.pt, or with weights that are cut (the released models)\n"
+        "  grain      gs<step>.pt, and the teacher's config.json\n"
+        "  mlpruning  a folder of the first step (heads and rows); or one of the second (blocks), beside the first",
+        examples="  dsprune import cofi CoFi-MNLI-s95 out --labels contradiction entailment neutral\n"
+        "  dsprune import cofi out-cofi/best out --tokenizer bert-base-uncased\n"
+        "  dsprune import grain pruned_models/gs42080.pt out --config teacher_models/config.json --tokenizer FOLDER\n"
+        "  dsprune import mlpruning checkpoint-209000 out\n"
+        "  dsprune import mlpruning blocks/checkpoint-198000 out --first-step checkpoint-209000 --block 32x32\n"
+        "  dsprune evaluate out --task mnli --data /data/glue     then",
+    )
+    adopt.add_argument("method", choices=["cofi", "grain", "mlpruning"], help="whose code it was")
+    adopt.add_argument("source", metavar="FOLDER", help="folder of the model, or its file of weights")
+    adopt.add_argument("out", metavar="OUT", help="folder to write; must not exist or be empty")
+    adopt.add_argument("--config", help="config.json of the dense model (default: FOLDER/config.json)")
+    adopt.add_argument("--tokenizer", help="folder or hub id (default: FOLDER, if there is one in it)")
+    adopt.add_argument(
+        "--labels",
+        nargs="+",
+        default=[],
+        metavar="NAME",
+        help="classes in the order of the outputs, where the configuration does not name them",
+    )
+    adopt.add_argument("--first-step", metavar="FOLDER", help="of MLPruning's second step: what it began with")
+    adopt.add_argument("--block", type=_sides, metavar="RxC", help="of MLPruning's second step: size of its blocks")
+    adopt.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"])
+    adopt.add_argument(
+        "--head-multiple", type=int, default=8, help="heads of unequal size are padded, when they run, to this (8)"
+    )
+    adopt.add_argument("--force", action="store_true", help="replace what is in OUT")
+    adopt.set_defaults(run=_import)
 
 
 def _families(options: argparse.Namespace) -> int:
