@@ -44,6 +44,7 @@ __all__ = [
     "list_recipes",
     "load_config",
     "parse_config",
+    "parse_tables",
 ]
 
 
@@ -572,6 +573,34 @@ def load_config(
         raise ConfigError(*mistakes)
     tree.setdefault("output", f"runs/{Path(recipe).stem}")
     return parse_config(tree, method_options)
+
+
+def parse_tables(
+    schemas: Mapping[str, type[Section]], tree: dict[str, Any], overrides: Sequence[str] = ()
+) -> dict[str, Any]:
+    """Check some tables of a recipe, without the others.
+
+    Args:
+        schemas: of each table, by its name.
+        tree: the tables.
+        overrides: `key=value`.
+
+    Raises:
+        ConfigError: with every mistake that was found.
+    """
+    mistakes = [mistake for override in overrides if (mistake := _apply_override(tree, override))]
+    mistakes += [
+        f"unknown key '{name}': here there are those of {', '.join(schemas)}" for name in tree if name not in schemas
+    ]
+    tables = {}
+    for name, schema in schemas.items():
+        try:
+            tables[name] = schema.model_validate(tree.get(name, {}))
+        except ValidationError as error:
+            mistakes += _mistakes(error, schema, name)
+    if mistakes:
+        raise ConfigError(*mistakes)
+    return tables
 
 
 def describe_keys(schema: type[BaseModel], prefix: str = "") -> str:

@@ -69,7 +69,7 @@ def test_commands_are_ones_that_exist(page, command):
     elif "train" in words[:2] or words[0] == "deepspeed":
         _check_training(words[2:])
     else:
-        from dsprune.cli import _parser
+        from dsprune.cli.entry import _parser
 
         _parser().parse_args(words[1:])
 

@@ -8,6 +8,7 @@ from dsprune.consolidate.compact import (
     is_stock,
     kept_heads,
     load_compact,
+    without_weights,
 )
 from dsprune.consolidate.export import ConsolidationReport, consolidate, open_checkpoint
 from dsprune.consolidate.heads import auto_with_own_head, own_head_keys, with_own_head
@@ -44,4 +45,5 @@ __all__ = [
     "sha256",
     "verify",
     "with_own_head",
+    "without_weights",
 ]

@@ -53,6 +53,15 @@ def _loading(config: Mapping[str, Any], tokenizer: str | None) -> list[str]:
     return ["", "## Loading", "", *code, "```"]
 
 
+def _making(figures: Mapping[str, Any], method: str | None) -> str:
+    version = figures.get("dsprune", "")
+    if figures.get("imported"):
+        return (
+            f"A compact model, pruned by the code of the authors of `{method}`, cut and written by dsprune {version}."
+        )
+    return f"A compact model, made by structured pruning with dsprune {version} (method `{method}`)."
+
+
 def render_card(config: Mapping[str, Any], figures: Mapping[str, Any], *, tokenizer: str | None = None) -> str:
     """README.md of a compact model folder.
 
@@ -72,8 +81,7 @@ def render_card(config: Mapping[str, Any], figures: Mapping[str, Any], *, tokeni
         "",
         f"# {base}, pruned for {task}",
         "",
-        f"A compact model, made by structured pruning with dsprune {figures.get('dsprune', '')}"
-        f" (method `{facts.get('method')}`).",
+        _making(figures, facts.get("method")),
         "",
         "| parameters | dense | this model | removed |",
         "| --- | --- | --- | --- |",

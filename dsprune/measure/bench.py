@@ -28,7 +28,16 @@ from dsprune.consolidate.modeling_dsprune import device_name
 from dsprune.errors import ConfigError
 from dsprune.measure.bench_report import BenchReport, BenchRow, Measurement, ModelFacts
 
-__all__ = ["DTYPES", "BenchReport", "bench_models", "check_options", "count_macs", "limit_threads", "wait"]
+__all__ = [
+    "DTYPES",
+    "BenchReport",
+    "bench_models",
+    "check_options",
+    "count_macs",
+    "limit_threads",
+    "num_positions",
+    "wait",
+]
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 AUTO_CLASSES = {
@@ -46,10 +55,12 @@ MEMORY_NOTES = {
     "cpu": "peak: weights + the growth of resident memory (VmHWM) during one forward, good to a tenth or two",
 }
 
+Source = str | Path | tuple[str, nn.Module]
+
 
 def bench_models(
-    dense: str | Path,
-    compact: str | Path,
+    dense: Source,
+    compact: Source,
     *,
     batch_sizes: Sequence[int],
     length: int,
@@ -67,8 +78,8 @@ def bench_models(
     is run; code from the hub never is.
 
     Args:
-        dense: model folder or hub id.
-        compact: model folder or hub id.
+        dense: model folder, hub id, or a model in memory and its name.
+        compact: likewise.
         batch_sizes: sequences a forward; each size is a row of the report.
         length: tokens a sequence; nothing is padding.
         dtype: float32, bfloat16 or float16.
@@ -85,7 +96,7 @@ def bench_models(
             that does not fit into GPU memory.
     """
     place = check_options(batch_sizes, length, dtype, device, runs, warmup, threads)
-    sources = [str(dense), str(compact)]
+    sources = [source[0] if isinstance(source, tuple) else str(source) for source in (dense, compact)]
     models = [_load(source, DTYPES[dtype]) for source in (dense, compact)]
     _check_fit(sources, models, length)
     models = [model.to(place) for model in models]
@@ -195,8 +206,10 @@ def _find_device(name: str | None) -> tuple[torch.device, str | None]:
     return torch.device("cuda", int(match[2]) if match[2] else torch.cuda.current_device()), None
 
 
-def _load(source: str | Path, dtype: torch.dtype) -> nn.Module:
+def _load(source: Source, dtype: torch.dtype) -> nn.Module:
     """A model in eval mode on the CPU, as the class that its configuration names first."""
+    if isinstance(source, tuple):
+        return source[1].to(dtype).eval()
     folder = Path(source)
     local = folder.is_dir()
     if not local and (isinstance(source, Path) or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", source)):
@@ -232,14 +245,14 @@ def _check_fit(sources: Sequence[str], models: Sequence[nn.Module], length: int)
         known = " and ".join(f"'{s}' has {v:,} tokens" for s, v in zip(sources, vocabularies, strict=True))
         mistakes.append(f"{known}: the two must read the same input, give models of one vocabulary")
     for source, model in zip(sources, models, strict=True):
-        positions = _num_positions(model)
+        positions = num_positions(model)
         if positions is not None and length > positions:
             mistakes.append(f"length {length} is more than the {positions} positions of '{source}': give a smaller one")
     if mistakes:
         raise ConfigError(*dict.fromkeys(mistakes))
 
 
-def _num_positions(model: nn.Module) -> int | None:
+def num_positions(model: nn.Module) -> int | None:
     """The longest input; RoBERTa keeps its first positions, up to the padding index, for itself."""
     for name, module in model.named_modules():
         if name.endswith("position_embeddings") and getattr(module, "padding_idx", None) is not None:

@@ -25,10 +25,10 @@ class Point:
         method: that pruned it.
         metric: name of the task's first metric.
         score: of the compact model.
-        dense: of the dense one.
+        dense: of the dense one, which taught it.
         sparsity: of the encoder, as exported.
         parameters: of the compact model.
-        speedup: over the dense model, as measured.
+        speedup: over the dense model that it was cut from, as measured.
         lower_is_better: whether a small score is a good one.
     """
 
@@ -56,7 +56,9 @@ def read_point(run: Path) -> Point | None:
         config: dict[str, Any] = read_json(RunFolder(run).config)
     except (OSError, ValueError):
         return None
-    dense, compact = report["dense"], report["compact"]
+    # Where the teacher is another model than the one that was pruned, the report has both.
+    teacher, base, compact = report.get("teacher"), report.get("base"), report["compact"]
+    dense = teacher or report["dense"]
     metric = next(iter(compact["metrics"]))
     return Point(
         name=run.name,
@@ -67,7 +69,7 @@ def read_point(run: Path) -> Point | None:
         dense=dense["metrics"][metric],
         sparsity=compact["sparsity"]["encoder"],
         parameters=compact["parameters"]["total"],
-        speedup=dense["latency_ms"] / compact["latency_ms"],
+        speedup=compact["speedup"]["base"] if base else dense["latency_ms"] / compact["latency_ms"],
         lower_is_better=report.get("lower_is_better", False),  # reports of earlier versions do not say
     )
 

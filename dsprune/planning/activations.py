@@ -6,6 +6,7 @@ is counted until it is freed. So the peak is that of the model's own code, its r
 
 from __future__ import annotations
 
+import math
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -15,7 +16,7 @@ from unittest.mock import patch
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd import Function
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -25,7 +26,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from dsprune.distill import Question, TeacherStates, VocabularyHead, chunked_losses, default_teacher_layers, layer_loss
 from dsprune.engine.models.load import checkpoint_activations
 
-__all__ = ["Build", "Lecture", "MicroStep", "trace_step", "trace_teacher"]
+__all__ = ["Build", "Lecture", "MicroStep", "layers_of", "trace_step", "trace_teacher"]
 
 
 class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -125,10 +126,12 @@ class Lecture:
 
     Attributes:
         width: of its hidden states.
+        depth: its layers, four of which teach.
         gathers_head: its head is sharded, and whole while the losses are made.
     """
 
     width: int
+    depth: int
     gathers_head: bool
 
 
@@ -151,16 +154,15 @@ def trace_step(build: Build, micro: MicroStep, lecture: Lecture | None) -> int:
     for param in model.parameters():
         # ZeRO takes a weight's gradient as soon as it is there: states count it, not the activations.
         param.register_post_accumulate_grad_hook(_drop_gradient)
-    layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
-    teaching = default_teacher_layers(len(layers)) if lecture is not None else ()
+    learners = [] if lecture is None else _learners(model, lecture.depth)
     caught: list[Tensor] = []
-    for number in teaching:
-        layers[number - 1].register_forward_hook(lambda _module, _args, out: caught.append(_first(out)))
+    for layer in learners:
+        layer.register_forward_hook(lambda _module, _args, out: caught.append(_first(out)))
     with _tracing() as live:
         if lecture is None:
             _loss(model, micro, None).backward()  # type: ignore[no-untyped-call]
             return live.peak
-        taught = torch.empty((len(teaching), micro.batch * micro.length, lecture.width), dtype=micro.dtype)
+        taught = torch.empty((len(learners), micro.batch * micro.length, lecture.width), dtype=micro.dtype)
         loss = _loss(model, micro, lecture)
         states = torch.stack([state.flatten(0, 1) for state in caught])
         projection = torch.empty((lecture.width, states.shape[-1]), dtype=micro.dtype, requires_grad=True)
@@ -169,6 +171,17 @@ def trace_step(build: Build, micro: MicroStep, lecture: Lecture | None) -> int:
         del states
         loss.backward()  # type: ignore[no-untyped-call]
         return live.peak
+
+
+def _learners(model: nn.Module, depth: int) -> list[nn.Module]:
+    """For each layer that teaches, of so many, the student's at the same height."""
+    layers = layers_of(model)
+    return [layers[math.ceil(number * len(layers) / depth) - 1] for number in default_teacher_layers(depth)]
+
+
+def layers_of(model: nn.Module) -> list[nn.Module]:
+    """The layers of a stock model, stack after stack."""
+    return [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
 
 
 def trace_teacher(build: Build, micro: MicroStep) -> int:

@@ -22,7 +22,7 @@ from dsprune.engine.zero.config import (
 )
 from dsprune.errors import ArchitectureError, ConfigError
 from dsprune.measure.tables import render_table
-from dsprune.planning.activations import Build, Lecture, MicroStep, trace_step, trace_teacher
+from dsprune.planning.activations import Build, Lecture, MicroStep, layers_of, trace_step, trace_teacher
 from dsprune.planning.states import States, engine_states
 
 __all__ = [
@@ -135,11 +135,20 @@ def _builder(source: str) -> Build:
     return build
 
 
-def _sizes(build: Build) -> tuple[list[int], int]:
-    """Elements of each parameter, and the model's width."""
+@dataclass(frozen=True)
+class _Extent:
+    """Elements of each parameter of a model, its width, and the number of its layers."""
+
+    elements: list[int]
+    width: int
+    depth: int
+
+
+def _extent(build: Build) -> _Extent:
     with torch.device("meta"):
         model = build()
-    return [param.numel() for param in model.parameters()], int(model.config.hidden_size)
+    elements = [param.numel() for param in model.parameters()]
+    return _Extent(elements, int(model.config.hidden_size), len(layers_of(model)))
 
 
 def forecast(scenario: Scenario) -> Forecast:
@@ -150,9 +159,9 @@ def forecast(scenario: Scenario) -> Forecast:
         ArchitectureError: a model that cannot be trained so.
     """
     student, teacher = _builder(scenario.student), _builder(scenario.teacher)
-    (sizes, _), (teacher_sizes, width) = _sizes(student), _sizes(teacher)
+    ours, theirs = _extent(student), _extent(teacher)
     micro = MicroStep(scenario.batch, scenario.length, DTYPES[precision(scenario.student_ds)], scenario.chunk)
-    lecture = Lecture(width, gathers_head=zero_stage(scenario.teacher_ds) == 3)
+    lecture = Lecture(theirs.width, theirs.depth, gathers_head=zero_stage(scenario.teacher_ds) == 3)
     pairs = []
     for checkpointing in (False, True):
         step = MicroStep(**{**vars(micro), "checkpointing": checkpointing})
@@ -161,9 +170,9 @@ def forecast(scenario: Scenario) -> Forecast:
     (plain, adds), (plain_again, adds_again) = pairs
     asked = MicroStep(scenario.batch, scenario.length, DTYPES[precision(scenario.teacher_ds)], scenario.chunk)
     return Forecast(
-        parameters=(sum(sizes), sum(teacher_sizes)),
-        student=engine_states(sizes, scenario.student_ds, scenario.ranks, trained=True),
-        teacher=engine_states(teacher_sizes, scenario.teacher_ds, scenario.ranks, trained=False),
+        parameters=(sum(ours.elements), sum(theirs.elements)),
+        student=engine_states(ours.elements, scenario.student_ds, scenario.ranks, trained=True),
+        teacher=engine_states(theirs.elements, scenario.teacher_ds, scenario.ranks, trained=False),
         teaching=float(trace_teacher(teacher, asked)),
         activations=(plain, plain_again),
         distilling=(adds, adds_again),
@@ -178,7 +187,7 @@ def state_cells(states: States) -> list[str]:
 
 def _overview(scenario: Scenario) -> str:
     """The student's states at every ZeRO stage, in the precision of its configuration."""
-    sizes, _ = _sizes(_builder(scenario.student))
+    sizes = _extent(_builder(scenario.student)).elements
     kind = precision(scenario.student_ds)
     rows = []
     for name in STAGES:

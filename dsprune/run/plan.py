@@ -8,6 +8,7 @@ from pathlib import Path
 
 from dsprune.config import RunConfig
 from dsprune.engine.checkpoints.store import BYTES_PER_PARAMETER, free_bytes
+from dsprune.engine.models.count import count_teacher
 from dsprune.engine.zero.config import precision, zero_stage
 from dsprune.measure.inspection import describe_spaces
 from dsprune.measure.tables import render_table
@@ -29,13 +30,19 @@ def _batch_lines(config: RunConfig, ready: Preflight) -> list[str]:
     ]
 
 
-def _memory_table(ready: Preflight, world_size: int) -> str:
-    sizes = [math.prod(param.shape) for param in ready.structure.params.values()]
+def _memory_table(config: RunConfig, ready: Preflight, world_size: int) -> str:
+    student = [math.prod(param.shape) for param in ready.structure.params.values()]
+    teacher = [math.prod(shape) for shape in count_teacher(config, ready.task).shapes.values()]
+    engines = (("student", student, ready.student_ds, True), ("teacher", teacher, ready.teacher_ds, False))
     rows = []
-    for name, ds_config, trained in (("student", ready.student_ds, True), ("teacher", ready.teacher_ds, False)):
+    for name, sizes, ds_config, trained in engines:
         states = engine_states(sizes, ds_config, world_size, trained=trained)
-        rows.append([name, f"ZeRO {zero_stage(ds_config)}", precision(ds_config), *state_cells(states)])
-    return render_table(["engine", "stage", "dtype", *STATE_HEADERS], rows)
+        cells = [f"{sum(sizes):,}", f"ZeRO {zero_stage(ds_config)}", precision(ds_config), *state_cells(states)]
+        rows.append([name, *cells])
+    lines = [render_table(["engine", "weights", "stage", "dtype", *STATE_HEADERS], rows)]
+    if config.teacher.path is not None:
+        lines.append(f"student: {config.model.name}; teacher: {config.teacher.path}")
+    return "\n".join(lines)
 
 
 def _disk_lines(config: RunConfig, ready: Preflight) -> list[str]:
@@ -58,7 +65,7 @@ def describe_plan(config: RunConfig, ready: Preflight, world_size: int) -> str:
         "prunable spaces": describe_spaces(ready.structure),
         "batch": "\n".join(_batch_lines(config, ready)),
         "checkpoints": "\n".join(_disk_lines(config, ready)),
-        f"memory on {world_size} rank(s), activations apart": _memory_table(ready, world_size),
+        f"memory on {world_size} rank(s), activations apart": _memory_table(config, ready, world_size),
     }
     if notes:
         sections["DeepSpeed configurations"] = "\n".join(notes)

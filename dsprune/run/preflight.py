@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from dsprune.arch import family_for
 from dsprune.config import RunConfig
 from dsprune.consolidate import factor_embedding, is_stock
 from dsprune.distill import LayerPlan
 from dsprune.engine.models.factoring import check_rank
-from dsprune.engine.models.load import check_reads_forward, from_config, label_config, load_tokenizer, resolve_source
+from dsprune.engine.models.load import load_tokenizer, resolve_source
+from dsprune.engine.models.skeleton import skeleton
 from dsprune.engine.models.source_check import plan_loading
 from dsprune.engine.zero.autocast import check_autocast
 from dsprune.engine.zero.config import (
@@ -31,12 +30,12 @@ from dsprune.engine.zero.config import (
 from dsprune.errors import ArchitectureError, ConfigError, OutputError
 from dsprune.methods import Method, Plan, method_class
 from dsprune.methods.shapes import aimed_sparsity
-from dsprune.run.teacher_fit import check_positions, check_quantization, check_teacher
+from dsprune.run.teacher_fit import check_positions, check_teacher
 from dsprune.run.teaching import plan_teaching, teacher_shape
 from dsprune.structure import Selection, Structure, analyze, block_grid, shape_gates
 from dsprune.tasks import Task, build_task
 
-__all__ = ["Preflight", "check_output", "preflight", "skeleton"]
+__all__ = ["Preflight", "check_output", "preflight"]
 
 OF_HEAD = ("tie_word_embeddings", "own_head")
 """Keys of a configuration that say whether the head is the word embedding."""
@@ -57,37 +56,6 @@ class Preflight:
     vocab_size: int
     target: float
     """Sparsity to reach: `prune.target`, or that of the shape that is asked for."""
-
-
-def skeleton(
-    source: str, task: Task, revision: str | None = None, *, outputs: Mapping[str, Any] | None = None
-) -> PreTrainedModel:
-    """The dense model with the task's head, on the meta device: shapes without weights.
-
-    Args:
-        source: folder or hub id.
-        task: decides the head.
-        revision: of the hub.
-        outputs: what the configuration is to say of the head, whatever its file says.
-
-    Raises:
-        ConfigError: the source cannot be read.
-        ArchitectureError: no model for this task, or one whose weights are quantized.
-    """
-    try:
-        config = AutoConfig.from_pretrained(resolve_source(source), revision=revision, **label_config(task))
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"cannot load model '{source}': {str(error).splitlines()[0]}") from error
-    check_quantization("model", source, config)
-    for key, value in (outputs or {}).items():
-        setattr(config, key, value)
-    if task.head == "ForCausalLM":
-        check_reads_forward(source, config)
-    try:
-        with torch.device("meta"):
-            return from_config(task.head, config)
-    except ValueError as error:
-        raise ArchitectureError(f"model '{source}': {str(error).splitlines()[0]}") from error
 
 
 def check_output(folder: Path) -> None:

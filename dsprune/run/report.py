@@ -7,25 +7,25 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from transformers import AutoConfig, PreTrainedModel
+
 from dsprune.engine.learning.evaluate import evaluate_all
 from dsprune.engine.learning.teacher import Teacher
+from dsprune.engine.models.count import ModelCount, count_base, count_teacher
+from dsprune.engine.models.load import from_config, label_config, resolve_source
 from dsprune.engine.zero.gather import release
 from dsprune.files import write_json
 from dsprune.measure.bench import BenchReport, bench_models
 from dsprune.measure.plots import plot_run
-from dsprune.measure.tables import render_table
+from dsprune.measure.summary import render_report
 from dsprune.run.journal import read_metrics
 from dsprune.run.settling import told
-from dsprune.run_folder import RunFolder
-from dsprune.structure import CostModel
+from dsprune.run_folder import RunFolder, StageName
 
 if TYPE_CHECKING:
     from dsprune.run.run import Run
 
 __all__ = ["write_report"]
-
-TOLERANCE = 0.005
-"""How far the exported sparsity may be from the target before the report says so."""
 
 
 def _score(run: Run, source: str) -> dict[str, float]:
@@ -43,6 +43,12 @@ def _score(run: Run, source: str) -> dict[str, float]:
     return scores
 
 
+def _dense_models(run: Run) -> dict[str, ModelCount]:
+    """What the compact model stands beside: one dense model, or the teacher and the base where they are two."""
+    base, teacher = count_base(run.config, run.task), count_teacher(run.config, run.task)
+    return {"dense": base} if teacher.shapes == base.shapes else {"teacher": teacher, "base": base}
+
+
 def _sizes(run: Run, folder: Path) -> dict[str, int]:
     """Exported parameters, encoder and total, as consolidation counted them."""
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
@@ -50,11 +56,17 @@ def _sizes(run: Run, folder: Path) -> dict[str, int]:
     return {"encoder": counted["encoder"], "total": counted["total"]}
 
 
-def _landing(run: Run, dense: dict[str, int]) -> dict[str, Any]:
+def _landing(run: Run, base: ModelCount) -> dict[str, Any]:
     """What was asked of pruning, and what its compact model measures, before blocks went."""
     of = run.config.prune.target_of
-    measured = 1 - _sizes(run, run.recovered_source)[of] / dense[of]
-    return {"of": of, "target": run.ready.target, "measured": measured, "learned": run.landing("prune")}
+    measured = 1 - _sizes(run, run.recovered_source)[of] / base.parameters[of]
+    return {"of": of, "target": run.ready.target, "measured": measured, "learned": _learned(run, "prune")}
+
+
+def _learned(run: Run, stage: StageName) -> dict[str, Any]:
+    """How far training brought the gates of a stage to their target, and what is to be said of it, if anything."""
+    facts = run.landing(stage)
+    return {**facts, "told": told(facts)} if facts.get("missed") else facts
 
 
 def _block_landing(run: Run, final: int, dense: int) -> dict[str, Any] | None:
@@ -66,120 +78,83 @@ def _block_landing(run: Run, final: int, dense: int) -> dict[str, Any] | None:
         "target": run.config.blocks.target,
         "measured": 1 - final / left,
         "together": 1 - final / dense,
-        "learned": run.landing("blocks"),
+        "learned": _learned(run, "blocks"),
     }
 
 
-def _rows(figures: dict[str, Any]) -> list[list[str]]:
-    names = list(figures["dense"]["metrics"])
-    rows = []
-    for kind in ("dense", "compact"):
-        entry = figures[kind]
-        rows.append(
-            [
-                kind,
-                *(f"{entry['metrics'][name]:.4f}" for name in names),
-                f"{entry['parameters']['encoder']:,}",
-                f"{entry['parameters']['total']:,}",
-                f"{entry['sparsity']['encoder']:.1%}",
-                f"{entry['sparsity']['total']:.1%}",
-                f"{entry['latency_ms']:.2f}",
-                _speedup(figures["dense"]["latency_ms"] / entry["latency_ms"]),
-            ]
-        )
-    return rows
+def _base_model(run: Run) -> PreTrainedModel:
+    """The base under the task's head, with random weights: it was not fine-tuned, and its speed does not need it."""
+    config = run.config.model
+    source = resolve_source(config.name)
+    return from_config(
+        run.task.head, AutoConfig.from_pretrained(source, revision=config.revision, **label_config(run.task))
+    )
 
 
-def _speedup(ratio: float) -> str:
-    return f"{ratio:.2f}x" if ratio >= 1 else f"{ratio:.2f}x (slower)"
-
-
-def _headers(figures: dict[str, Any]) -> list[str]:
-    metrics = list(figures["dense"]["metrics"])
-    sizes = ["encoder params", "total params", "encoder sparsity", "total sparsity"]
-    return ["model", *metrics, *sizes, "latency ms", "speedup"]
+def _bench(run: Run, kind: str, final: Path) -> BenchReport:
+    """The compact model timed in turn with one of those that it stands beside."""
+    return bench_models(
+        (run.config.model.name, _base_model(run)) if kind == "base" else run.teacher_source,
+        final,
+        batch_sizes=[run.config.eval.bench_batch],
+        length=run.config.eval.bench_length or run.config.task.max_length,
+    )
 
 
 def write_report(run: Run) -> None:
     """Evaluate and time dense and compact model, write report.json and report.png, print the table. Collective.
 
-    The metric and the latency of a model come from the same folder.
+    The metric and the latency of a model come from the same folder. Where the teacher has other parameters than the
+    model that is pruned, each is counted and timed for itself; sparsity is that of the latter.
     """
-    teacher, final = run.teacher_source, run.final_source
-    scores = {"dense": _score(run, teacher), "compact": _score(run, str(final))}
+    final = run.final_source
+    taught, compact = _score(run, run.teacher_source), _score(run, str(final))
     if not run.world.is_main:
         return
-    cost = CostModel(run.ready.structure)
-    dense = {"encoder": cost.dense("encoder"), "total": cost.dense("total")}
-    sizes = {"dense": dense, "compact": _sizes(run, final)}
-    bench = bench_models(
-        teacher,
-        final,
-        batch_sizes=[run.config.eval.bench_batch],
-        length=run.config.eval.bench_length or run.config.task.max_length,
-    )
-    figures = _figures(run, scores, sizes, bench)
+    beside = _dense_models(run)
+    benches = {kind: _bench(run, kind, final) for kind in beside}
+    figures = _figures(run, beside, {"taught": taught, "compact": compact}, benches)
     write_json(run.folder / "report.json", figures)
     _plot(run, final)
-    run.journal.say(_text(run, figures, bench, final))
+    run.journal.say(render_report(figures, str(run.folder), str(final)))
 
 
-def _figures(run: Run, scores: dict[str, Any], sizes: dict[str, Any], bench: BenchReport) -> dict[str, Any]:
-    row = bench.rows[0]
-    latency = {"dense": row.dense_ms, "compact": row.compact_ms}
-    dense = sizes["dense"]
+def _figures(
+    run: Run, beside: Mapping[str, ModelCount], scores: Mapping[str, Any], benches: Mapping[str, BenchReport]
+) -> dict[str, Any]:
+    rows = {kind: bench.rows[0] for kind, bench in benches.items()}
+    base = beside.get("base") or beside["dense"]
+    sizes = _sizes(run, run.final_source)
     models = {
         kind: {
-            "metrics": scores[kind],
-            "parameters": sizes[kind],
-            "sparsity": {of: 1 - sizes[kind][of] / dense[of] for of in dense},
-            "latency_ms": latency[kind],
+            "source": run.config.model.name if kind == "base" else run.teacher_source,
+            "metrics": {} if kind == "base" else scores["taught"],
+            "parameters": count.parameters,
+            "latency_ms": rows[kind].dense_ms,
         }
-        for kind in ("dense", "compact")
+        for kind, count in beside.items()
+    }
+    first = next(iter(benches))
+    compact = {
+        "source": str(run.final_source),
+        "metrics": scores["compact"],
+        "parameters": sizes,
+        "sparsity": {of: 1 - sizes[of] / base.parameters[of] for of in sizes},
+        "latency_ms": rows[first].compact_ms,
+        "speedup": {kind: row.speedup for kind, row in rows.items()},
     }
     return {
         "task": run.task.name,
         "splits": list(run.data.evals),
         "lower_is_better": run.task.lower_is_better,
         "notes": list(run.data.notes),
-        "landing": _landing(run, dense),
-        "blocks": _block_landing(run, sizes["compact"]["encoder"], dense["encoder"]),
+        "landing": _landing(run, base),
+        "blocks": _block_landing(run, sizes["encoder"], base.encoder),
         **models,
-        "bench": bench.to_dict(),
+        "compact": compact,
+        "bench": benches[first].to_dict(),
+        **({"bench_base": benches["base"].to_dict()} if "base" in benches else {}),
     }
-
-
-def _text(run: Run, figures: dict[str, Any], bench: BenchReport, final: Path) -> str:
-    row = bench.rows[0]
-    landing = figures["landing"]
-    lines = [
-        "",
-        render_table(_headers(figures), _rows(figures)),
-        f"latency: median of {bench.runs} alternating runs, batch {row.batch_size}, length {bench.length}, "
-        f"{bench.dtype}, {bench.device}",
-        f"target: {landing['target']:.1%} of the {landing['of']}, exported: {landing['measured']:.2%}",
-    ]
-    if abs(landing["measured"] - landing["target"]) > TOLERANCE:
-        lines.append(
-            f"the target was missed by {100 * abs(landing['measured'] - landing['target']):.1f} points: the units of "
-            f"this model are coarser than that, or pruning was too short for the target (see {run.folder}/report.png)"
-        )
-    lines += _lagging("pruning", landing)
-    if (blocks := figures["blocks"]) is not None:
-        lines.append(
-            f"blocks: {blocks['target']:.1%} of the encoder that was left, exported: {blocks['measured']:.2%}; "
-            f"together {blocks['together']:.2%} of the dense encoder"
-        )
-        lines += _lagging("blocks", blocks)
-    lines += [f"note: {note}" for note in run.data.notes]
-    lines.append(f"model: {final}   report: {run.folder}/report.json, {run.folder}/report.png")
-    return "\n".join(lines)
-
-
-def _lagging(stage: str, landing: Mapping[str, Any]) -> list[str]:
-    """What is to be said where training did not bring the gates to their target."""
-    learned = landing["learned"]
-    return [f"{stage} did not track its target: {told(learned)}"] if learned.get("missed") else []
 
 
 def _plot(run: Run, final: Path) -> None:

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from transformers import AutoConfig, PretrainedConfig, PreTrainedTokenizerBase
 
 from dsprune.arch import family_for
 from dsprune.config import RunConfig
 from dsprune.engine.models.load import load_tokenizer, resolve_source
+from dsprune.engine.models.skeleton import check_quantization
 from dsprune.errors import ArchitectureError, ConfigError
 from dsprune.tasks import Task
 from dsprune.tasks.labels import label_permutation
 
-__all__ = ["check_positions", "check_quantization", "check_teacher"]
+__all__ = ["check_positions", "check_teacher"]
 
 
 def check_teacher(config: RunConfig, task: Task, vocab_size: int, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -98,28 +97,6 @@ def _vocabulary(source: str) -> dict[str, int] | None:
     except ConfigError:
         return None
     return vocabulary
-
-
-def check_quantization(what: str, source: str, config: PretrainedConfig) -> None:
-    """Refuse a model whose weights are stored quantized: nothing of it is a gradient's to change, or ours to cut.
-
-    Args:
-        what: "model" or "teacher".
-        source: of it.
-        config: of it.
-
-    Raises:
-        ArchitectureError: naming the kind of quantization.
-    """
-    found: Any = getattr(config, "quantization_config", None) or getattr(config, "compression_config", None)
-    if not found:
-        return
-    table = found if isinstance(found, dict) else found.to_dict()
-    kind = table.get("quant_method", "of unknown kind")
-    raise ArchitectureError(
-        f"{what} '{source}': its weights are quantized ({kind}): such a model can neither be pruned nor teach here: "
-        "give the one that it was made from, or one with its weights restored"
-    )
 
 
 def check_positions(what: str, config: RunConfig, model: PretrainedConfig) -> None:

@@ -114,6 +114,18 @@ class Task(ABC):
             logger.warning("task %s: %s", self.name, note)
         return TaskData(train, evals, notes, tuple(split.origin for split in splits))
 
+    def load_evals(
+        self, tokenizer: PreTrainedTokenizerBase, *, vocab_size: int | None = None, progress: bool = False
+    ) -> tuple[dict[str, Encoded], tuple[str, ...]]:
+        """Read, check and tokenise the evaluation splits alone, and what is to be said beside their figures.
+
+        Arguments and errors are those of `load`.
+        """
+        tokeniser = Tokeniser(tokenizer, self.max_length, self._padding(tokenizer), vocab_size, progress)
+        splits = self._check(self.read(progress)).evals
+        evals = {name: self._encode(split, tokeniser) for name, split in splits.items()}
+        return evals, tuple(note for name, split in splits.items() for note in (*split.notes, *evals[name].notes))
+
     @abstractmethod
     def score(self, predictions: Tensor, data: Encoded) -> dict[str, float]:
         """The official metrics by name, of all predictions of a split; shares are fractions of 1.

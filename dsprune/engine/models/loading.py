@@ -31,8 +31,8 @@ __all__ = [
     "class_for",
     "first_line",
     "not_there",
-    "skeleton",
     "unlike_files",
+    "without_weights",
 ]
 
 AUTO_CLASSES: Mapping[str, Any] = {
@@ -115,7 +115,7 @@ def class_for(source: str, task: Task, config: PretrainedConfig) -> Any:
     return known[type(config)]
 
 
-def skeleton(cls: Any, config: PretrainedConfig) -> PreTrainedModel:
+def without_weights(cls: Any, config: PretrainedConfig) -> PreTrainedModel:
     """A model without weights."""
     with torch.device("meta"):
         model: PreTrainedModel = with_own_head(cls, config, lambda: cls._from_config(config))

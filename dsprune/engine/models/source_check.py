@@ -20,7 +20,7 @@ from transformers import AutoConfig, PretrainedConfig
 
 from dsprune.consolidate import own_head_keys
 from dsprune.engine.models.labelling import listed, name_labels, output_order
-from dsprune.engine.models.loading import LoadingPlan, class_for, first_line, not_there, skeleton, unlike_files
+from dsprune.engine.models.loading import LoadingPlan, class_for, first_line, not_there, unlike_files, without_weights
 from dsprune.engine.models.weight_files import WeightFiles, find_weights
 from dsprune.engine.models.weight_names import MatchedNames, match_names
 from dsprune.errors import ArchitectureError, ConfigError
@@ -87,7 +87,7 @@ class _Check:
         self.matched = MatchedNames({}, {}, ())
         self.dropped: set[str] = set()
         """Names in the files of another task's head."""
-        model = skeleton(self.cls, config)
+        model = without_weights(self.cls, config)
         self.expected = set(model.state_dict())
         self.tied: Mapping[str, str] = model.all_tied_weights_keys
         self.base = str(model.base_model_prefix)
@@ -161,7 +161,7 @@ class _Check:
         cls = getattr(transformers, name, None) if name else None
         if cls is None or cls is self.cls or not hasattr(cls, "_from_config"):
             return frozenset()
-        return frozenset(skeleton(cls, self.config).state_dict())
+        return frozenset(without_weights(cls, self.config).state_dict())
 
     def _order(self) -> list[int] | None:
         order = output_order(self.source, self.config, self.task)

@@ -21,10 +21,10 @@ __all__ = ["gathered", "partitioned_loading", "register_external", "release", "w
 @contextmanager
 def partitioned_loading(ds_config: Mapping[str, Any]) -> Iterator[None]:
     """Under ZeRO-3, let weights go straight into partitions while they are loaded."""
-    quiet_import()
     if zero_stage(ds_config) != 3:
         yield
         return
+    quiet_import()
     keep = HfDeepSpeedConfig(dict(ds_config))
     try:
         # Outside of what reads the model: what DeepSpeed refuses is no fault of the model's.
