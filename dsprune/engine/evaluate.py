@@ -13,7 +13,7 @@ from dsprune.engine.world import World
 from dsprune.tasks import Encoded, Task
 from dsprune.tasks.sampling import eval_shard
 
-__all__ = ["evaluate", "evaluate_all"]
+__all__ = ["Forward", "evaluate", "evaluate_all"]
 
 Forward = Callable[[Mapping[str, Tensor], Tensor], Tensor]
 """Inputs and labels on the device to what metrics are made of: [batch, n], or [batch, length, classes]."""

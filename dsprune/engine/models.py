@@ -36,6 +36,7 @@ from dsprune.tasks import Task
 
 __all__ = [
     "AUTO_CLASSES",
+    "DTYPES",
     "announce_tables",
     "attention_modules",
     "check_reads_forward",
@@ -130,7 +131,8 @@ def _partitioned_loading(ds_config: Mapping[str, Any]) -> Iterator[None]:
         unset_hf_deepspeed_config()
 
 
-_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+DTYPES: Mapping[str, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+"""By the precision of a DeepSpeed configuration."""
 
 
 def load_model(
@@ -159,7 +161,7 @@ def load_model(
     """
     quiet_import()
     source = resolve_source(source)
-    options: dict[str, Any] = {"dtype": _DTYPES[precision(ds_config)] if zero_stage(ds_config) == 3 else torch.float32}
+    options: dict[str, Any] = {"dtype": DTYPES[precision(ds_config)] if zero_stage(ds_config) == 3 else torch.float32}
     with _partitioned_loading(ds_config):
         if is_compact(source):
             return load_compact(source, **options)

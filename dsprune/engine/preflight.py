@@ -32,7 +32,7 @@ from dsprune.methods.shapes import aimed_sparsity
 from dsprune.structure import Selection, Structure, analyze, block_grid, shape_gates
 from dsprune.tasks import Task, build_task
 
-__all__ = ["Preflight", "check_output", "preflight", "skeleton"]
+__all__ = ["Preflight", "check_output", "dense_skeleton", "preflight", "skeleton"]
 
 
 @dataclass(frozen=True)
@@ -70,6 +70,24 @@ def skeleton(source: str, task: Task, revision: str | None = None) -> PreTrained
             return from_config(task.head, config)
     except ValueError as error:
         raise ArchitectureError(f"model '{source}': {str(error).splitlines()[0]}") from error
+
+
+def dense_skeleton(config: RunConfig, task: Task) -> PreTrainedModel:
+    """The skeleton of what is pruned: its word embedding factored, where that is asked for.
+
+    Raises:
+        ConfigError: the source cannot be read, or the rank saves nothing.
+        ArchitectureError: as of `skeleton`.
+    """
+    model = skeleton(config.model.name, task, config.model.revision)
+    _factor(config, model)
+    return model
+
+
+def _factor(config: RunConfig, model: PreTrainedModel) -> None:
+    if config.prune.embedding_rank:
+        check_rank(model, config.prune.embedding_rank)
+        factor_embedding(model, family_for(model.config.model_type).as_dict(), config.prune.embedding_rank)
 
 
 def check_output(folder: Path) -> None:
@@ -204,9 +222,7 @@ def preflight(config: RunConfig, world_size: int) -> Preflight:
     model = skeleton(config.model.name, task, config.model.revision)
     if not config.model.from_scratch:
         check_stored_shapes("model", resolve_source(config.model.name), analyze(model))
-    if config.prune.embedding_rank:
-        check_rank(model, config.prune.embedding_rank)
-        factor_embedding(model, family_for(model.config.model_type).as_dict(), config.prune.embedding_rank)
+    _factor(config, model)
     structure = analyze(model)
     check_positions("model", config, model.config)
     vocab_size = int(model.config.vocab_size)

@@ -12,6 +12,7 @@ from dsprune.engine.journal import Journal, write_json
 from dsprune.engine.operators import build_operators
 from dsprune.engine.preflight import Preflight
 from dsprune.engine.provenance import collect_provenance
+from dsprune.engine.rehearsal import rehearse
 from dsprune.engine.stages import Run
 from dsprune.engine.status import Failures, RunLock, Status, lost_a_peer
 from dsprune.engine.stop import Stop, seconds_left
@@ -86,6 +87,7 @@ class Session:
         journal.say(
             f"dsprune {dsprune.__version__}: {world.size} rank(s) on {world.device.type}, run folder {run.folder}"
         )
+        rehearse(run)
         for stage in config.stages:
             run.run_stage(stage)
         journal.close()

@@ -10,7 +10,7 @@ import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -24,7 +24,7 @@ from dsprune.engine.batches import Batches
 from dsprune.engine.checkpoint import CheckpointStore, Snapshot, save_verification_batch
 from dsprune.engine.course import Course, Pace
 from dsprune.engine.ds_config import engine_precision, student_config
-from dsprune.engine.evaluate import evaluate_all
+from dsprune.engine.evaluate import Forward, evaluate_all
 from dsprune.engine.factoring import factor_word_embedding
 from dsprune.engine.journal import Journal, write_json
 from dsprune.engine.models import checkpoint_activations, encoder_layers, load_model, release, resolve_source, whole
@@ -70,6 +70,9 @@ class Run:
         stop: tells whether this rank was asked to stop.
         provenance: where model and data came from.
     """
+
+    teachers_have_weights: ClassVar[bool] = True
+    """Whether the folder of a teacher holds weights; those of a rehearsal hold a configuration alone."""
 
     def __init__(
         self,
@@ -359,6 +362,7 @@ class Run:
             self.ready.teacher_ds,
             (self.ready.teacher_layers if layers is None else layers) if wanted else (),
             attentions=distill.attentions > 0,
+            from_scratch=not self.teachers_have_weights,
         )
 
     def _compact_layers(self, folder: Path) -> tuple[int, ...]:
@@ -464,14 +468,18 @@ class Run:
             "examples": self.provenance.examples,
         }
 
-    def _evaluate_student(self, trainer: Trainer, done: int) -> dict[str, float]:
+    def _forward(self, trainer: Trainer, done: int) -> Forward:
+        """A student that answers, under the gates that its method has after so many steps."""
         engine = trainer.engine
         engine.eval()
         gates = trainer.replica.method.deterministic(done) if trainer.replica else None
         if gates is not None:
             gates = {kind: gate.to(self.world.device) for kind, gate in gates.items()}
+        return lambda inputs, labels: engine(inputs, labels, None, gates)[0]  # type: ignore[no-any-return]
+
+    def _evaluate_student(self, trainer: Trainer, done: int) -> dict[str, float]:
         scores = evaluate_all(
-            lambda inputs, labels: engine(inputs, labels, None, gates)[0],
+            self._forward(trainer, done),
             self.task,
             self.data.evals,
             self.world,

@@ -43,6 +43,7 @@ class Teacher:
         ds_config: filled teacher configuration, ZeRO stage 0 or 3.
         layers: layers whose hidden states are wanted, counted from 1; 0 stands for the embeddings.
         attentions: whether their attention maps are wanted as well.
+        from_scratch: take the configuration alone; such a teacher knows nothing.
 
     Attributes:
         layer_stacks: for each layer, which stack it stands in.
@@ -60,8 +61,9 @@ class Teacher:
         layers: Sequence[int] = (),
         *,
         attentions: bool = False,
+        from_scratch: bool = False,
     ) -> None:
-        model = load_model(source, task, ds_config)
+        model = load_model(source, task, ds_config, from_scratch=from_scratch)
         self.width = int(model.config.hidden_size)
         order = label_permutation(model.config.id2label, task.labels) if task.labels else None
         self.scorer = make_scorer(task, model, order)
