@@ -15,6 +15,7 @@ from dsprune.engine.models.load import AUTO_CLASSES, from_config, resolve_source
 from dsprune.engine.zero.config import (
     check_student,
     check_teacher_stage,
+    dtype_of,
     fill_widths,
     load_ds_config,
     precision,
@@ -38,7 +39,6 @@ __all__ = [
 ]
 
 GIB = 2**30
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 STATE_HEADERS = ["parameters", "gradients", "fp32 masters", "optimizer", "bucket", "GiB per rank", "on host", "on NVMe"]
 STAGES = ("zero0", "zero1", "zero2", "zero3", "zero3_offload", "zero3_nvme")
 """Shipped configurations that the overview goes through, in the precision of the student's."""
@@ -160,7 +160,7 @@ def forecast(scenario: Scenario) -> Forecast:
     """
     student, teacher = _builder(scenario.student), _builder(scenario.teacher)
     ours, theirs = _extent(student), _extent(teacher)
-    micro = MicroStep(scenario.batch, scenario.length, DTYPES[precision(scenario.student_ds)], scenario.chunk)
+    micro = MicroStep(scenario.batch, scenario.length, dtype_of(scenario.student_ds), scenario.chunk)
     lecture = Lecture(theirs.width, theirs.depth, gathers_head=zero_stage(scenario.teacher_ds) == 3)
     pairs = []
     for checkpointing in (False, True):
@@ -168,7 +168,7 @@ def forecast(scenario: Scenario) -> Forecast:
         alone, taught = trace_step(student, step, None), trace_step(student, step, lecture)
         pairs.append((float(alone), float(taught - alone)))
     (plain, adds), (plain_again, adds_again) = pairs
-    asked = MicroStep(scenario.batch, scenario.length, DTYPES[precision(scenario.teacher_ds)], scenario.chunk)
+    asked = MicroStep(scenario.batch, scenario.length, dtype_of(scenario.teacher_ds), scenario.chunk)
     return Forecast(
         parameters=(sum(ours.elements), sum(theirs.elements)),
         student=engine_states(ours.elements, scenario.student_ds, scenario.ranks, trained=True),

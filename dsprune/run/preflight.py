@@ -35,7 +35,7 @@ from dsprune.run.teaching import plan_teaching, teacher_shape
 from dsprune.structure import Selection, Structure, analyze, block_grid, shape_gates
 from dsprune.tasks import Task, build_task
 
-__all__ = ["Preflight", "check_output", "preflight"]
+__all__ = ["Preflight", "check_output", "dense_skeleton", "preflight"]
 
 OF_HEAD = ("tie_word_embeddings", "own_head")
 """Keys of a configuration that say whether the head is the word embedding."""
@@ -56,6 +56,24 @@ class Preflight:
     vocab_size: int
     target: float
     """Sparsity to reach: `prune.target`, or that of the shape that is asked for."""
+
+
+def dense_skeleton(config: RunConfig, task: Task) -> PreTrainedModel:
+    """The skeleton of what is pruned: its word embedding factored, where that is asked for.
+
+    Raises:
+        ConfigError: the source cannot be read, or the rank saves nothing.
+        ArchitectureError: as of `skeleton`.
+    """
+    model = skeleton(config.model.name, task, config.model.revision)
+    _factor(config, model)
+    return model
+
+
+def _factor(config: RunConfig, model: PreTrainedModel) -> None:
+    if config.prune.embedding_rank:
+        check_rank(model, config.prune.embedding_rank)
+        factor_embedding(model, family_for(model.config.model_type).as_dict(), config.prune.embedding_rank)
 
 
 def check_output(folder: Path) -> None:

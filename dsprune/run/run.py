@@ -9,7 +9,7 @@ import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -22,7 +22,7 @@ from dsprune.distill import default_teacher_layers
 from dsprune.engine.checkpoints.resume import Restored, check_drift, find_newest, restore
 from dsprune.engine.checkpoints.store import CheckpointStore, Snapshot, save_verification_batch
 from dsprune.engine.learning.batches import Batches
-from dsprune.engine.learning.evaluate import evaluate_all
+from dsprune.engine.learning.evaluate import Forward, evaluate_all
 from dsprune.engine.learning.replica import Replica
 from dsprune.engine.learning.student import Student, build_student_engine
 from dsprune.engine.learning.teacher import Teacher
@@ -82,6 +82,9 @@ class Run:
         stop: tells whether this rank was asked to stop.
         provenance: where model and data came from.
     """
+
+    teachers_have_weights: ClassVar[bool] = True
+    """Whether the folder of a teacher holds weights; those of a rehearsal hold a configuration alone."""
 
     def __init__(
         self,
@@ -410,6 +413,7 @@ class Run:
             self.ready.teacher_ds,
             (self.ready.teaching.layers if layers is None else layers) if wanted else (),
             attentions=distill.attentions > 0,
+            from_scratch=not self.teachers_have_weights,
         )
 
     def _compact_layers(self, folder: Path) -> tuple[int, ...]:
@@ -558,6 +562,10 @@ class Run:
             "examples": self.provenance.examples,
         }
 
+    def _forward(self, trainer: Trainer, done: int) -> Forward:
+        """A student that answers, under the gates that its method has after so many steps."""
+        return self._answering(trainer, trainer.replica.method.deterministic(done) if trainer.replica else None)
+
     def _evaluate_student(self, trainer: Trainer, done: int) -> dict[str, float]:
         gates = trainer.replica.method.deterministic(done) if trainer.replica else None
         scores = self._scores(trainer, gates, f"step {done}")
@@ -565,14 +573,18 @@ class Run:
         self.journal.say(f"{trainer.stage}: step {done}: " + "  ".join(f"{k} {v:.4f}" for k, v in scores.items()))
         return scores
 
-    def _scores(self, trainer: Trainer, gates: Mapping[str, Tensor] | None, what: str) -> dict[str, float]:
-        """Metrics of the student under some gates; None is the model as it is. Collective."""
+    def _answering(self, trainer: Trainer, gates: Mapping[str, Tensor] | None) -> Forward:
+        """A student that answers under some gates; None is the model as it is."""
         engine = trainer.engine
         engine.eval()
         if gates is not None:
             gates = {kind: gate.to(self.world.device) for kind, gate in gates.items()}
+        return lambda inputs, labels: engine(inputs, labels, None, gates)[0]  # type: ignore[no-any-return]
+
+    def _scores(self, trainer: Trainer, gates: Mapping[str, Tensor] | None, what: str) -> dict[str, float]:
+        """Metrics of the student under some gates; None is the model as it is. Collective."""
         return evaluate_all(
-            lambda inputs, labels: engine(inputs, labels, None, gates)[0],
+            self._answering(trainer, gates),
             self.task,
             self.data.evals,
             self.world,

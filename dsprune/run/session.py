@@ -16,6 +16,7 @@ from dsprune.files import write_json
 from dsprune.run.journal import Journal
 from dsprune.run.preflight import Preflight
 from dsprune.run.provenance import collect_provenance
+from dsprune.run.rehearsal import rehearse
 from dsprune.run.run import Run
 from dsprune.run.status import Failures, RunLock, Status, lost_a_peer
 from dsprune.run_folder import RunFolder
@@ -94,6 +95,7 @@ class Session:
         )
         for note in dict.fromkeys((*ready.student_ds.notes, *ready.teacher_ds.notes)):
             journal.say(note)
+        rehearse(run)
         for stage in config.stages:
             run.run_stage(stage)
         journal.close()

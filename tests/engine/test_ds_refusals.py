@@ -133,7 +133,7 @@ def test_engines_and_first_steps_are_refused_in_one_line(content, told):
         ({"comms_logger": {"enabld": True}}, "did you mean 'enabled'?"),
         ({"tensorboard": {"enabld": True}}, "did you mean 'enabled'?"),
         ({"data_types": {"grad_acum_dtype": "fp32"}}, "did you mean 'grad_accum_dtype'?"),
-        ({"torch_autocast": {"enabled": True}}, "'torch_autocast': gates compute in the weights' own dtype"),
+        ({"torch_autocast": {"enable": True}}, "unknown key 'torch_autocast.enable': did you mean 'enabled'?"),
         ({"compile": {"enabled": True}}, "'compile': nothing is compiled"),
         ({"compile": {"deepcompile": True}}, "'compile': nothing is compiled"),
         ({"communication_data_type": "bf32"}, "give one of fp32, bf16, fp16"),

@@ -343,7 +343,9 @@ def test_offloading_to_nvme_trains_one_model(tmp_path):
 
 
 def test_every_honoured_key_is_swept():
+    # Autocast is another arithmetic: test_trajectory.py holds it to fp32.
     enabling = {"zero_optimization.stage", "bf16.enabled", "fp16.enabled"}
+    enabling |= {"torch_autocast.enabled", "torch_autocast.dtype"}
     swept = {key for case in (*CASES, NVME) for key in case.keys} | enabling
     assert swept == {path for path, entry in KEYS.items() if isinstance(entry, Honoured)}
     for case in (*CASES, *QUICK, NVME):

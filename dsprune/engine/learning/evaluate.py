@@ -14,7 +14,7 @@ from dsprune.engine.ranks.pulse import pulse
 from dsprune.tasks import Encoded, Task
 from dsprune.tasks.sampling import eval_shard
 
-__all__ = ["evaluate", "evaluate_all", "predict"]
+__all__ = ["Forward", "evaluate", "evaluate_all", "predict"]
 
 Forward = Callable[[Mapping[str, Tensor], Tensor], Tensor]
 """Inputs and labels on the device to what metrics are made of: [batch, n], or [batch, length, classes]."""

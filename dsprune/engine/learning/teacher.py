@@ -13,14 +13,12 @@ from dsprune.config import DistillConfig
 from dsprune.distill import AttentionTap, HiddenTap
 from dsprune.engine.learning.losses import Taught, make_scorer
 from dsprune.engine.models.load import announce_tables, load_model
-from dsprune.engine.zero.config import precision
+from dsprune.engine.zero.config import dtype_of
 from dsprune.engine.zero.engines import answering_engine
 from dsprune.structure.layout import attention_map_modules, hidden_state_modules, layer_stacks
 from dsprune.tasks import Task
 
 __all__ = ["Teacher"]
-
-_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def _tapped(model: PreTrainedModel, layers: Sequence[int]) -> list[str]:
@@ -40,6 +38,7 @@ class Teacher:
         ds_config: filled teacher configuration, ZeRO stage 0 or 3.
         layers: layers whose hidden states are wanted, counted from 1; 0 stands for the embeddings.
         attentions: whether their attention maps are wanted as well.
+        from_scratch: take the configuration alone; such a teacher knows nothing.
 
     Attributes:
         layer_stacks: for each layer, which stack it stands in.
@@ -58,11 +57,12 @@ class Teacher:
         layers: Sequence[int] = (),
         *,
         attentions: bool = False,
+        from_scratch: bool = False,
     ) -> None:
-        model = load_model(source, task, ds_config)
+        model = load_model(source, task, ds_config, from_scratch=from_scratch)
         self.width = int(model.config.hidden_size)
         self.scorer = make_scorer(task, model)
-        model.to(_DTYPES[precision(ds_config)])
+        model.to(dtype_of(ds_config))
         self.layer_stacks = layer_stacks(model)
         self.stacks = tuple(self.layer_stacks[i - 1] if i > 0 else 0 for i in layers)
         self.has_taps = bool(layers)

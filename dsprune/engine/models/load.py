@@ -22,7 +22,7 @@ from dsprune.consolidate import auto_with_own_head
 from dsprune.engine.models.labelling import label_config, name_labels
 from dsprune.engine.models.loading import AUTO_CLASSES, first_line
 from dsprune.engine.models.source_check import plan_loading
-from dsprune.engine.zero.config import precision, zero_stage
+from dsprune.engine.zero.config import dtype_of, zero_stage
 from dsprune.engine.zero.gather import gathered, partitioned_loading, register_external
 from dsprune.errors import ArchitectureError, ConfigError
 from dsprune.structure.layout import output_path, position_table
@@ -84,9 +84,6 @@ def load_tokenizer(source: str, revision: str | None = None) -> PreTrainedTokeni
     return tokenizer
 
 
-_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-
-
 def load_model(
     source: str,
     task: Task,
@@ -115,7 +112,7 @@ def load_model(
             task.
     """
     source = resolve_source(source)
-    options: dict[str, Any] = {"dtype": _DTYPES[precision(ds_config)] if zero_stage(ds_config) == 3 else torch.float32}
+    options: dict[str, Any] = {"dtype": dtype_of(ds_config) if zero_stage(ds_config) == 3 else torch.float32}
     if from_scratch:
         try:
             config = AutoConfig.from_pretrained(source, revision=revision, **label_config(task))

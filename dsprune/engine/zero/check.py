@@ -8,6 +8,8 @@ import json
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Literal
 
+import torch
+
 from dsprune.engine.zero.keys import ADAMW, ALIASES, KEYS, RATE, Honoured, Refused, Said, Section
 from dsprune.engine.zero.refusals import in_words, pydantic_words
 from dsprune.engine.zero.requirements import quiet_import
@@ -43,6 +45,15 @@ def find(config: Mapping[str, Any], path: str, default: Any = None) -> Any:
 def zero_stage(config: Mapping[str, Any]) -> int:
     """ZeRO stage of a checked configuration."""
     return int(find(config, "zero_optimization.stage", 0))
+
+
+DTYPE_OF: Mapping[Precision, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+"""Of weights, by the arithmetic of a configuration."""
+
+
+def dtype_of(config: Mapping[str, Any]) -> torch.dtype:
+    """Dtype of the weights under a checked configuration."""
+    return DTYPE_OF[precision(config)]
 
 
 def precision(config: Mapping[str, Any]) -> Precision:

@@ -187,7 +187,6 @@ TOP: dict[str, Entry] = {
     "weight_quantization": Refused("quantised weights cannot be pruned: take the exported model to a tool for that"),
     "wandb": Refused("set log.wandb = true in the recipe instead", _OFF),
     "comet": Refused("use log.wandb or log.tensorboard in the recipe, or csv_monitor here", _OFF),
-    "torch_autocast": Refused("gates compute in the weights' own dtype: use bf16 or fp16", _OFF),
 }
 
 BF16: dict[str, Entry] = {
@@ -360,6 +359,11 @@ SECTIONS: dict[str, dict[str, Entry]] = {
         "top_modules": Honoured(COUNT, training=True),
         "detailed": Honoured(SWITCH, training=True),
         "output_file": Honoured(TEXT, training=True),
+    },
+    "torch_autocast": {
+        "enabled": Honoured(SWITCH),
+        "dtype": Honoured(TEXT),  # which, `check_autocast` says
+        "lower_precision_safe_modules": Refused("torch's own choice of modules is cast: leave it out"),
     },
     "comms_logger": {
         "enabled": Honoured(SWITCH),
