@@ -42,6 +42,8 @@ PLACES = {
     "runtime/zero": "zero_optimization",
 }
 """Where in DeepSpeed's source which section is at work; the first that fits counts."""
+LOST_PEER_SIGNS = ("gloo", "NCCL", "Connection closed", "Connection reset", "Broken pipe", "imed out")
+"""What a collective says whose other end is gone."""
 PASSED_THROUGH = ("torch", "pydantic", "pydantic_core")
 """Packages that raise what those who call them are to blame for."""
 
@@ -89,7 +91,7 @@ def refusals(ds_config: Mapping[str, Any]) -> Iterator[None]:
 
 
 def _is_refusal(error: BaseException) -> bool:
-    lost = isinstance(error, RuntimeError) and any(sign in str(error) for sign in ("gloo", "NCCL", "imed out"))
+    lost = isinstance(error, RuntimeError) and any(sign in str(error) for sign in LOST_PEER_SIGNS)
     harmless = isinstance(error, DspruneError | torch.OutOfMemoryError) or lost
     return not harmless and raised_by_deepspeed(error)
 
