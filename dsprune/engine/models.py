@@ -156,7 +156,7 @@ def _reorder_outputs(model: PreTrainedModel, order: Sequence[int]) -> None:
     """Let output i be what output `order[i]` was. Collective under ZeRO-3."""
     module = model.get_submodule(output_module(model))
     weights = [param for param in (module.weight, module.bias) if param is not None]
-    with gathered(*weights, rewritten=True) as writes, torch.no_grad():
+    with _rewritten(*weights) as writes, torch.no_grad():
         for param in weights if writes else ():
             param.copy_(param[list(order)])
 
@@ -254,21 +254,23 @@ def announce_tables(model: PreTrainedModel) -> None:
 
 
 @contextmanager
-def gathered(*weights: Tensor, rewritten: bool = False) -> Iterator[bool]:
-    """Parameters as a whole, wherever ZeRO-3 keeps their parts. Collective under ZeRO-3.
-
-    Args:
-        weights: parameters.
-        rewritten: let one rank write to them, for all.
-
-    Yields:
-        Whether this rank is to write.
-    """
+def gathered(*weights: Tensor) -> Iterator[None]:
+    """Parameters as a whole, wherever ZeRO-3 keeps their parts. Collective under ZeRO-3."""
     if not any(hasattr(weight, "ds_id") for weight in weights):
-        yield rewritten
+        yield
         return
-    with quiet_import().zero.GatheredParameters(list(weights), modifier_rank=0 if rewritten else None):
-        yield rewritten and torch.distributed.get_rank() == 0
+    with quiet_import().zero.GatheredParameters(list(weights)):
+        yield
+
+
+@contextmanager
+def _rewritten(*weights: Tensor) -> Iterator[bool]:
+    """The same, to write to: whether this rank is to do it, for all ranks. Collective under ZeRO-3."""
+    if not any(hasattr(weight, "ds_id") for weight in weights):
+        yield True
+        return
+    with quiet_import().zero.GatheredParameters(list(weights), modifier_rank=0):
+        yield torch.distributed.get_rank() == 0
 
 
 def whole(model: PreTrainedModel, name: str) -> Tensor:

@@ -209,7 +209,7 @@ def _compare_run(task, run, split, said, truth, data):
                 continue
             theirs = measure(name, truth, said[run / folder], task.labels[-1] if task.labels else None)
             for ours in inside[folder]:
-                assert ours[key(name)] == pytest.approx(theirs, abs=2e-5), (run, folder, name)
+                assert ours[key(name)] == pytest.approx(theirs, abs=2e-5 if task.labels else 2e-3), (run, folder, name)
 
 
 @pytest.mark.parametrize("task", GLUE)
