@@ -67,7 +67,7 @@ def _common(options: argparse.Namespace, world: World, stage: int) -> tuple[Any,
 def _plain(options: argparse.Namespace, world: World, stage: int) -> tuple[Trainer, Teacher]:
     """A plain fine-tuning trainer, and a teacher."""
     task, ds_config, common, teacher, batches = _common(options, world, stage)
-    model = load_model(options.model, task, ds_config)
+    model = load_model(options.model, task, ds_config, fresh_head=True)
     engine = build_student_engine(Student(model, task), ds_config, lr=2e-5, weight_decay=0.0)
     return Trainer(stage="teacher", engine=engine, batches=batches, **common), teacher
 
@@ -75,7 +75,7 @@ def _plain(options: argparse.Namespace, world: World, stage: int) -> tuple[Train
 def pruning_trainer(options: argparse.Namespace, world: World, stage: int, name: str) -> Trainer:
     method, method_options, distillation = METHODS[name]
     task, ds_config, common, teacher, batches = _common(options, world, stage)
-    model = load_model(options.model, task, ds_config)
+    model = load_model(options.model, task, ds_config, fresh_head=True)
     structure = analyze(model)
     cls = method_class(method)
     made = cls(structure, cls.Options(**method_options), Plan(0.6, "encoder", 10**6, 100, 0))

@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
 from dsprune.config import load_config
@@ -133,6 +134,20 @@ def test_a_model_without_a_head_for_text_is_refused(tmp_path):
     AutoModel.from_config(config).save_pretrained(tmp_path / "headless")
     with pytest.raises(ArchitectureError, match=r"1 weights are not there, the first is lm_head\.weight"):
         load_model(str(tmp_path / "headless"), task, {})
+
+
+def test_a_head_of_its_own_is_counted_as_one(tmp_path):
+    """The configuration ties it; the files have it apart."""
+    recipe = language_recipe(tmp_path)
+    tied = _preflight(recipe).structure
+    folder = tmp_path / "dense"
+    AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder)).save_pretrained(folder)
+    tensors = load_file(folder / "model.safetensors")
+    tensors["lm_head.weight"] = torch.randn_like(tensors["model.embed_tokens.weight"])
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    own = _preflight(recipe, "model.from_scratch=false").structure
+    assert (tied.tied, own.tied) == (True, False)
+    assert "lm_head.weight" in own.params
 
 
 def test_a_teacher_of_another_vocabulary_is_refused(tmp_path):

@@ -18,6 +18,7 @@ from dsprune.engine.models.weight_files import find_weights
 from dsprune.engine.models.weight_names import match_names
 from dsprune.errors import ArchitectureError, ConfigError
 from dsprune.tasks import build_task
+from tests.helpers.folders import SIDE_FILES, fine_tuned_folder
 from tests.helpers.models import ALL, batch_for, tiny_model
 from tests.helpers.world import run_world
 
@@ -395,3 +396,43 @@ def test_a_source_is_spoken_of_once(tmp_path, caplog):
         for _ in range(3):
             plan_loading(str(tmp_path), MNLI)
     assert caplog.text.count("in another order") == 1
+
+
+def test_weights_in_the_cache_of_the_hub(tmp_path, monkeypatch):
+    """A model that is known by its name alone, pickled, and one of which only the configuration is here."""
+    commit = "0" * 40
+    for name in ("whole", "bare"):
+        place = tmp_path / f"models--who--{name}"
+        theirs = _save("bert", place / "snapshots" / commit, THEIRS)
+        (place / "refs").mkdir()
+        (place / "refs" / "main").write_text(commit)
+    _pickle(tmp_path / "models--who--whole" / "snapshots" / commit)
+    (tmp_path / "models--who--bare" / "snapshots" / commit / "model.safetensors").unlink()
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    ours = load_model("who/whole", MNLI, {})
+    torch.testing.assert_close(_logits(ours), _logits(theirs)[..., [1, 2, 0]])
+    assert plan_loading("who/bare", MNLI, download=False).order == [1, 2, 0], "as far as is known without weights"
+    with pytest.raises(ConfigError, match="neither the hub nor its cache shows any"):
+        load_model("who/bare", MNLI, {})
+
+
+def test_what_lies_beside_a_model_of_the_hub(tmp_path, monkeypatch):
+    from dsprune.engine.models import load_tokenizer
+    from dsprune.engine.side_files import copy_side_files
+
+    commit = "1" * 40
+    place = tmp_path / "hub" / "models--who--chat"
+    fine_tuned_folder(place / "snapshots" / commit, ["a", "b"])
+    (place / "refs").mkdir()
+    (place / "refs" / "main").write_text(commit)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    (tmp_path / "own").mkdir()
+    (tmp_path / "own" / "generation_config.json").write_text("own")
+    for source, settings in ((place.name, SIDE_FILES["generation_config.json"]), ("own", "own")):
+        out = tmp_path / f"out-{source}"
+        out.mkdir()
+        weights = "who/chat" if source != "own" else str(tmp_path / "own")
+        copy_side_files("who/chat", weights, load_tokenizer("who/chat"), out, revision=None)
+        expected = SIDE_FILES | {"generation_config.json": settings}
+        assert {name: (out / name).read_text() for name in expected} == expected
+        assert not list(out.glob("*.safetensors"))

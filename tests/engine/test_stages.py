@@ -76,6 +76,7 @@ def test_a_model_with_sentencepiece_and_relative_positions_goes_all_the_way(meth
     ids = AutoTokenizer.from_pretrained(run / "recovered")("Ben is older.")["input_ids"]
     assert ids == AutoTokenizer.from_pretrained(tmp_path / "dense")("Ben is older.")["input_ids"]
     assert len(ids) > 4
+    assert (run / "recovered" / "spm.model").read_bytes() == (tmp_path / "dense" / "spm.model").read_bytes()
 
 
 def test_there_is_a_tiny_recipe_for_every_method():

@@ -124,3 +124,36 @@ def perplexities(folders: Sequence[Path], batch: Mapping[str, Any], work: Path) 
     run_stranger(PERPLEXITY, work, work / "said.json", work / "batch.safetensors", *folders)
     said = json.loads((work / "said.json").read_text())
     return {folder: said[str(folder)] for folder in folders}
+
+
+WRITE = """
+import json, sys
+import torch
+import transformers
+from safetensors.torch import load_file
+from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
+transformers.logging.set_verbosity_error()
+out, batch, count, *folders = sys.argv[1:]
+batch, said = load_file(batch), {}
+for folder in folders:
+    model = AutoModelForSeq2SeqLM.from_pretrained(folder, trust_remote_code=True).eval()
+    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
+    written = model.generate(**batch, max_new_tokens=int(count), do_sample=False, num_beams=1)
+    said[folder] = tokenizer.batch_decode(written, skip_special_tokens=True)
+open(out, "w").write(json.dumps(said))
+"""
+
+
+def write(folders: Sequence[Path], batch: Mapping[str, Any], count: int, work: Path) -> dict[Path, list[str]]:
+    """Texts that encoder-decoders of plain transformers write, with the settings of generation in their folders.
+
+    Args:
+        folders: of the models.
+        batch: arguments of the model.
+        count: tokens at which writing stops.
+        work: folder for files.
+    """
+    save_file({name: tensor.contiguous() for name, tensor in batch.items()}, work / "batch.safetensors")
+    run_stranger(WRITE, work, work / "said.json", work / "batch.safetensors", count, *folders)
+    said = json.loads((work / "said.json").read_text())
+    return {folder: said[str(folder)] for folder in folders}

@@ -11,11 +11,13 @@ import torch
 from transformers import (
     AutoConfig,
     AutoTokenizer,
+    GenerationConfig,
     PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
 from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
+from transformers.utils import GENERATION_CONFIG_NAME, cached_file
 
 from dsprune.arch import family_for
 from dsprune.consolidate import auto_with_own_head
@@ -41,6 +43,11 @@ __all__ = [
 ]
 
 PACKAGE_PREFIX = "package:"
+NO_COMPLAINTS = {
+    "_raise_exceptions_for_missing_entries": False,
+    "_raise_exceptions_for_connection_errors": False,
+}
+"""For `cached_file`, of a file that need not be there."""
 
 
 def resolve_source(name: str) -> str:
@@ -120,7 +127,12 @@ def load_model(
             raise ConfigError(f"cannot load model '{source}': {first_line(error)}") from error
         family_for(config.model_type)
         with partitioned_loading(ds_config):
-            return from_config(task.head, config, **options)
+            model = from_config(task.head, config, **options)
+        settings = cached_file(source, GENERATION_CONFIG_NAME, revision=revision, **NO_COMPLAINTS)
+        if settings is not None and model.can_generate():
+            # They belong to the folder, go along to what is exported, and hold for figures of the run, too.
+            model.generation_config = GenerationConfig.from_pretrained(Path(settings).parent)
+        return model
     plan = plan_loading(source, task, revision=revision, fresh_head=fresh_head)
     with partitioned_loading(ds_config):
         model = plan.load(**options)
@@ -134,7 +146,7 @@ def _reorder_outputs(model: PreTrainedModel, order: Sequence[int]) -> None:
     """Let output i be what output `order[i]` was. Collective under ZeRO-3."""
     module = model.get_submodule(output_path(model))
     weights = [param for param in (module.weight, module.bias) if param is not None]
-    with gathered(*weights, rewritten=True) as writes, torch.no_grad():
+    with gathered(*weights) as writes, torch.no_grad():
         for param in weights if writes else ():
             param.copy_(param[list(order)])
 

@@ -87,9 +87,8 @@ def find_weights(
         return _read_headers(shards)
     if not local and not download:
         return None
-    raise ConfigError(
-        f"cannot load model '{source}': {_nothing_found(Path(source), hint) if local else NO_WEIGHTS + hint}"
-    )
+    reason = _nothing_found(Path(source), hint) if local else f"neither the hub nor its cache shows any: {NO_WEIGHTS}"
+    raise ConfigError(f"cannot load model '{source}': {reason}")
 
 
 NO_WEIGHTS = f"it has no {SAFE_WEIGHTS_NAME} and no {WEIGHTS_NAME}"
@@ -100,17 +99,15 @@ def _locate(source: str, name: str, revision: str | None, download: bool) -> Pat
     if folder.is_dir():
         path = folder / name
         return path if path.is_file() else None
-    try:
-        found = cached_file(
-            source,
-            name,
-            revision=revision,
-            local_files_only=not download,
-            _raise_exceptions_for_missing_entries=False,
-            _raise_exceptions_for_connection_errors=download,
-        )
-    except OSError as error:
-        raise ConfigError(f"cannot load model '{source}': {str(error).strip().splitlines()[0]}") from error
+    # Without a connection a file that is not in the cache is one of which nothing is known: the next may be there.
+    found = cached_file(
+        source,
+        name,
+        revision=revision,
+        local_files_only=not download,
+        _raise_exceptions_for_missing_entries=False,
+        _raise_exceptions_for_connection_errors=False,
+    )
     return None if found is None else Path(found)
 
 
