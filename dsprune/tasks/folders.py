@@ -111,7 +111,7 @@ def _only(folder: Path, split: str, sources: Sequence[Source]) -> Source:
     """
     if not sources:
         hint = (
-            f": name it validation (or {', '.join(OTHER_NAMES)}), or hold out a part of the training examples, "
+            f": give one of that name (or {', '.join(OTHER_NAMES)}), or hold out a part of the training examples, "
             "data.validation_share = 0.1"
         )
         raise DataError(

@@ -140,5 +140,6 @@ def _metrics(task: TaskConfig, num_labels: int) -> tuple[str, ...]:
 def _announce(task: TaskConfig, train: Split, labels: tuple[str, ...]) -> None:
     """Say what was found, on one rank's screen."""
     texts = "pairs of texts" if PAIR in train.columns else "texts"
-    what = f"{len(labels)} labels, {listed(labels)}" if labels else "a regression"
-    logger.info("task %s: %s of %s%s", task.name, what, texts, ", any number of them each" * task.multi_label)
+    many = "any number of " * task.multi_label
+    what = f"{many}{len(labels)} labels: {listed(labels)}" if labels else "numbers, a regression"
+    logger.info("task %s: %s with %s", task.name, texts, what)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -17,7 +17,7 @@ from dsprune.errors import DataError
 from dsprune.tasks.base import Task, choose_metric
 from dsprune.tasks.batching import Encoded
 from dsprune.tasks.checks import check_columns, refuse_first
-from dsprune.tasks.label_names import as_list, find_names, listed, name_of
+from dsprune.tasks.label_names import as_list, as_number, find_names, listed, name_of
 from dsprune.tasks.losses import IGNORED
 from dsprune.tasks.metrics import check_finite
 from dsprune.tasks.sources import Split, SplitReader, eval_splits, named_data
@@ -37,6 +37,8 @@ UNTOLD = -1
 @dataclass(frozen=True, kw_only=True)
 class WordTask(TokenTask):
     """Tagging that is scored word by word, not by entities; words that are cut or dropped count as wrong."""
+
+    if_cut: ClassVar[str] = "words beyond count as wrong"
 
     def score(self, predictions: Tensor, data: Encoded) -> dict[str, float]:
         """Accuracy and macro F1 of all words of a split.
@@ -79,7 +81,10 @@ def build_token_classification(task: TaskConfig, data: DataConfig, seed: int) ->
     entities = are_iob(labels) and task.metric not in WORD_METRICS
     metrics = ENTITY_METRICS if entities else WORD_METRICS
     make: Callable[..., Task] = TokenTask if entities else WordTask
-    logger.info("task %s: %d tags, %s; %s", task.name, len(labels), listed(labels), "entities" if entities else "words")
+    scored = "entities are scored" if entities else "words are scored"
+    if all(as_number(name) is not None for name in labels):
+        scored += ", where names of the tags in task.labels could tell entities"
+    logger.info("task %s: %d tags, %s; %s", task.name, len(labels), listed(labels), scored)
     return make(
         name=task.name,
         labels=labels,

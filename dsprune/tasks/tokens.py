@@ -85,6 +85,8 @@ class TokenTask(LabelTask):
 
     columns: tuple[str, str] = COLUMNS
 
+    if_cut: ClassVar[str] = "no entity is found beyond"
+    """What figures have to say where sentences are cut."""
     head: ClassVar[Head] = "ForTokenClassification"
 
     @property
@@ -218,7 +220,7 @@ class TokenTask(LabelTask):
             num_words=num_words,
             labelled=flat["labelled"],
             targets=flat["targets"],
-            notes=(f"{split.name}: {cut}, and no entity is found beyond",) if flat["cut"].any() else (),
+            notes=(f"{split.name}: {cut}, and {self.if_cut}",) if flat["cut"].any() else (),
         )
 
 

@@ -89,8 +89,8 @@ def test_a_split_that_may_be_there(tmp_path: Path) -> None:
         (["train.txt", "data.csv"], r"there is data.csv, train.txt$"),
         (
             ["train.csv", "test.csv"],
-            r"no file for split 'validation' .* there is test.csv, train.csv: name it validation \(or dev, valid, val, "
-            r"eval\), or hold out a part of the training examples, data.validation_share = 0.1$",
+            r"no file for split 'validation' .* there is test.csv, train.csv: give one of that name \(or dev, valid, "
+            r"val, eval\), or hold out a part of the training examples, data.validation_share = 0.1$",
         ),
         (["validation.csv"], r"no file for split 'train' .* there is validation.csv$"),
         (["sst2/validation.csv"], r"sst2': no file for split 'train' .* there is validation.csv$"),

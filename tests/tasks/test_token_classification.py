@@ -84,6 +84,7 @@ def test_words_that_are_cut_count_as_wrong(tmp_path: Path, write: Write, speller
     split = task.load(speller).train
     assert isinstance(split, TaggedWords)
     assert split.targets.tolist() == [2, 2]
+    assert split.notes == ("train: 1 of 2 sentences are cut at 8 tokens, and words beyond count as wrong",)
     scores = task.score(certain(split, 3, width=8), split)
     assert scores == {"accuracy": pytest.approx(4 / 5), "macro_f1": pytest.approx(2 / 3)}
 
