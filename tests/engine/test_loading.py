@@ -417,8 +417,8 @@ def test_weights_in_the_cache_of_the_hub(tmp_path, monkeypatch):
 
 
 def test_what_lies_beside_a_model_of_the_hub(tmp_path, monkeypatch):
-    from dsprune.engine.models import load_tokenizer
-    from dsprune.engine.side_files import copy_side_files
+    from dsprune.engine.models.load import load_tokenizer
+    from dsprune.engine.models.side_files import copy_side_files
 
     commit = "1" * 40
     place = tmp_path / "hub" / "models--who--chat"
