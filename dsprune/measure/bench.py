@@ -112,7 +112,7 @@ def bench_models(
             dense=facts[0],
             compact=facts[1],
             rows=tuple(rows),
-            device=_device_name(place),
+            device=describe_device(place),
             device_type=place.type,
             threads=torch.get_num_threads(),
             dtype=dtype,
@@ -371,7 +371,8 @@ def _resident(name: str) -> int:
     return 1024 * int(match[1])
 
 
-def _device_name(device: torch.device) -> str:
+def describe_device(device: torch.device) -> str:
+    """Name of a GPU, or of the CPU with its number of threads."""
     name = device_name(device)
     return name if device.type == "cuda" else f"{name}, {torch.get_num_threads()} thread(s)"
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ from dsprune.engine.models.load import load_model, load_tokenizer, resolve_sourc
 from dsprune.engine.models.skeleton import compact_facts
 from dsprune.engine.ranks.alone import Alone
 from dsprune.errors import ArchitectureError, ConfigError, OutputError
-from dsprune.measure.bench import DTYPES, check_options, num_positions, wait
+from dsprune.measure.bench import DTYPES, check_options, describe_device, num_positions, wait
 from dsprune.measure.tables import render_table
 from dsprune.structure import CostModel, analyze
 from dsprune.tasks import Encoded, Task, build_task
@@ -223,6 +223,20 @@ def evaluate_folder(
         metrics = {} if name in without else task.score(outputs, examples)
         splits[name] = SplitScore(metrics, forward.examples, forward.mean_seconds)
     written = [] if predictions is None else write_submission(task, found, predictions)
+    return _card(source, model, task, splits, place, dtype, batch_size, notes, written)
+
+
+def _card(
+    source: str,
+    model: PreTrainedModel,
+    task: Task,
+    splits: Mapping[str, SplitScore],
+    place: torch.device,
+    dtype: str,
+    batch_size: int,
+    notes: tuple[str, ...],
+    written: Sequence[Path],
+) -> Scorecard:
     parameters, sparsity = _sizes(source, model)
     return Scorecard(
         source=source,
@@ -231,7 +245,7 @@ def evaluate_folder(
         splits=splits,
         parameters=parameters,
         sparsity=sparsity,
-        device=place.type if place.type == "cpu" else torch.cuda.get_device_name(place),
+        device=describe_device(place),
         dtype=dtype,
         batch=batch_size,
         unit=UNITS.get(task.problem, "example"),

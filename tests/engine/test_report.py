@@ -7,11 +7,14 @@ import shutil
 import pytest
 from transformers import BertConfig, BertForSequenceClassification
 
+from dsprune.config import TaskConfig
 from dsprune.consolidate import load_compact
 from dsprune.measure.comparison import read_point
 from dsprune.measure.summary import render_report
 from dsprune.run.launch import plan_text
+from dsprune.run.scorecard import evaluate_folder
 from dsprune.tasks.order import LABELS
+from dsprune.tasks.sources import EvalData
 from tests.helpers.folders import tiny_recipe
 from tests.helpers.world import run_world
 
@@ -72,6 +75,17 @@ def test_teacher_and_base_are_counted_and_timed_apart(place):
     assert re.search(r"over the teacher +over the base$", text.splitlines()[1])
     assert f"teacher: {place / 'teacher'}" in text
     assert f"base: {place / 'dense'}" in text
+
+
+@pytest.mark.parametrize("kind", ["teacher", "compact"])
+def test_the_command_finds_the_metrics_of_the_report(place, kind):
+    """One process and other batches: invariant 8 for what `dsprune evaluate` says."""
+    report = json.loads((place / "run" / "report.json").read_text())
+    data = EvalData(max_train_examples=64, max_eval_examples=20)
+    card = evaluate_folder(report[kind]["source"], TaskConfig(name="order", max_length=32), data, batch_size=3)
+    assert card.splits["validation"].metrics == report[kind]["metrics"]
+    assert card.parameters == report[kind]["parameters"]
+    assert card.sparsity == report[kind].get("sparsity", {})
 
 
 def test_a_dry_run_sizes_the_teacher_by_its_own_configuration(place):
