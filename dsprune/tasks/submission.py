@@ -64,7 +64,7 @@ def blank_labels(task: Task) -> tuple[Task, set[str]]:
 
 
 def _is_blank(split: Split) -> bool:
-    return all(label in (-1, None) for label in split.columns.get("label", ()))
+    return all(label in (-1, None, "-1", "") for label in split.columns.get("label", ()))
 
 
 def _filled(split: Split) -> Split:
