@@ -109,4 +109,5 @@ def answering_engine(module: nn.Module, ds_config: Mapping[str, Any]) -> Any:
     forget_autocast()
     with refusals(ds_config):
         engine, *_ = deepspeed.initialize(model=module, config=dict(ds_config))
-    return engine.eval()
+    engine.eval()  # returns nothing, other than of a module
+    return engine
