@@ -104,7 +104,11 @@ def measure(options: argparse.Namespace) -> tuple[float, list[float]]:
         torch.manual_seed(0)
         teacher_module.load_model = partial(load_model, from_scratch=True)
         teacher = teacher_module.Teacher(
-            options.model, task, teacher_config(load_ds_config(options.teacher_ds), world.size), layers
+            options.model,
+            task,
+            teacher_config(load_ds_config(options.teacher_ds), world.size),
+            layers,
+            from_scratch=True,
         )
         marks.append(peak.above)
         model = load_model(options.model, task, ds_config, from_scratch=True)

@@ -54,7 +54,9 @@ def _common(options: argparse.Namespace, world: World, stage: int) -> tuple[Any,
     teacher_name = "teacher_zero3" if stage == 3 else "teacher"
     torch.manual_seed(0)
     layers = _teacher_layers(options.model)
-    teacher = Teacher(options.model, task, teacher_config(load_ds_config(teacher_name), world.size), layers)
+    teacher = Teacher(
+        options.model, task, teacher_config(load_ds_config(teacher_name), world.size), layers, from_scratch=True
+    )
     return (
         task,
         ds_config,

@@ -243,7 +243,7 @@ def _train(setup: Setup, folder: Path | None) -> Trained:
     from dsprune.consolidate import open_shards
     from dsprune.engine.checkpoints.resume import restore
     from dsprune.engine.checkpoints.store import TAG, CheckpointStore, Snapshot
-    from dsprune.engine.models.load import release, whole
+    from dsprune.engine.zero.gather import release, whole
 
     trainer, trained = build_trainer(setup), Trained()
     if setup.stage == 0:

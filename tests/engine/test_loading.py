@@ -82,8 +82,8 @@ def test_outputs_come_in_the_order_of_the_task(name, tmp_path):
 
 
 def _under_zero3(folders, task):
-    from dsprune.engine.models.load import whole
     from dsprune.engine.zero.config import load_ds_config, teacher_config
+    from dsprune.engine.zero.gather import whole
 
     found = {}
     for folder in folders:

@@ -23,7 +23,7 @@ def _frozen_run(setup, folder):
 
     from dsprune.consolidate import open_checkpoint
     from dsprune.engine.checkpoints.reshard import load_elastic
-    from dsprune.engine.models.load import whole
+    from dsprune.engine.zero.gather import whole
 
     trainer = build_trainer(setup)
     losses = [trainer.step(step).losses["total"] for step in range(2)]

@@ -146,7 +146,7 @@ def _reorder_outputs(model: PreTrainedModel, order: Sequence[int]) -> None:
     """Let output i be what output `order[i]` was. Collective under ZeRO-3."""
     module = model.get_submodule(output_path(model))
     weights = [param for param in (module.weight, module.bias) if param is not None]
-    with gathered(*weights) as writes, torch.no_grad():
+    with gathered(*weights, rewritten=True) as writes, torch.no_grad():
         for param in weights if writes else ():
             param.copy_(param[list(order)])
 
