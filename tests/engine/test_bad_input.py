@@ -187,7 +187,9 @@ CASES = {
     "autocast beside bf16": (
         64,
         "torch_autocast and bf16 are both enabled",
-        lambda f: (_ds_config(f, {"torch_autocast": AUTOCAST, "bf16": {"enabled": True}}),),
+        lambda f: (
+            _ds_config(f, {"torch_autocast": AUTOCAST, "bf16": {"enabled": True}, "zero_optimization": {"stage": 1}}),
+        ),
     ),
     "autocast in float16": (
         64,
