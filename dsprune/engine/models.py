@@ -30,6 +30,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_N
 from dsprune.arch import FamilySpec, StackSpec, family_for
 from dsprune.consolidate import auto_with_own_head, load_compact, position_table
 from dsprune.engine.ds_config import precision, zero_stage
+from dsprune.engine.ds_memory import forget_engine
 from dsprune.engine.requirements import quiet_import
 from dsprune.errors import ArchitectureError, ConfigError
 from dsprune.tasks import Task
@@ -357,6 +358,7 @@ def release(*objects: Any) -> None:
     for item in objects:
         if hasattr(item, "destroy"):
             item.destroy()
+            forget_engine(item)
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()

@@ -31,6 +31,7 @@ from dsprune.config import RunConfig, ShapeConfig
 from dsprune.consolidate import apply_selection
 from dsprune.engine.batches import Batches, to_device
 from dsprune.engine.ds_config import BatchPlan, precision, zero_stage
+from dsprune.engine.journal import write_json
 from dsprune.engine.models import DTYPES, checkpoint_activations, is_compact, release, resolve_source
 from dsprune.engine.preflight import Preflight, dense_skeleton
 from dsprune.engine.stages import Run
@@ -38,7 +39,7 @@ from dsprune.engine.status import lost_a_peer
 from dsprune.engine.stop import Stop
 from dsprune.engine.trainer import Trainer
 from dsprune.engine.world import World
-from dsprune.errors import ConfigError, DspruneError
+from dsprune.errors import ConfigError, DspruneError, NumericsError
 from dsprune.methods import Method, Plan, method_class
 from dsprune.structure import Selection, analyze, ones
 from dsprune.tasks import Encoded
@@ -235,6 +236,10 @@ def _take_step(run: Run, stage: str) -> None:
             getattr(_TwoLayers(run, stage, Path(folder)), f"_{stage}")()
         except _StepTaken:
             return
+        except NumericsError as error:
+            if run.world.is_main:
+                write_json(run.folder / "numerics.json", error.details)
+            raise
         except DspruneError:
             raise
         except Exception as error:
