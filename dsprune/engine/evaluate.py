@@ -13,7 +13,7 @@ from dsprune.engine.world import World
 from dsprune.tasks import Encoded, Task
 from dsprune.tasks.sampling import eval_shard
 
-__all__ = ["Forward", "evaluate", "evaluate_all"]
+__all__ = ["Forward", "Pulse", "evaluate", "evaluate_all", "join_splits", "predict"]
 
 Forward = Callable[[Mapping[str, Tensor], Tensor], Tensor]
 """Inputs and labels on the device to what metrics are made of: [batch, n], or [batch, length, classes]."""
@@ -22,10 +22,11 @@ Pulse = Callable[[], None]
 
 
 @torch.no_grad()
-def evaluate(
-    forward: Forward, task: Task, data: Encoded, world: World, *, batch_size: int, pulse: Pulse
-) -> dict[str, float]:
-    """The task's metrics on one split. Collective: all ranks must call, and under ZeRO-3 forward in step."""
+def predict(forward: Forward, data: Encoded, world: World, *, batch_size: int, pulse: Pulse) -> Tensor:
+    """What metrics of one split are made of, on every rank: [examples, ...] in the order of the split, fp32.
+
+    Collective: all ranks must call, and under ZeRO-3 forward in step.
+    """
     found: list[Tensor] = []
     kept: list[Tensor] = []
     width = int(data.lengths.max())
@@ -39,19 +40,30 @@ def evaluate(
     shards = world.gather((torch.cat(kept).numpy(), torch.cat(found).numpy()))
     order = torch.cat([torch.from_numpy(indices) for indices, _ in shards])
     predictions = torch.cat([torch.from_numpy(values) for _, values in shards])
-    return task.score(predictions[order.argsort()], data)
+    return predictions[order.argsort()]
+
+
+def evaluate(
+    forward: Forward, task: Task, data: Encoded, world: World, *, batch_size: int, pulse: Pulse
+) -> dict[str, float]:
+    """The task's metrics on one split. Collective, as `predict` is."""
+    return task.score(predict(forward, data, world, batch_size=batch_size, pulse=pulse), data)
 
 
 def evaluate_all(
     forward: Forward, task: Task, evals: Mapping[str, Encoded], world: World, *, batch_size: int, pulse: Pulse
 ) -> dict[str, float]:
-    """Metrics of all evaluation splits; named `metric`, or `split/metric` unless the split is the only official one.
+    """Metrics of all evaluation splits, named as `join_splits` has it. Collective: all ranks must call."""
+    return join_splits(
+        {
+            split: evaluate(forward, task, data, world, batch_size=batch_size, pulse=pulse)
+            for split, data in evals.items()
+        }
+    )
 
-    Collective: all ranks must call.
-    """
-    scores = {
-        split: evaluate(forward, task, data, world, batch_size=batch_size, pulse=pulse) for split, data in evals.items()
-    }
+
+def join_splits(scores: Mapping[str, dict[str, float]]) -> dict[str, float]:
+    """Metrics of several splits: named `metric`, or `split/metric` unless the split is the only official one."""
     if list(scores) == ["validation"]:
         return scores["validation"]
     return {f"{split}/{name}": value for split, values in scores.items() for name, value in values.items()}

@@ -37,6 +37,7 @@ from dsprune.engine.preflight import Preflight, dense_skeleton
 from dsprune.engine.stages import Run
 from dsprune.engine.status import lost_a_peer
 from dsprune.engine.stop import Stop
+from dsprune.engine.teacher import Teacher
 from dsprune.engine.trainer import Trainer
 from dsprune.engine.world import World
 from dsprune.errors import ConfigError, DspruneError, NumericsError
@@ -130,6 +131,9 @@ class _TwoLayers(Run):
         if self.config.student.activation_checkpointing:
             checkpoint_activations(model)
         return model  # type: ignore[no-any-return]
+
+    def _look_at(self, teacher: Teacher) -> None:
+        """Nothing: this one knows nothing."""
 
     def _trainer(self, stage: str, *args: Any, **kwargs: Any) -> Trainer:
         return super()._trainer(f"rehearsal of stage '{stage}'", *args, **kwargs)

@@ -135,6 +135,7 @@ def _figures(run: Run, scores: dict[str, Any], sizes: dict[str, Any], bench: Ben
         "notes": list(run.data.notes),
         "landing": _landing(run, dense),
         "blocks": _block_landing(run, sizes["compact"]["encoder"], dense["encoder"]),
+        "given_teacher": run.given_teacher(),
         **models,
         "bench": bench.to_dict(),
     }
@@ -160,6 +161,9 @@ def _text(run: Run, figures: dict[str, Any], bench: BenchReport, final: Path) ->
             f"blocks: {blocks['target']:.1%} of the encoder that was left, exported: {blocks['measured']:.2%}; "
             f"together {blocks['together']:.2%} of the dense encoder"
         )
+    if (given := figures["given_teacher"]) is not None:
+        scores = "  ".join(f"{name} {value:.4f}" for name, value in given["metrics"].items())
+        lines.append(f"teacher, as it was given: {scores} ({given['path']})")
     lines += [f"note: {note}" for note in run.data.notes]
     lines.append(f"model: {final}   report: {run.folder}/report.json, {run.folder}/report.png")
     return "\n".join(lines)

@@ -36,6 +36,7 @@ from dsprune.engine.status import Status
 from dsprune.engine.stop import Stop, unheard
 from dsprune.engine.student import Student, build_student_engine
 from dsprune.engine.teacher import Teacher
+from dsprune.engine.teacher_score import score_teacher
 from dsprune.engine.trainer import LayerMatcher, Trainer
 from dsprune.engine.world import World
 from dsprune.errors import CheckpointError, ConfigError, Preempted
@@ -146,6 +147,11 @@ class Run:
         path = self.folder / stage / "done.json"
         return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
 
+    def given_teacher(self) -> dict[str, Any] | None:
+        """Where the teacher came from and what it scored before pruning; None where it was trained here."""
+        facts = self._facts("teacher")
+        return {"path": facts["given"], "metrics": facts["metrics"]} if "given" in facts else None
+
     @property
     def teacher_source(self) -> str:
         """Where the fine-tuned dense model is.
@@ -227,6 +233,7 @@ class Run:
         method = self._method()
         total = method.plan.total_steps
         teacher = self._load_teacher()
+        self._look_at(teacher)
         ds_config = self._student_ds(config)
         source = self.teacher_source if config.start == "teacher" else self.config.model.name
         self._seed("head")
@@ -364,6 +371,31 @@ class Run:
             attentions=distill.attentions > 0,
             from_scratch=not self.teachers_have_weights,
         )
+
+    def _look_at(self, teacher: Teacher) -> None:
+        """Score a given teacher, once, before anybody learns from it. Collective: all ranks must call.
+
+        Raises:
+            ArchitectureError: it does worse than chance.
+        """
+        path = self.config.teacher.path
+        if path is None or self.is_done("teacher"):
+            return
+        scores = score_teacher(
+            teacher,
+            path,
+            self.task,
+            self.data.evals,
+            self.world,
+            batch_size=self.config.batch.eval,
+            vocab_size=self.ready.vocab_size,
+            pulse=lambda: self.stop.check(self.world, "while scoring the teacher"),
+            say=self.journal.say,
+        )
+        self.journal.forget_after("teacher", -1)
+        self.journal.log("teacher", 0, {f"eval/{name}": value for name, value in scores.items()})
+        self.journal.say("teacher: given, " + "  ".join(f"{name} {value:.4f}" for name, value in scores.items()))
+        self._finish("teacher", given=path, metrics=scores)
 
     def _compact_layers(self, folder: Path) -> tuple[int, ...]:
         """For each layer of the compact model, the dense layer that it was."""
