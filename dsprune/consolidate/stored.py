@@ -14,7 +14,7 @@ from pickle import UnpicklingError
 import torch
 from safetensors import SafetensorError, safe_open
 
-from dsprune.errors import ArchitectureError
+from dsprune.errors import ArchitectureError, ConfigError
 from dsprune.structure import Structure
 
 __all__ = ["check_stored_shapes", "stored_shapes"]
@@ -30,19 +30,20 @@ def stored_shapes(folder: Path) -> dict[str, Shape]:
     """Shape of every tensor in a model folder, by its name there; nothing where there are no weights.
 
     Raises:
-        ArchitectureError: a file of weights that cannot be read.
+        ConfigError: a file of weights that cannot be read.
     """
     shapes: dict[str, Shape] = {}
     for path in _files(folder):
         try:
             shapes |= _of_safetensors(path) if path.suffix == ".safetensors" else _of_pickle(path)
         except UnpicklingError as error:
-            raise ArchitectureError(
-                f"the weights in {path} cannot be read: it holds more than weights, which could run anything"
+            raise ConfigError(
+                f"the weights in {path} cannot be read: it holds more than weights, which could run anything: give "
+                "them as model.safetensors"
             ) from error
         except (OSError, SafetensorError, RuntimeError, ValueError, EOFError, AttributeError) as error:
             reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
-            raise ArchitectureError(f"the weights in {path} cannot be read: {reason}") from error
+            raise ConfigError(f"the weights in {path} cannot be read: {reason}") from error
     return shapes
 
 
@@ -81,7 +82,8 @@ def check_stored_shapes(what: str, source: str, structure: Structure) -> None:
         structure: of the model that the configuration describes.
 
     Raises:
-        ArchitectureError: naming the first weight that differs; or a file that cannot be read.
+        ArchitectureError: naming the first weight that differs.
+        ConfigError: a file of weights that cannot be read.
     """
     folder = Path(source)
     if not folder.is_dir():

@@ -102,6 +102,9 @@ def render_report(figures: Figures, folder: str, final: str) -> str:
             f"teacher: {figures['teacher']['source']}",
             f"base: {figures['base']['source']}, which was pruned; of it only sizes and speed are taken",
         ]
+    if (given := figures["given_teacher"]) is not None:
+        scores = "  ".join(f"{name} {value:.4f}" for name, value in given["metrics"].items())
+        lines.append(f"teacher, as it was given: {scores} ({given['path']})")
     lines += [*_landing(figures, folder), *(f"note: {note}" for note in figures["notes"])]
     lines.append(f"model: {final}   report: {folder}/report.json, {folder}/report.png")
     return "\n".join(lines)

@@ -19,6 +19,10 @@ from dsprune.structure import CostModel
 
 __all__ = ["describe_plan"]
 
+REHEARSAL = """\
+A launch takes the first step of each of its training stages on two layers before any stage begins; a dry run, which
+has neither ranks nor data, does not."""
+
 
 def _batch_lines(config: RunConfig, ready: Preflight) -> list[str]:
     batch = ready.batch
@@ -66,6 +70,7 @@ def describe_plan(config: RunConfig, ready: Preflight, world_size: int) -> str:
         "batch": "\n".join(_batch_lines(config, ready)),
         "checkpoints": "\n".join(_disk_lines(config, ready)),
         f"memory on {world_size} rank(s), activations apart": _memory_table(config, ready, world_size),
+        "rehearsal": REHEARSAL,
     }
     if notes:
         sections["DeepSpeed configurations"] = "\n".join(notes)

@@ -30,6 +30,7 @@ from dsprune.arch import family_for
 from dsprune.config import RunConfig, ShapeConfig
 from dsprune.consolidate import apply_selection
 from dsprune.engine.learning.batches import Batches, to_device
+from dsprune.engine.learning.teacher import Teacher
 from dsprune.engine.learning.trainer import Trainer
 from dsprune.engine.models.load import checkpoint_activations, resolve_source
 from dsprune.engine.models.skeleton import compact_facts
@@ -37,7 +38,8 @@ from dsprune.engine.ranks.stop import Stop
 from dsprune.engine.ranks.world import World
 from dsprune.engine.zero.config import BatchPlan, dtype_of, zero_stage
 from dsprune.engine.zero.gather import release
-from dsprune.errors import ConfigError, DspruneError
+from dsprune.errors import ConfigError, DspruneError, NumericsError
+from dsprune.files import write_json
 from dsprune.methods import Method, Plan, method_class
 from dsprune.run.preflight import Preflight, dense_skeleton
 from dsprune.run.run import Run
@@ -132,6 +134,9 @@ class _TwoLayers(Run):
         if self.config.student.activation_checkpointing:
             checkpoint_activations(model)
         return model  # type: ignore[no-any-return]
+
+    def _look_at(self, teacher: Teacher) -> None:
+        """Nothing: this one knows nothing."""
 
     def _trainer(self, stage: str, *args: Any, **kwargs: Any) -> Trainer:
         return super()._trainer(f"rehearsal of stage '{stage}'", *args, **kwargs)
@@ -239,6 +244,10 @@ def _take_step(run: Run, stage: str) -> None:
             getattr(_TwoLayers(run, stage, Path(folder)), f"_{stage}")()
         except _StepTaken:
             return
+        except NumericsError as error:
+            if run.world.is_main:
+                write_json(run.folder / "numerics.json", error.details)
+            raise
         except DspruneError:
             raise
         except Exception as error:

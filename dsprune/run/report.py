@@ -150,6 +150,7 @@ def _figures(
         "notes": list(run.data.notes),
         "landing": _landing(run, base),
         "blocks": _block_landing(run, sizes["encoder"], base.encoder),
+        "given_teacher": run.given_teacher(),
         **models,
         "compact": compact,
         "bench": benches[first].to_dict(),

@@ -47,6 +47,7 @@ from dsprune.run.preflight import Preflight, build_method
 from dsprune.run.provenance import Provenance
 from dsprune.run.settling import settle
 from dsprune.run.status import Status
+from dsprune.run.teacher_score import score_teacher
 from dsprune.run.teaching import student_stacks
 from dsprune.run.training_loop import Course, Pace
 from dsprune.run_folder import RunFolder
@@ -163,6 +164,11 @@ class Run:
         facts: dict[str, Any] = self._facts(stage).get("landing", {})
         return facts
 
+    def given_teacher(self) -> dict[str, Any] | None:
+        """Where the teacher came from and what it scored before pruning; None where it was trained here."""
+        facts = self._facts("teacher")
+        return {"path": facts["given"], "metrics": facts["metrics"]} if "given" in facts else None
+
     @property
     def teacher_source(self) -> str:
         """Where the fine-tuned dense model is.
@@ -244,6 +250,7 @@ class Run:
         method = self._method()
         total = method.plan.total_steps
         teacher = self._load_teacher()
+        self._look_at(teacher)
         ds_config = self._student_ds(config)
         source = self.teacher_source if config.start == "teacher" else None
         self._seed("head")
@@ -415,6 +422,31 @@ class Run:
             attentions=distill.attentions > 0,
             from_scratch=not self.teachers_have_weights,
         )
+
+    def _look_at(self, teacher: Teacher) -> None:
+        """Score a given teacher, once, before anybody learns from it. Collective: all ranks must call.
+
+        Raises:
+            ArchitectureError: it does worse than chance.
+        """
+        path = self.config.teacher.path
+        if path is None or self.is_done("teacher"):
+            return
+        scores = score_teacher(
+            teacher,
+            path,
+            self.task,
+            self.data.evals,
+            self.world,
+            batch_size=self.config.batch.eval,
+            vocab_size=self.ready.vocab_size,
+            before_batch=lambda: self.stop.check(self.world, "while scoring the teacher"),
+            say=self.journal.say,
+        )
+        self.journal.forget_after("teacher", -1)
+        self.journal.log("teacher", 0, {f"eval/{name}": value for name, value in scores.items()})
+        self.journal.say("teacher: given, " + "  ".join(f"{name} {value:.4f}" for name, value in scores.items()))
+        self._finish("teacher", given=path, metrics=scores)
 
     def _compact_layers(self, folder: Path) -> tuple[int, ...]:
         """For each layer of the compact model, the dense layer that it was."""

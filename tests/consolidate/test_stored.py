@@ -8,7 +8,7 @@ from safetensors.torch import load_file, save_file
 
 from dsprune.cli import main
 from dsprune.consolidate.stored import check_stored_shapes, stored_shapes
-from dsprune.errors import ArchitectureError
+from dsprune.errors import ArchitectureError, ConfigError
 from dsprune.structure import analyze
 from tests.helpers.models import ALL, tiny_model
 
@@ -41,7 +41,7 @@ def test_a_pickle_that_runs_something_is_refused(tmp_path):
             return print, ("run",)
 
     torch.save({"a": Bad()}, tmp_path / "pytorch_model.bin")
-    with pytest.raises(ArchitectureError, match="holds more than weights"):
+    with pytest.raises(ConfigError, match="holds more than weights"):
         stored_shapes(tmp_path)
 
 

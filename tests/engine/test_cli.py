@@ -76,7 +76,7 @@ def test_dry_run_plans_and_touches_nothing(tmp_path):
     recipe = tiny_recipe(tmp_path)
     code, out, err = _run("-m", "dsprune", "train", recipe, "--dry-run", "--ranks", "2", "prune.target=0.25")
     assert code == 0, err
-    for text in ('"target": 0.25', "ffn_dim", "2 rank(s) x 4 x 1", "GiB per rank"):
+    for text in ('"target": 0.25', "ffn_dim", "2 rank(s) x 4 x 1", "GiB per rank", "a dry run"):
         assert text in out, text
     assert not (tmp_path / "run").exists()
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -14,7 +15,7 @@ from dsprune.engine.ranks.pulse import pulse
 from dsprune.tasks import Encoded, Task
 from dsprune.tasks.sampling import eval_shard
 
-__all__ = ["Forward", "evaluate", "evaluate_all", "predict"]
+__all__ = ["BeforeBatch", "Forward", "evaluate", "evaluate_all", "join_splits", "predict"]
 
 Forward = Callable[[Mapping[str, Tensor], Tensor], Tensor]
 """Inputs and labels on the device to what metrics are made of: [batch, n], or [batch, length, classes]."""
@@ -61,14 +62,13 @@ def evaluate_all(
     batch_size: int,
     before_batch: BeforeBatch,
 ) -> dict[str, float]:
-    """Metrics of all evaluation splits; named `metric`, or `split/metric` unless the split is the only official one.
+    """Metrics of all evaluation splits, named as `join_splits` has it. Collective: all ranks must call."""
+    settings: dict[str, Any] = {"batch_size": batch_size, "before_batch": before_batch}
+    return join_splits({split: evaluate(forward, task, data, world, **settings) for split, data in evals.items()})
 
-    Collective: all ranks must call.
-    """
-    scores = {
-        split: evaluate(forward, task, data, world, batch_size=batch_size, before_batch=before_batch)
-        for split, data in evals.items()
-    }
+
+def join_splits(scores: Mapping[str, dict[str, float]]) -> dict[str, float]:
+    """Metrics of several splits: named `metric`, or `split/metric` unless the split is the only official one."""
     if list(scores) == ["validation"]:
         return scores["validation"]
     return {f"{split}/{name}": value for split, values in scores.items() for name, value in values.items()}

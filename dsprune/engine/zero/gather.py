@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from transformers.integrations import HfDeepSpeedConfig, unset_hf_deepspeed_config
 
 from dsprune.engine.zero.config import zero_stage
+from dsprune.engine.zero.memory import forget_engine
 from dsprune.engine.zero.refusals import refusals
 from dsprune.engine.zero.requirements import quiet_import
 
@@ -71,6 +72,7 @@ def release(*objects: Any) -> None:
     for item in objects:
         if hasattr(item, "destroy"):
             item.destroy()
+            forget_engine(item)
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
