@@ -25,8 +25,6 @@ NAMES = (
     "STOP",
     "failures",
     "heartbeats",
-    "tensorboard",
-    "checkpoints",
     "recovered",
 )
 """Names in a run's folder; words that mean other things as well are looked for where a path is built."""

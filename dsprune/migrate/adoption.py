@@ -23,6 +23,7 @@ from dsprune.migrate.dense import Dense, dense_model
 from dsprune.migrate.files import Foreign, first_line, open_foreign
 from dsprune.migrate.grain import embedding_rank, read_grain
 from dsprune.migrate.mlpruning import read_blocks, read_mlpruning
+from dsprune.run_folder import MANIFEST
 from dsprune.structure import BlockSelection, Selection
 
 __all__ = ["METHODS", "Origin", "adopt"]
@@ -186,4 +187,4 @@ def _write_facts(checkpoint: Path, foreign: Foreign, method: str) -> None:
         if path.is_file()
     }
     facts = {"format": FORMAT, "stage": "import", "step": 0, "method": method, "files": files}
-    (checkpoint / "MANIFEST.json").write_text(render_manifest(facts), encoding="utf-8")
+    (checkpoint / MANIFEST).write_text(render_manifest(facts), encoding="utf-8")

@@ -32,6 +32,7 @@ from dsprune.methods import Method, Plan, method_class
 from dsprune.methods.shapes import aimed_sparsity
 from dsprune.run.teacher_fit import check_positions, check_teacher
 from dsprune.run.teaching import plan_teaching, teacher_shape
+from dsprune.run_folder import RunFolder
 from dsprune.structure import Selection, Structure, analyze, block_grid, shape_gates
 from dsprune.tasks import Task, build_task
 
@@ -99,7 +100,7 @@ def _check_weights(config: RunConfig, task: Task) -> dict[str, Any]:
     Returns:
         What the configuration of the student has to say of its head, which its files may know better.
     """
-    model, own_teacher = config.model, Path(config.output) / "teacher" / "model"
+    model, own_teacher = config.model, RunFolder(config.output).model_of("teacher")
     student = None
     teaches = "teacher" in config.stages and config.teacher.path is None
     if (teaches or ("prune" in config.stages and config.prune.start == "pretrained")) and not model.from_scratch:

@@ -45,18 +45,20 @@ from dsprune.run.preflight import Preflight, dense_skeleton
 from dsprune.run.run import Run
 from dsprune.run.status import lost_a_peer
 from dsprune.run.teaching import plan_teaching, teacher_shape
+from dsprune.run_folder import TRAINING_STAGES, StageName
 from dsprune.structure import Selection, analyze, ones
 from dsprune.tasks import Encoded
 
 __all__ = ["rehearse"]
 
+COMPACT, TEACHER = "compact-two", "teacher-two"
+"""Folders of the models that stand for those of the run."""
 LAYERS = 2
 """Layers of each stack."""
 ACCUMULATION = 2
 """Micro-batches of the step at most: one that is kept, and one that ends it."""
 TARGET = 0.1
 """Sparsity that two layers are asked for at most: what the whole model can lose, they may not."""
-TRAINING = ("teacher", "prune", "recover", "blocks")
 
 
 class _StepTaken(Exception):
@@ -103,7 +105,7 @@ class _TwoLayers(Run):
 
     @property
     def compact_source(self) -> Path:
-        return self.folder.parent / "compact"
+        return self.folder.root.parent / COMPACT
 
     @property
     def recovered_source(self) -> Path:
@@ -168,17 +170,17 @@ def _reduced(run: Run, stage: str, folder: Path) -> tuple[RunConfig, Preflight]:
     revision = config.model.revision
     depths = {
         name: _write_shallow(source, revision if source == dense else None, folder / name)
-        for name, source in (("student", dense), ("teacher", teacher), ("compact", dense))
+        for name, source in (("student", dense), (TEACHER, teacher), (COMPACT, dense))
     }
     with_embeddings = 0 in run.ready.teaching.layers
-    layers = tuple(range(0 if with_embeddings else 1, depths["teacher"] + 1))
+    layers = tuple(range(0 if with_embeddings else 1, depths[TEACHER] + 1))
     teaches = stage != "teacher"
     parts = {
         "output": str(folder / "run"),
         "model": config.model.model_copy(
             update={"name": str(folder / "student"), "revision": None, "from_scratch": True}
         ),
-        "teacher": config.teacher.model_copy(update={"path": str(folder / "teacher") if teaches else None}),
+        "teacher": config.teacher.model_copy(update={"path": str(folder / TEACHER) if teaches else None}),
         "prune": config.prune.model_copy(update={"start": "pretrained"}),
         "distill": config.distill.model_copy(update={"teacher_layers": layers, "layer_pairs": None}),
     }
@@ -229,16 +231,16 @@ def _undisturbed(world: World) -> Iterator[None]:
         np.random.set_state(states[1])
 
 
-def _takes_steps(run: Run, stage: str) -> bool:
+def _takes_steps(run: Run, stage: StageName) -> bool:
     """Whether a stage of this launch trains: it is neither finished, nor given, nor of no length."""
-    if stage not in TRAINING or run.is_done(stage):
+    if stage not in TRAINING_STAGES or run.is_done(stage):
         return False
     if stage == "teacher" and run.config.teacher.path is not None:
         return False
     return bool(getattr(run.config, stage).duration.steps(run.batches.steps_per_epoch) > 0)
 
 
-def _take_step(run: Run, stage: str) -> None:
+def _take_step(run: Run, stage: StageName) -> None:
     with tempfile.TemporaryDirectory(prefix="dsprune-rehearsal-") as folder:
         try:
             getattr(_TwoLayers(run, stage, Path(folder)), f"_{stage}")()
@@ -246,7 +248,7 @@ def _take_step(run: Run, stage: str) -> None:
             return
         except NumericsError as error:
             if run.world.is_main:
-                write_json(run.folder / "numerics.json", error.details)
+                write_json(run.folder.numerics, error.details)
             raise
         except DspruneError:
             raise
@@ -281,7 +283,7 @@ def _told(run: Run, stage: str, error: Exception) -> ConfigError:
     package = Path(dsprune.__file__).parent
     frames = [f for f in traceback.extract_tb(error.__traceback__) if package in Path(f.filename).parents]
     place = f"{Path(frames[-1].filename).relative_to(package.parent)}, line {frames[-1].lineno}" if frames else "?"
-    path = run.folder / "failures" / f"rehearsal-rank{run.world.rank}.txt"
+    path = run.folder.failures / f"rehearsal-rank{run.world.rank}.txt"
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("".join(traceback.format_exception(error)), encoding="utf-8")
     engines = [("student", run.ready.student_ds)] + ([("teacher", run.ready.teacher_ds)] if stage != "teacher" else [])

@@ -20,7 +20,7 @@ from dsprune.measure.plots import plot_run
 from dsprune.measure.summary import render_report
 from dsprune.run.journal import read_metrics
 from dsprune.run.settling import told
-from dsprune.run_folder import RunFolder, StageName
+from dsprune.run_folder import StageName
 
 if TYPE_CHECKING:
     from dsprune.run.run import Run
@@ -114,7 +114,7 @@ def write_report(run: Run) -> None:
     beside = _dense_models(run)
     benches = {kind: _bench(run, kind, final) for kind in beside}
     figures = _figures(run, beside, {"taught": taught, "compact": compact}, benches)
-    write_json(run.folder / "report.json", figures)
+    write_json(run.folder.report, figures)
     _plot(run, final)
     run.journal.say(render_report(figures, str(run.folder), str(final)))
 
@@ -165,10 +165,10 @@ def _plot(run: Run, final: Path) -> None:
     for layer in config["layers"]:
         layers[layer["source"]] = {"heads": layer["heads"], "ffn_dim": layer["ffn_dim"]}
     plot_run(
-        read_metrics(RunFolder(run.folder)),
+        read_metrics(run.folder),
         layers,
         {"heads": sizes.num_groups, "ffn_dim": sizes.ffn_dim},
-        run.folder / "report.png",
+        run.folder.picture,
         metric=run.task.primary,
         title=f"{run.config.model.name} on {run.task.name}: {run.config.method.name}, "
         f"target {run.ready.target:.0%} of the {run.config.prune.target_of}",

@@ -9,7 +9,7 @@ import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor
@@ -50,7 +50,7 @@ from dsprune.run.status import Status
 from dsprune.run.teacher_score import score_teacher
 from dsprune.run.teaching import student_stacks
 from dsprune.run.training_loop import Course, Pace
-from dsprune.run_folder import RunFolder
+from dsprune.run_folder import RunFolder, StageName
 from dsprune.structure import (
     BlockGating,
     Gates,
@@ -105,8 +105,8 @@ class Run:
         self.journal = journal
         self.stop = stop
         self.provenance = provenance
-        self.folder = Path(config.output)
-        self.status = Status(RunFolder(self.folder), active=world.is_main)
+        self.folder = RunFolder(config.output)
+        self.status = Status(self.folder, active=world.is_main)
         self.batches = Batches(data.train, ready.batch, world, config.seed)
         if "prune" in config.stages:
             # Now that an epoch has a length, see that the method's phases fit, before the teacher trains.
@@ -114,59 +114,31 @@ class Run:
 
     # --- what is already there -------------------------------------------------------------
 
-    def _settings(self, stage: str) -> dict[str, Any]:
+    def _settings(self, stage: StageName) -> dict[str, Any]:
         """The part of the configuration that decides what a stage produces."""
-        whole = self.config.model_dump(mode="json")
-        common = ["seed", "model", "task", "data", "batch"]
-        own = {
-            "teacher": ["teacher"],
-            "prune": ["teacher", "method", "prune", "shape", "distill"],
-            "consolidate": ["teacher", "method", "prune", "shape", "distill"],
-            "recover": ["teacher", "method", "prune", "shape", "distill", "recover"],
-            "blocks": ["teacher", "method", "prune", "shape", "distill", "recover", "blocks"],
-            "evaluate": ["teacher", "method", "prune", "shape", "distill", "recover", "blocks", "eval"],
-        }
-        # How a batch is cut over ranks decides nothing.
-        whole["batch"] = {"size": self.config.batch.size}
-        return {key: whole[key] for key in common + own[stage]}
+        return self.folder.settings(stage, self.config.model_dump(mode="json"))
 
-    def is_done(self, stage: str) -> bool:
+    def is_done(self, stage: StageName) -> bool:
         """Whether a stage is finished, with the settings of this launch.
 
         Raises:
             ConfigError: it was finished with other settings.
         """
-        path = self.folder / stage / "done.json"
-        if not path.exists():
-            return False
-        done = json.loads(path.read_text(encoding="utf-8"))["settings"]
-        ours = self._settings(stage)
-        changed = [key for key in ours if done.get(key) != ours[key]]
-        if changed:
-            raise ConfigError(
-                f"stage '{stage}' in {self.folder} was finished with other settings of {', '.join(changed)}: "
-                f"choose another output=, or remove {path.parent} to redo it"
-            )
-        return True
+        return self.folder.is_done(stage, self.config.model_dump(mode="json"))
 
-    def _finish(self, stage: str, **facts: Any) -> None:
+    def _finish(self, stage: StageName, **facts: Any) -> None:
         if self.world.is_main:
-            (self.folder / stage).mkdir(parents=True, exist_ok=True)
-            write_json(self.folder / stage / "done.json", {"settings": self._settings(stage), **facts})
-        self.world.gather(None)
+            self.folder.mark_done(stage, self.config.model_dump(mode="json"), **facts)
+        self.world.gather(None, f"finishing stage '{stage}'")
 
-    def _facts(self, stage: str) -> dict[str, Any]:
-        path = self.folder / stage / "done.json"
-        return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-
-    def landing(self, stage: str) -> dict[str, Any]:
+    def landing(self, stage: StageName) -> dict[str, Any]:
         """How a finished stage that learned gates came to its target; empty where that is not known."""
-        facts: dict[str, Any] = self._facts(stage).get("landing", {})
+        facts: dict[str, Any] = self.folder.facts(stage).get("landing", {})
         return facts
 
     def given_teacher(self) -> dict[str, Any] | None:
         """Where the teacher came from and what it scored before pruning; None where it was trained here."""
-        facts = self._facts("teacher")
+        facts = self.folder.facts("teacher")
         return {"path": facts["given"], "metrics": facts["metrics"]} if "given" in facts else None
 
     @property
@@ -178,8 +150,8 @@ class Run:
         """
         if self.config.teacher.path is not None:
             return resolve_source(self.config.teacher.path)
-        folder = self.folder / "teacher" / "model"
-        if not (folder / "config.json").exists():
+        folder = self.folder.model_of("teacher")
+        if not self.folder.has_model("teacher"):
             raise ConfigError(f"there is no teacher in {folder}: run stage 'teacher' first, or give teacher.path=")
         return str(folder)
 
@@ -190,26 +162,24 @@ class Run:
         Raises:
             ConfigError: nothing was consolidated yet.
         """
-        folder = self.folder / "compact"
-        if not (folder / "config.json").exists():
+        folder = self.folder.model_of("consolidate")
+        if not self.folder.has_model("consolidate"):
             raise ConfigError(f"there is no compact model in {folder}: run stage 'consolidate' first")
         return folder
 
     @property
     def recovered_source(self) -> Path:
         """Folder of the compact model before blocks: the recovered one where there is one."""
-        recovered = self.folder / "recovered"
-        return recovered if (recovered / "config.json").exists() else self.compact_source
+        return self.folder.last_model(before="blocks") or self.compact_source
 
     @property
     def final_source(self) -> Path:
         """Folder of the last compact model."""
-        sparse = self.folder / "sparse"
-        return sparse if (sparse / "config.json").exists() else self.recovered_source
+        return self.folder.last_model() or self.compact_source
 
     # --- stages -----------------------------------------------------------------------------
 
-    def run_stage(self, stage: str) -> None:
+    def run_stage(self, stage: StageName) -> None:
         """Run one stage, or say that it is finished. Collective: all ranks must call."""
         if self.is_done(stage):
             self.journal.say(f"{stage}: already finished in {self.folder}")
@@ -242,7 +212,7 @@ class Run:
         trainer = self._trainer("teacher", engine, config, config.duration.steps(self.batches.steps_per_epoch))
         best, scores = self._train(trainer, {})
         release(engine)
-        self._export(best, self.folder / "teacher" / "model")
+        self._export(best, self.folder.model_of("teacher"))
         self._finish("teacher", checkpoint=str(best), metrics=scores)
 
     def _prune(self) -> None:
@@ -277,11 +247,11 @@ class Run:
         self._finish("prune", checkpoint=str(chosen), metrics=scores, landing=landing)
 
     def _consolidate(self) -> None:
-        facts = self._facts("prune")
+        facts = self.folder.facts("prune")
         if not facts:
             raise ConfigError(f"stage 'prune' is not finished in {self.folder}: run it first")
-        self._export(Path(facts["checkpoint"]), self.folder / "compact")
-        self._finish("consolidate", model=str(self.folder / "compact"))
+        self._export(self.folder.chosen_checkpoint("prune"), self.folder.model_of("consolidate"))
+        self._finish("consolidate", model=str(self.folder.model_of("consolidate")))
 
     def _recover(self) -> None:
         config = self.config.recover
@@ -306,8 +276,8 @@ class Run:
         trainer = self._trainer("recover", engine, config, total, teacher, sources)
         best, scores = self._train(trainer, {"compact": source})
         release(engine, teacher.engine)
-        self._export(best, self.folder / "recovered")
-        self._finish("recover", checkpoint=str(best), metrics=scores, model=str(self.folder / "recovered"))
+        self._export(best, self.folder.model_of("recover"))
+        self._finish("recover", checkpoint=str(best), metrics=scores, model=str(self.folder.model_of("recover")))
 
     def _blocks(self) -> None:
         """MLPruning's second step, on whatever compact model there is; that model also teaches."""
@@ -339,8 +309,10 @@ class Run:
         last, scores = self._train(trainer, {"method": method, "compact": source})
         landing = self._settle(trainer, last)
         release(engine, teacher.engine)
-        self._export(last, self.folder / "sparse")
-        self._finish("blocks", checkpoint=str(last), metrics=scores, model=str(self.folder / "sparse"), landing=landing)
+        self._export(last, self.folder.model_of("blocks"))
+        self._finish(
+            "blocks", checkpoint=str(last), metrics=scores, model=str(self.folder.model_of("blocks")), landing=landing
+        )
 
     def _block_plan(self, total: int) -> Plan:
         config = self.config.blocks
@@ -458,7 +430,7 @@ class Run:
 
     def _pruned_projections(self) -> list[tuple[Tensor, Tensor]]:
         """The projections that pruning trained, cut to the hidden dimensions that are left."""
-        checkpoint = Path(self._facts("prune").get("checkpoint", ""))
+        checkpoint = Path(self.folder.facts("prune").get("checkpoint", ""))
         if self.config.distill.layers == 0 or not (checkpoint / "selection.safetensors").exists():
             return []
         source = open_checkpoint(checkpoint)
@@ -520,9 +492,9 @@ class Run:
             The checkpoint to export (the best one, or where gates are learned the last, unless the best one was
             asked for) and its metrics.
         """
-        stage = trainer.stage
+        stage = cast(StageName, trainer.stage)
         store = CheckpointStore(
-            self.folder / stage / "checkpoints",
+            self.folder.checkpoints(stage),
             stage,
             self.world,
             keep=self.config.checkpoint.keep,
@@ -589,7 +561,7 @@ class Run:
     def _trained_with(self, trainer: Trainer) -> dict[str, Any]:
         """What must not change between a checkpoint and the run that goes on from it."""
         return {
-            **self._settings(trainer.stage),
+            **self._settings(cast(StageName, trainer.stage)),
             "precision": engine_precision(trainer.engine),
             "examples": self.provenance.examples,
         }
@@ -715,7 +687,7 @@ class Run:
             "target_of": self.config.prune.target_of,
             "metric": dict(scores),
             "notes": list(self.data.notes),
-            "dense": self._facts("teacher").get("metrics", {}),
+            "dense": self.folder.facts("teacher").get("metrics", {}),
         }
 
     def _export(self, checkpoint: Path, out: Path) -> None:

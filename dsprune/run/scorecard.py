@@ -24,6 +24,7 @@ from dsprune.engine.ranks.alone import Alone
 from dsprune.errors import ArchitectureError, ConfigError, OutputError
 from dsprune.measure.bench import DTYPES, check_options, describe_device, num_positions, wait
 from dsprune.measure.tables import render_table
+from dsprune.run_folder import STAGES, RunFolder
 from dsprune.structure import CostModel, analyze
 from dsprune.tasks import Encoded, Task, build_task
 from dsprune.tasks.sources import EvalData
@@ -255,9 +256,9 @@ def _card(
 
 
 def _check_run(source: str) -> None:
-    folder = Path(source)
-    if (folder / "status.json").is_file():
-        models = sorted(str(path.parent) for path in folder.glob("**/model.safetensors*"))
+    folder = RunFolder(source)
+    if folder.status.is_file():
+        models = [str(folder.model_of(name)) for name, spec in STAGES.items() if spec.model and folder.has_model(name)]
         raise ConfigError(
             f"'{source}' is a run folder: give one of its models, {' or '.join(models) or 'of which there is none yet'}"
         )
