@@ -401,9 +401,11 @@ class Run:
         Raises:
             ArchitectureError: it does worse than chance.
         """
-        path = self.config.teacher.path
-        if path is None or self.is_done("teacher"):
+        path, known = self.config.teacher.path, self.folder.facts("teacher")
+        if path is None or known.get("settings") == self._settings("teacher"):
             return
+        if known and "given" not in known:
+            self.is_done("teacher")  # one that was trained here, with other settings: that is refused
         scores = score_teacher(
             teacher,
             path,
