@@ -14,8 +14,9 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from dsprune.errors import CheckpointError, ConfigError
+from dsprune.files import first_line
 
-__all__ = ["Foreign", "first_line", "open_foreign", "read_tensors"]
+__all__ = ["Foreign", "open_foreign", "read_tensors"]
 
 WEIGHTS = ("model.safetensors", "pytorch_model.bin")
 """Where transformers keeps a model's weights."""
@@ -127,11 +128,6 @@ def _present_name(name: str) -> str:
         if name.endswith(old):
             return name.removesuffix(old) + new
     return name
-
-
-def first_line(error: Exception) -> str:
-    """What a foreign error says first."""
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 
 def listed(names: Sequence[str], most: int = 3) -> str:

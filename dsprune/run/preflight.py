@@ -243,9 +243,7 @@ def preflight(config: RunConfig, world_size: int) -> Preflight:
     check_teacher(config, task, vocab_size, tokenizer)
     outputs = _check_weights(config, task)
     model = skeleton(config.model.name, task, config.model.revision, outputs=outputs)
-    if config.prune.embedding_rank:
-        check_rank(model, config.prune.embedding_rank)
-        factor_embedding(model, family_for(model.config.model_type).as_dict(), config.prune.embedding_rank)
+    _factor(config, model)
     structure = analyze(model)
     student_ds, teacher_ds = (fill_widths(ds, int(model.config.hidden_size)) for ds in (student_ds, teacher_ds))
     _check_text(config, task, vocab_size)

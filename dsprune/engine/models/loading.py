@@ -23,13 +23,13 @@ from transformers.utils import logging as transformers_logging
 from dsprune.consolidate import with_own_head
 from dsprune.engine.models.weight_files import WeightFiles
 from dsprune.errors import ArchitectureError, ConfigError
+from dsprune.files import first_line
 from dsprune.tasks import Task
 
 __all__ = [
     "AUTO_CLASSES",
     "LoadingPlan",
     "class_for",
-    "first_line",
     "not_there",
     "unlike_files",
     "without_weights",
@@ -170,8 +170,3 @@ def _unheard() -> Iterator[None]:
         transformers_logging.set_verbosity(level)
         if bars:
             transformers_logging.enable_progress_bar()
-
-
-def first_line(error: Exception) -> str:
-    """What an error of another library says, in one line."""
-    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

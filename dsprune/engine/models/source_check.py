@@ -20,10 +20,11 @@ from transformers import AutoConfig, PretrainedConfig
 
 from dsprune.consolidate import own_head_keys
 from dsprune.engine.models.labelling import listed, name_labels, output_order
-from dsprune.engine.models.loading import LoadingPlan, class_for, first_line, not_there, unlike_files, without_weights
+from dsprune.engine.models.loading import LoadingPlan, class_for, not_there, unlike_files, without_weights
 from dsprune.engine.models.weight_files import WeightFiles, find_weights
 from dsprune.engine.models.weight_names import MatchedNames, match_names
 from dsprune.errors import ArchitectureError, ConfigError
+from dsprune.files import first_line
 from dsprune.structure.layout import family_of, head_paths
 from dsprune.tasks import Task
 from dsprune.tasks.labels import has_default_names
