@@ -149,8 +149,13 @@ class Run:
 
     def given_teacher(self) -> dict[str, Any] | None:
         """Where the teacher came from and what it scored before pruning; None where it was trained here."""
-        facts = self._facts("teacher")
-        return {"path": facts["given"], "metrics": facts["metrics"]} if "given" in facts else None
+        path = self.folder / "teacher" / "given.json"
+        if self.config.teacher.path is None or not path.exists():
+            return None
+        facts: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        return (
+            {key: facts[key] for key in ("path", "metrics")} if facts["settings"] == self._settings("teacher") else None
+        )
 
     @property
     def teacher_source(self) -> str:
@@ -379,7 +384,7 @@ class Run:
             ArchitectureError: it does worse than chance.
         """
         path = self.config.teacher.path
-        if path is None or self.is_done("teacher"):
+        if path is None or self.world.broadcast(self.given_teacher()) is not None:
             return
         scores = score_teacher(
             teacher,
@@ -395,7 +400,10 @@ class Run:
         self.journal.forget_after("teacher", -1)
         self.journal.log("teacher", 0, {f"eval/{name}": value for name, value in scores.items()})
         self.journal.say("teacher: given, " + "  ".join(f"{name} {value:.4f}" for name, value in scores.items()))
-        self._finish("teacher", given=path, metrics=scores)
+        if self.world.is_main:
+            (self.folder / "teacher").mkdir(exist_ok=True)
+            facts = {"path": path, "metrics": scores, "settings": self._settings("teacher")}
+            write_json(self.folder / "teacher" / "given.json", facts)
 
     def _compact_layers(self, folder: Path) -> tuple[int, ...]:
         """For each layer of the compact model, the dense layer that it was."""
@@ -577,7 +585,7 @@ class Run:
             "target_of": self.config.prune.target_of,
             "metric": dict(scores),
             "notes": list(self.data.notes),
-            "dense": self._facts("teacher").get("metrics", {}),
+            "dense": (self.given_teacher() or self._facts("teacher")).get("metrics", {}),
         }
 
     def _export(self, checkpoint: Path, out: Path) -> None:
