@@ -247,6 +247,11 @@ class RunFolder:
         """What says that a stage is finished."""
         return self.root / stage / "done.json"
 
+    @property
+    def given_teacher(self) -> Path:
+        """What a teacher that was given scored before pruning."""
+        return self.root / "teacher" / "given.json"
+
     def checkpoints(self, stage: StageName) -> Path:
         """Folder of a stage's checkpoints."""
         return self.root / stage / "checkpoints"

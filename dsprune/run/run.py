@@ -37,7 +37,7 @@ from dsprune.engine.ranks.world import World
 from dsprune.engine.zero.config import DsConfig, engine_precision, with_clip
 from dsprune.engine.zero.gather import release, whole
 from dsprune.errors import CheckpointError, ConfigError, Preempted
-from dsprune.files import write_json
+from dsprune.files import read_json, write_json
 from dsprune.methods import Method, Plan
 from dsprune.methods.mlpruning_blocks import BlockPruning
 from dsprune.methods.noise import stable_seed
@@ -138,8 +138,12 @@ class Run:
 
     def given_teacher(self) -> dict[str, Any] | None:
         """Where the teacher came from and what it scored before pruning; None where it was trained here."""
-        facts = self.folder.facts("teacher")
-        return {"path": facts["given"], "metrics": facts["metrics"]} if "given" in facts else None
+        path = self.folder.given_teacher
+        if self.config.teacher.path is None or not path.exists():
+            return None
+        facts: dict[str, Any] = read_json(path)
+        same = facts["settings"] == self._settings("teacher")
+        return {key: facts[key] for key in ("path", "metrics")} if same else None
 
     @property
     def teacher_source(self) -> str:
@@ -401,11 +405,9 @@ class Run:
         Raises:
             ArchitectureError: it does worse than chance.
         """
-        path, known = self.config.teacher.path, self.folder.facts("teacher")
-        if path is None or known.get("settings") == self._settings("teacher"):
+        path = self.config.teacher.path
+        if path is None or self.world.broadcast(self.given_teacher()) is not None:
             return
-        if known and "given" not in known:
-            self.is_done("teacher")  # one that was trained here, with other settings: that is refused
         scores = score_teacher(
             teacher,
             path,
@@ -420,7 +422,10 @@ class Run:
         self.journal.forget_after("teacher", -1)
         self.journal.log("teacher", 0, {f"eval/{name}": value for name, value in scores.items()})
         self.journal.say("teacher: given, " + "  ".join(f"{name} {value:.4f}" for name, value in scores.items()))
-        self._finish("teacher", given=path, metrics=scores)
+        if self.world.is_main:
+            record = self.folder.given_teacher
+            record.parent.mkdir(exist_ok=True)
+            write_json(record, {"path": path, "metrics": scores, "settings": self._settings("teacher")})
 
     def _compact_layers(self, folder: Path) -> tuple[int, ...]:
         """For each layer of the compact model, the dense layer that it was."""
@@ -689,7 +694,7 @@ class Run:
             "target_of": self.config.prune.target_of,
             "metric": dict(scores),
             "notes": list(self.data.notes),
-            "dense": self.folder.facts("teacher").get("metrics", {}),
+            "dense": (self.given_teacher() or self.folder.facts("teacher")).get("metrics", {}),
         }
 
     def _export(self, checkpoint: Path, out: Path) -> None:

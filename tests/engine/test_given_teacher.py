@@ -55,8 +55,8 @@ def test_a_given_teacher_is_scored_once(place, tmp_path):
     assert "teacher: given, accuracy 1.0000" in ending.log
     scored = [line for line in history(run) if line["stage"] == "teacher"]
     assert scored == [{"stage": "teacher", "step": 0, "eval/accuracy": 1.0}]
-    facts = json.loads((run / "teacher" / "done.json").read_text())
-    assert (facts["given"], facts["metrics"]) == (str(place / "teacher"), {"accuracy": 1.0})
+    facts = json.loads((run / "teacher" / "given.json").read_text())
+    assert (facts["path"], facts["metrics"]) == (str(place / "teacher"), {"accuracy": 1.0})
     (run / "prune" / "done.json").unlink()
     again = run_to_the_end(execute, 2, *_launch(place, run))
     assert again.codes == [0, 0], again.log
