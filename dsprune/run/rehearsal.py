@@ -59,6 +59,14 @@ ACCUMULATION = 2
 """Micro-batches of the step at most: one that is kept, and one that ends it."""
 TARGET = 0.1
 """Sparsity that two layers are asked for at most: what the whole model can lose, they may not."""
+FILLED = (
+    "train_batch_size",
+    "train_micro_batch_size_per_gpu",
+    "gradient_accumulation_steps",
+    "gradient_clipping",
+    "steps_per_print",
+)
+"""Keys of a DeepSpeed configuration that the recipe decides."""
 
 
 class _StepTaken(Exception):
@@ -298,12 +306,14 @@ def _told(run: Run, stage: str, error: Exception) -> ConfigError:
 
 
 def _switched_on(ds_config: Mapping[str, Any]) -> list[str]:
-    """What a configuration turns on, section by section."""
+    """What a configuration turns on beside the recipe, section by section."""
     found = []
     for section, table in ds_config.items():
-        if not isinstance(table, Mapping):
+        if section in FILLED or table in (None, False, "auto"):
             continue
-        if section == "zero_optimization":
+        if not isinstance(table, Mapping):
+            found.append(f"{section} = {table}")
+        elif section == "zero_optimization":
             found += [f"{section}.{key}" + (f" = {value}" if key == "stage" else "") for key, value in table.items()]
         elif table.get("enabled", True) is not False:
             found.append(section)
