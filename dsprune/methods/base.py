@@ -89,7 +89,7 @@ class Method(ABC):
 
     @property
     @abstractmethod
-    def start_step(self) -> int:
+    def gates_from(self) -> int:
         """Optimizer step at which gates come on; before it the dense model distils."""
 
     @property
@@ -160,7 +160,7 @@ class Method(ABC):
         """Called after each applied step of `optimizers`."""
 
     @abstractmethod
-    def deterministic(self, step: int) -> dict[str, Tensor] | None:
+    def evaluation_gates(self, step: int) -> dict[str, Tensor] | None:
         """Gates to evaluate with at this step; None is the dense model."""
 
     @abstractmethod
@@ -168,7 +168,7 @@ class Method(ABC):
         """The final choice, landed on the target as nearly as the units allow."""
 
     def gates_of(self, selection: Any) -> Mapping[str, Tensor]:
-        """Gates of a choice that `select` made, of at least the kinds that `deterministic` gives."""
+        """Gates of a choice that `select` made, of at least the kinds that `evaluation_gates` gives."""
         gates: Mapping[str, Tensor] = selection.gates
         return gates
 

@@ -203,7 +203,7 @@ class CoFi(Method):
         }
 
     @property
-    def start_step(self) -> int:
+    def gates_from(self) -> int:
         return self._start
 
     @property
@@ -296,7 +296,7 @@ class CoFi(Method):
             reverse=True,
         )
 
-    def deterministic(self, step: int) -> dict[str, Tensor] | None:
+    def evaluation_gates(self, step: int) -> dict[str, Tensor] | None:
         return None if step < self._start else self.hard_gates()
 
     def _hard_sparsity(self, gates: dict[str, Tensor] | Any) -> float:

@@ -163,7 +163,7 @@ class Grain(Method):
             raise ConfigError(*mistakes)
 
     @property
-    def start_step(self) -> int:
+    def gates_from(self) -> int:
         return 0
 
     def parameters(self) -> dict[str, Tensor]:
@@ -332,7 +332,7 @@ class Grain(Method):
                 f"{self.plan.target:g}: {share:,.0f} parameters would have to go from FFNs that have {most:,.0f}"
             )
 
-    def deterministic(self, step: int) -> dict[str, Tensor] | None:
+    def evaluation_gates(self, step: int) -> dict[str, Tensor] | None:
         return None if step <= self._start else self.mask
 
     def select(self) -> Selection:

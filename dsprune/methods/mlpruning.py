@@ -109,7 +109,7 @@ class MLPruning(Method):
         return self.options.gates
 
     @property
-    def start_step(self) -> int:
+    def gates_from(self) -> int:
         return 0
 
     @property
@@ -144,7 +144,7 @@ class MLPruning(Method):
             self.remaining(), 1 - self.plan.target, strength=self.options.penalty, two_sided=self.options.two_sided
         )
 
-    def deterministic(self, step: int) -> dict[str, Tensor] | None:
+    def evaluation_gates(self, step: int) -> dict[str, Tensor] | None:
         return self.groups.hard_gates()
 
     def _hard_sparsity(self, gates: Mapping[str, Tensor]) -> float:

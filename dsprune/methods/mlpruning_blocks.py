@@ -66,7 +66,7 @@ class BlockPruning(Method):
         return tuple(self._grids)
 
     @property
-    def start_step(self) -> int:
+    def gates_from(self) -> int:
         return 0
 
     @property
@@ -108,7 +108,7 @@ class BlockPruning(Method):
             remaining, 1 - self.plan.target, strength=self.options.penalty, two_sided=self.options.two_sided
         )
 
-    def deterministic(self, step: int) -> dict[str, Tensor] | None:
+    def evaluation_gates(self, step: int) -> dict[str, Tensor] | None:
         return self._as_grids(self.groups.hard_gates())
 
     def select(self) -> Any:

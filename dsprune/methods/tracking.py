@@ -93,7 +93,7 @@ def landing_of(method: Method, step: int, choice: Mapping[str, Tensor]) -> Landi
         step: optimizer steps done.
         choice: gates of what it selects now.
     """
-    before = method.deterministic(step)
+    before = method.evaluation_gates(step)
     if before is None:
         return None
     had, has = _effective(before), _effective({kind: choice[kind] for kind in before})
@@ -127,7 +127,7 @@ def has_reached(method: Method, step: int, epsilon: float) -> bool:
 
     CoFi's code, `sparsity_epsilon`, which asks once and never again; here each evaluation is asked for itself.
     """
-    if method.deterministic(step) is None:
+    if method.evaluation_gates(step) is None:
         return False
     metrics = method.metrics(step)
     return metrics.get("sparsity/expected", metrics["sparsity/hard"]) >= method.plan.target - epsilon

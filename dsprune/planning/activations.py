@@ -26,7 +26,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from dsprune.distill import Question, TeacherStates, VocabularyHead, chunked_losses, default_teacher_layers, layer_loss
 from dsprune.engine.models.load import checkpoint_activations
 
-__all__ = ["Build", "Lecture", "MicroStep", "layers_of", "trace_step", "trace_teacher"]
+__all__ = ["Build", "MicroStep", "TeacherPass", "layers_of", "trace_step", "trace_teacher"]
 
 
 class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -121,7 +121,7 @@ class MicroStep:
 
 
 @dataclass(frozen=True)
-class Lecture:
+class TeacherPass:
     """What a teacher brings to a student's step.
 
     Attributes:
@@ -139,7 +139,7 @@ Build = Callable[[], PreTrainedModel]
 """Makes a model on the device that is the default."""
 
 
-def trace_step(build: Build, micro: MicroStep, lecture: Lecture | None) -> int:
+def trace_step(build: Build, micro: MicroStep, lecture: TeacherPass | None) -> int:
     """Peak bytes of a student's forward and backward pass.
 
     Args:
@@ -206,7 +206,7 @@ def _first(output: Any) -> Tensor:
     return found
 
 
-def _loss(model: PreTrainedModel, micro: MicroStep, lecture: Lecture | None) -> Tensor:
+def _loss(model: PreTrainedModel, micro: MicroStep, lecture: TeacherPass | None) -> Tensor:
     """A loss of the size and history of the real one."""
     head = model.get_output_embeddings()
     if head is None:
@@ -217,7 +217,7 @@ def _loss(model: PreTrainedModel, micro: MicroStep, lecture: Lecture | None) -> 
     return total
 
 
-def _vocabulary_question(micro: MicroStep, lecture: Lecture | None) -> Question:
+def _vocabulary_question(micro: MicroStep, lecture: TeacherPass | None) -> Question:
     """The losses of all tokens, by chunks; of a lecture, from the teacher's last hidden states and head."""
     tokens = micro.batch * micro.length
     labels = torch.zeros(tokens, dtype=torch.int64)

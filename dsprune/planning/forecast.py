@@ -23,7 +23,7 @@ from dsprune.engine.zero.config import (
 )
 from dsprune.errors import ArchitectureError, ConfigError
 from dsprune.measure.tables import render_table
-from dsprune.planning.activations import Build, Lecture, MicroStep, layers_of, trace_step, trace_teacher
+from dsprune.planning.activations import Build, MicroStep, TeacherPass, layers_of, trace_step, trace_teacher
 from dsprune.planning.states import States, engine_states
 
 __all__ = [
@@ -161,7 +161,7 @@ def forecast(scenario: Scenario) -> Forecast:
     student, teacher = _builder(scenario.student), _builder(scenario.teacher)
     ours, theirs = _extent(student), _extent(teacher)
     micro = MicroStep(scenario.batch, scenario.length, dtype_of(scenario.student_ds), scenario.chunk)
-    lecture = Lecture(theirs.width, theirs.depth, gathers_head=zero_stage(scenario.teacher_ds) == 3)
+    lecture = TeacherPass(theirs.width, theirs.depth, gathers_head=zero_stage(scenario.teacher_ds) == 3)
     pairs = []
     for checkpointing in (False, True):
         step = MicroStep(**{**vars(micro), "checkpointing": checkpointing})

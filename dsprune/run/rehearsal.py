@@ -157,7 +157,7 @@ class _TwoLayers(Run):
         Raises:
             _StepTaken: when that is done; the engines are released.
         """
-        step = trainer.replica.method.start_step if trainer.replica else 0
+        step = trainer.replica.method.gates_from if trainer.replica else 0
         while not trainer.step(step).applied:  # fp16 looks for its loss scale
             pass
         data = next(iter(self.data.evals.values()))

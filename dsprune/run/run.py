@@ -49,7 +49,7 @@ from dsprune.run.settling import settle
 from dsprune.run.status import Status
 from dsprune.run.teacher_score import score_teacher
 from dsprune.run.teaching import student_stacks
-from dsprune.run.training_loop import Course, Pace
+from dsprune.run.training_loop import Pace, TrainingLoop
 from dsprune.run_folder import RunFolder, StageName
 from dsprune.structure import (
     BlockGating,
@@ -508,7 +508,7 @@ class Run:
             method=self.config.method.name if stage != "teacher" else None,
         )
         per_epoch = self.batches.steps_per_epoch
-        course = Course(
+        course = TrainingLoop(
             trainer,
             store,
             self.journal,
@@ -575,10 +575,10 @@ class Run:
 
     def _forward(self, trainer: Trainer, done: int) -> Forward:
         """A student that answers, under the gates that its method has after so many steps."""
-        return self._answering(trainer, trainer.replica.method.deterministic(done) if trainer.replica else None)
+        return self._answering(trainer, trainer.replica.method.evaluation_gates(done) if trainer.replica else None)
 
     def _evaluate_student(self, trainer: Trainer, done: int) -> dict[str, float]:
-        gates = trainer.replica.method.deterministic(done) if trainer.replica else None
+        gates = trainer.replica.method.evaluation_gates(done) if trainer.replica else None
         scores = self._scores(trainer, gates, f"step {done}")
         self.journal.log(trainer.stage, done, {f"eval/{name}": value for name, value in scores.items()})
         self.journal.say(f"{trainer.stage}: step {done}: " + "  ".join(f"{k} {v:.4f}" for k, v in scores.items()))

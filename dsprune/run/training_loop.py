@@ -18,7 +18,7 @@ from dsprune.run.journal import Journal
 from dsprune.run.metering import Meter, log_step
 from dsprune.run.status import Status
 
-__all__ = ["Course", "Pace"]
+__all__ = ["Pace", "TrainingLoop"]
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class Pace:
     log: int
 
 
-class Course:
+class TrainingLoop:
     """Runs the steps of one stage.
 
     Args:

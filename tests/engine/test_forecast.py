@@ -8,7 +8,7 @@ from transformers import LlamaForCausalLM
 
 from dsprune.engine.zero.config import load_ds_config
 from dsprune.errors import ConfigError
-from dsprune.planning.activations import Lecture, MicroStep, trace_step
+from dsprune.planning.activations import MicroStep, TeacherPass, trace_step
 from dsprune.planning.forecast import plan_model
 from dsprune.planning.states import engine_states
 from tests.helpers.language import tiny_gpt2, tiny_llama, tiny_t5
@@ -61,7 +61,7 @@ def test_activations_grow_with_tokens_and_shrink_with_checkpointing(build):
     assert 1.8 < many / few < 2.1
     again = _trace(build, batch=16, checkpointing=True)
     assert again < 0.8 * many
-    assert _trace(build, Lecture(32, depth=2, gathers_head=True), batch=16) > many
+    assert _trace(build, TeacherPass(32, depth=2, gathers_head=True), batch=16) > many
 
 
 def test_activations_of_a_linear_layer_by_hand():

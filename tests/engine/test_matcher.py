@@ -51,9 +51,9 @@ def _of_a_student_that_is_its_teacher():
     trainer = build_language_trainer(Language("t5", method=0))
     trainer.engine.module.model.load_state_dict(trainer.teacher.engine.module.state_dict())
     batch = trainer.batches.micro_batch(0, 0)
-    lesson = trainer._lesson(batch, trainer.matcher.match(None))
+    teacher_signal = trainer._teacher_signal(batch, trainer.matcher.match(None))
     read, written = int(batch.inputs["attention_mask"].sum()), int((batch.labels != -100).sum())
-    counts = [len(hidden) for hidden in lesson.hidden]
+    counts = [len(hidden) for hidden in teacher_signal.hidden]
     losses = trainer.step(0).losses
     return counts, (read, written), losses["layers"], trainer.matcher.distances.tolist()
 

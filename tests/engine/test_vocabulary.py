@@ -79,8 +79,8 @@ def _by_all_logits(setup):
     trainer = build_language_trainer(setup)
     batch = trainer.batches.micro_batch(0, 0)
     student, distill = trainer.engine.module, trainer.engine.module.distill
-    lesson = trainer._lesson(batch, [])
-    loss, _, _ = student(batch.inputs, batch.labels, batch.num_targets, None, lesson)
+    teacher_signal = trainer._teacher_signal(batch, [])
+    loss, _, _ = student(batch.inputs, batch.labels, batch.num_targets, None, teacher_signal)
     weights = [p for p in student.parameters() if p.requires_grad]
     got = torch.autograd.grad(loss, weights)
     arguments = student.scorer.task.arguments(student.model, batch.inputs, batch.labels)

@@ -47,10 +47,10 @@ def test_all_gates_begin_open():
 def test_the_distillation_phase_is_as_long_as_asked():
     """Pitfall 1: the code switches pruning on at step 100, whatever the options say."""
     method = _cofi(distill_phase="7 epochs", total=400)
-    assert method.start_step == 70
+    assert method.gates_from == 70
     assert method.gates(69) is None
     assert method.penalty(69) is None
-    assert method.deterministic(69) is None
+    assert method.evaluation_gates(69) is None
     assert method.gates(70) is not None
     assert method.target_at(70) == 0.0
     assert method.target_at(95) == pytest.approx(0.3)

@@ -30,11 +30,11 @@ def _prune(variant, model, batch):
     """A method after one step on real gate gradients: its selection, and the sparsity that it counts."""
     options = {**OPTIONS[variant.method], **variant.options}
     method, gating = pruning(variant.method, options, Plan(TARGET, "encoder", 6, 4, 0), model)
-    gates = method.gates(method.start_step)
+    gates = method.gates(method.gates_from)
     leaves = {kind: gate.detach().clone().requires_grad_() for kind, gate in gates.items()}
     gating.set(leaves)
     model(**batch)[0].square().sum().backward()
-    method.learn(method.start_step, gates, {kind: leaf.grad for kind, leaf in leaves.items()})
+    method.learn(method.gates_from, gates, {kind: leaf.grad for kind, leaf in leaves.items()})
     gating.remove()
     selection = method.select()
     return selection, float(method.cost.sparsity(selection.hard())), _largest_unit(method)

@@ -117,9 +117,9 @@ def test_a_pooler_is_as_wide_as_a_stock_model(name, tmp_path):
 def test_a_hidden_dimension_of_a_shape_learns_from_its_row_of_the_pooler():
     structure = analyze(tiny_model("bert"))
     method = _method("cofi", tiny_model("bert"), {"hidden": 24, "heads": 3})
-    gates = method.gates(method.start_step)
+    gates = method.gates(method.gates_from)
     assert set(gates) == {"head", "hidden", "pooler"} == set(method.kinds)
-    method.learn(method.start_step, gates, {"pooler": torch.ones(structure.sizes.pooler)})
+    method.learn(method.gates_from, gates, {"pooler": torch.ones(structure.sizes.pooler)})
     assert method.log_alpha["hidden"].grad.abs().sum() > 0
     assert "pooler" not in _method("cofi", tiny_model("bert"), {"ffn": 40}).kinds
 
@@ -162,10 +162,10 @@ def test_grain_shrinks_every_layer_alike_on_the_way():
 
 def test_one_gate_stands_for_a_layer():
     method = _method("cofi", tiny_model("bert"), {"layers": 1})
-    gates = method.gates(method.start_step)
+    gates = method.gates(method.gates_from)
     assert set(gates) == {"attn", "ffn"} == set(method.kinds)
     assert torch.equal(gates["attn"], gates["ffn"])
-    method.learn(method.start_step, gates, {kind: torch.ones(2) for kind in gates})
+    method.learn(method.gates_from, gates, {kind: torch.ones(2) for kind in gates})
     assert method.log_alpha["layer"].grad.abs().sum() > 0
 
 

@@ -120,7 +120,7 @@ def check_before_commit(trainer: Trainer, step: int) -> None:
             raise NumericsError(f"{where}: weights are not finite: lower the learning rate")
         if trainer.replica is not None:
             method = trainer.replica.method
-            check_gates(where, method.deterministic(step) or {}, method.parameters())
+            check_gates(where, method.evaluation_gates(step) or {}, method.parameters())
     if trainer.replica is not None:
         trainer.replica.check_equal(trainer.world, step)
 

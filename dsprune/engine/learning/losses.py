@@ -19,9 +19,9 @@ from dsprune.engine.zero.gather import gathered
 from dsprune.tasks import LabelTask, Task, TextTask
 from dsprune.tasks.losses import IGNORED
 
-__all__ = ["Scored", "Scorer", "Taught", "make_scorer"]
+__all__ = ["Scored", "Scorer", "TeacherOutputs", "make_scorer"]
 
-Taught = Tensor | TeacherLogits
+TeacherOutputs = Tensor | TeacherLogits
 """What a teacher says of one micro-batch: its outputs in the task's order of labels, or logits to be had by chunks."""
 
 
@@ -56,7 +56,7 @@ class Scorer(ABC):
     @abstractmethod
     def teach(
         self, run: Callable[..., Any], inputs: Mapping[str, Tensor], labels: Tensor, distill: DistillConfig
-    ) -> Taught:
+    ) -> TeacherOutputs:
         """What a teacher has to say for `score`. Collective under ZeRO-3."""
 
     @abstractmethod
@@ -66,7 +66,7 @@ class Scorer(ABC):
         inputs: Mapping[str, Tensor],
         labels: Tensor,
         count: Tensor,
-        taught: Taught | None,
+        taught: TeacherOutputs | None,
         distill: DistillConfig | None,
         *,
         frozen: bool,
@@ -99,7 +99,7 @@ class OutputScorer(Scorer):
 
     def teach(
         self, run: Callable[..., Any], inputs: Mapping[str, Tensor], labels: Tensor, distill: DistillConfig
-    ) -> Taught:
+    ) -> TeacherOutputs:
         return self.predict(run, inputs, labels)
 
     def score(
@@ -108,7 +108,7 @@ class OutputScorer(Scorer):
         inputs: Mapping[str, Tensor],
         labels: Tensor,
         count: Tensor,
-        taught: Taught | None,
+        taught: TeacherOutputs | None,
         distill: DistillConfig | None,
         *,
         frozen: bool,
@@ -148,7 +148,7 @@ class VocabularyScorer(Scorer):
 
     def teach(
         self, run: Callable[..., Any], inputs: Mapping[str, Tensor], labels: Tensor, distill: DistillConfig
-    ) -> Taught:
+    ) -> TeacherOutputs:
         where = labels != IGNORED
 
         def question(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, ...]:
@@ -171,7 +171,7 @@ class VocabularyScorer(Scorer):
         inputs: Mapping[str, Tensor],
         labels: Tensor,
         count: Tensor,
-        taught: Taught | None,
+        taught: TeacherOutputs | None,
         distill: DistillConfig | None,
         *,
         frozen: bool,
@@ -206,7 +206,7 @@ class VocabularyScorer(Scorer):
         )
 
 
-def _shares(taught: Taught | None, distill: DistillConfig | None) -> list[float]:
+def _shares(taught: TeacherOutputs | None, distill: DistillConfig | None) -> list[float]:
     """Weights of the parts of a loss, in the order in which they are made."""
     if taught is None or distill is None:
         return [1.0]

@@ -13,14 +13,14 @@ from transformers import PreTrainedModel
 from dsprune.config import DistillConfig
 from dsprune.consolidate import verify
 from dsprune.distill import UNMATCHED, AttentionTap, HiddenTap, attention_loss, layer_distances, layer_loss
-from dsprune.engine.learning.losses import Taught, make_scorer
+from dsprune.engine.learning.losses import TeacherOutputs, make_scorer
 from dsprune.engine.models.load import announce_tables
 from dsprune.engine.zero.engines import adamw, training_engine
 from dsprune.structure import BlockGating, Gates, Gating
 from dsprune.structure.layout import attention_map_modules, hidden_state_modules, layer_stacks
 from dsprune.tasks import Task
 
-__all__ = ["CONSTANT", "PARTS", "Lesson", "Student", "build_student_engine"]
+__all__ = ["CONSTANT", "PARTS", "Student", "TeacherSignal", "build_student_engine"]
 
 PARTS = ("total", "logits", "layers", "attentions", "labels")
 """Order of the loss parts that `Student.forward` returns."""
@@ -29,7 +29,7 @@ CONSTANT = 2
 
 
 @dataclass
-class Lesson:
+class TeacherSignal:
     """What the teacher says about one micro-batch.
 
     Attributes:
@@ -45,7 +45,7 @@ class Lesson:
         num_pairs: [] pairs of real tokens of a mean micro-batch of this step.
     """
 
-    taught: Taught
+    taught: TeacherOutputs
     hidden: Sequence[Tensor] | None
     stacks: Sequence[int]
     token_index: Sequence[Tensor]
@@ -124,7 +124,7 @@ class Student(nn.Module):
         labels: Tensor | None,
         num_targets: Tensor | None = None,
         gates: Gates | None = None,
-        lesson: Lesson | None = None,
+        teacher_signal: TeacherSignal | None = None,
         *,
         probe: bool = False,
         bare: bool = False,
@@ -136,7 +136,7 @@ class Student(nn.Module):
             labels: as the task has them; None where only the model's own outputs are wanted.
             num_targets: [] what losses of the outputs are divided by; see `MicroBatch`.
             gates: of the model; None is the model as it is.
-            lesson: what the teacher says; None where nobody teaches.
+            teacher_signal: what the teacher says; None where nobody teaches.
             probe: leave out the layerwise loss, and give gated weights no gradients.
             bare: give out what the model itself does, `(outputs,)`.
 
@@ -155,16 +155,16 @@ class Student(nn.Module):
             predictions = self.scorer.predict(self.model, inputs, labels)
             self._let_go()
             return (predictions,)
-        taught = lesson.taught if lesson is not None else None
+        taught = teacher_signal.taught if teacher_signal is not None else None
         scored = self.scorer.score(self.model, inputs, labels, num_targets, taught, self.distill, frozen=probe)
-        if probe or lesson is None or self.distill is None:
+        if probe or teacher_signal is None or self.distill is None:
             self._let_go()
             return self._result(scored.total, logits=scored.logits, labels=scored.labels)
         weights, total = self.distill, scored.total
-        by_layers, distances = self._layerwise(lesson)
+        by_layers, distances = self._layerwise(teacher_signal)
         if by_layers is not None:
             total = total + weights.layers * by_layers
-        by_maps = self._by_attentions(lesson, inputs["attention_mask"], gates)
+        by_maps = self._by_attentions(teacher_signal, inputs["attention_mask"], gates)
         if by_maps is not None:
             total = total + weights.attentions * by_maps
         parts = {"logits": scored.logits, "layers": by_layers, "attentions": by_maps, "labels": scored.labels}
@@ -192,17 +192,17 @@ class Student(nn.Module):
         return torch.stack([self.projections[i](state) for i, state in zip(teacher, states, strict=True)])
 
     @torch.no_grad()
-    def _distances(self, states: Sequence[Tensor], lesson: Lesson) -> Tensor:
+    def _distances(self, states: Sequence[Tensor], teacher_signal: TeacherSignal) -> Tensor:
         """Distance of every student layer to every teacher layer of its stack: [teacher layers, student layers].
 
         It is 0 between layers of unlike stacks, which nobody reads.
         """
-        taught = lesson.hidden
+        taught = teacher_signal.hidden
         assert taught is not None
         distances = taught[0].new_zeros((len(taught), len(states)), dtype=torch.float32)
-        for stack, num_tokens in enumerate(lesson.num_tokens):
+        for stack, num_tokens in enumerate(teacher_signal.num_tokens):
             ours = [j for j, other in enumerate(self.stacks) if other == stack]
-            theirs = [i for i, other in enumerate(lesson.stacks) if other == stack]
+            theirs = [i for i, other in enumerate(teacher_signal.stacks) if other == stack]
             # With one projection for all, all teacher layers of a stack are compared at once.
             for rows in [theirs] if len(self.projections) <= 1 else [[i] for i in theirs]:
                 if rows and ours:
@@ -211,36 +211,36 @@ class Student(nn.Module):
                     distances[torch.tensor(rows)[:, None], torch.tensor(ours)] = block
         return distances
 
-    def _layerwise(self, lesson: Lesson) -> tuple[Tensor | None, Tensor | None]:
-        if self.tap is None or lesson.hidden is None:
+    def _layerwise(self, teacher_signal: TeacherSignal) -> tuple[Tensor | None, Tensor | None]:
+        if self.tap is None or teacher_signal.hidden is None:
             return None, None
-        states = self.tap.take(*lesson.token_index)
+        states = self.tap.take(*teacher_signal.token_index)
         layers = [state.detach() for state in states[: self.num_layers]]
-        distances = self._distances(layers, lesson) if lesson.search else None
+        distances = self._distances(layers, teacher_signal) if teacher_signal.search else None
         losses = []
-        for stack, num_tokens in enumerate(lesson.num_tokens):
-            matched = zip(lesson.match, lesson.stacks, strict=True)
+        for stack, num_tokens in enumerate(teacher_signal.num_tokens):
+            matched = zip(teacher_signal.match, teacher_signal.stacks, strict=True)
             pairs = [(i, j) for i, (j, other) in enumerate(matched) if j != UNMATCHED and other == stack]
             if pairs:
                 learned = self._project([states[j] for _, j in pairs], [i for i, _ in pairs])
-                target = torch.stack([lesson.hidden[i] for i, _ in pairs])
+                target = torch.stack([teacher_signal.hidden[i] for i, _ in pairs])
                 losses.append(layer_loss(learned, target, num_tokens=num_tokens))
         return (torch.stack(losses).sum() if losses else None), distances
 
-    def _by_attentions(self, lesson: Lesson, mask: Tensor, gates: Gates | None) -> Tensor | None:
+    def _by_attentions(self, teacher_signal: TeacherSignal, mask: Tensor, gates: Gates | None) -> Tensor | None:
         """Sum over matched layers of the loss between attention maps, over the heads that are left."""
-        if self.attention_tap is None or lesson.attentions is None:
+        if self.attention_tap is None or teacher_signal.attentions is None:
             return None
         maps = self.attention_tap.take()
         losses = []
-        match = [j for j in lesson.match if j != self.num_layers]  # the embeddings have no map
-        for theirs, j in zip(lesson.attentions, match, strict=True):
+        match = [j for j in teacher_signal.match if j != self.num_layers]  # the embeddings have no map
+        for theirs, j in zip(teacher_signal.attentions, match, strict=True):
             ours = maps[j] if j != UNMATCHED else None
             if ours is None or theirs is None:
                 continue
             heads = gates["head"][j] if gates is not None and "head" in gates else None
             theirs = theirs if self.head_sources is None else theirs[:, self.head_sources[j]]
-            losses.append(attention_loss(ours, theirs, mask=mask, heads=heads, num_pairs=lesson.num_pairs))
+            losses.append(attention_loss(ours, theirs, mask=mask, heads=heads, num_pairs=teacher_signal.num_pairs))
         return torch.stack(losses).sum() if losses else None
 
 

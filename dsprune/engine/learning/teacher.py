@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 
 from dsprune.config import DistillConfig
 from dsprune.distill import AttentionTap, HiddenTap
-from dsprune.engine.learning.losses import Taught, make_scorer
+from dsprune.engine.learning.losses import TeacherOutputs, make_scorer
 from dsprune.engine.models.load import announce_tables, load_model
 from dsprune.engine.zero.config import dtype_of
 from dsprune.engine.zero.engines import answering_engine
@@ -83,7 +83,7 @@ class Teacher:
     @torch.no_grad()
     def teach(
         self, inputs: Mapping[str, Tensor], labels: Tensor, token_index: Sequence[Tensor], distill: DistillConfig
-    ) -> tuple[Taught, list[Tensor] | None, list[Tensor | None] | None]:
+    ) -> tuple[TeacherOutputs, list[Tensor] | None, list[Tensor | None] | None]:
         """What is wanted of the teacher. Collective under ZeRO-3.
 
         Returns:

@@ -18,7 +18,7 @@ from dsprune.distill import UNMATCHED, draw_layers, match_layers
 from dsprune.engine.learning import guard
 from dsprune.engine.learning.batches import Batches, MicroBatch
 from dsprune.engine.learning.replica import Reduced, Replica, reduce_flat
-from dsprune.engine.learning.student import CONSTANT, PARTS, Lesson
+from dsprune.engine.learning.student import CONSTANT, PARTS, TeacherSignal
 from dsprune.engine.learning.teacher import Teacher
 from dsprune.engine.ranks.pulse import pulse
 from dsprune.engine.ranks.stop import Stop, describe
@@ -171,7 +171,7 @@ class Trainer:
         self.matcher = matcher
         self.replica = replica
         self.stop = stop or Stop()
-        self.decay_from = replica.method.start_step if replica else 0
+        self.decay_from = replica.method.gates_from if replica else 0
         self.skipped = 0
 
     def step(self, step: int) -> StepResult:
@@ -224,32 +224,32 @@ class Trainer:
     ) -> tuple[Tensor, Tensor]:
         batch = self.batches.micro_batch(step, micro_step)
         pulse.at(phase="teacher forward")
-        lesson = self._lesson(batch, match)
+        teacher_signal = self._teacher_signal(batch, match)
         # Dropout is a function of its place in the run, so that a resumed run repeats it exactly.
         seed = stable_seed("dropout", self.stage, self.seed, step, micro_step, self.world.rank)
         if probe and gates is not None:
             torch.manual_seed(seed)
             pulse.at(phase="probe")
-            self._probe(batch, lesson, gates)
+            self._probe(batch, teacher_signal, gates)
             gates = {kind: gate.detach() for kind, gate in gates.items()}
         torch.manual_seed(seed)
         pulse.at(phase="forward")
         # A copy of the dict: ZeRO-3 rewrites the dicts among its arguments, and the leaves must stay ours.
         loss, parts, distances = self.engine(
-            batch.inputs, batch.labels, batch.num_targets, gates and dict(gates), lesson
+            batch.inputs, batch.labels, batch.num_targets, gates and dict(gates), teacher_signal
         )
         pulse.at(phase="backward")
         self.engine.backward(loss)
         accumulation = self.batches.plan.accumulation
         return parts / accumulation, distances / accumulation
 
-    def _probe(self, batch: MicroBatch, lesson: Lesson | None, gates: dict[str, Tensor]) -> None:
+    def _probe(self, batch: MicroBatch, teacher_signal: TeacherSignal | None, gates: dict[str, Tensor]) -> None:
         """Add the gradient of the loss without its layerwise part to the gates, and to nothing else.
 
         A second backward pass through the graph of the training pass would break ZeRO's hooks; a pass
         that differentiates the gates alone reaches no parameter, so that no stage takes notice.
         """
-        arguments = (batch.inputs, batch.labels, batch.num_targets, dict(gates), lesson)
+        arguments = (batch.inputs, batch.labels, batch.num_targets, dict(gates), teacher_signal)
         with autocasting(self.engine):
             loss, *_ = self.engine.module(*arguments, probe=True)
         share = self._loss_scale() / self.batches.plan.accumulation
@@ -258,7 +258,7 @@ class Trainer:
             if gradient is not None:
                 gate.grad = gradient if gate.grad is None else gate.grad + gradient
 
-    def _lesson(self, batch: MicroBatch, match: list[int]) -> Lesson | None:
+    def _teacher_signal(self, batch: MicroBatch, match: list[int]) -> TeacherSignal | None:
         if self.teacher is None:
             return None
         distill = self.engine.module.distill
@@ -269,7 +269,7 @@ class Trainer:
         taught, hidden, attentions = self.teacher.teach(batch.inputs, batch.labels, index, distill)
         search = self.matcher is not None and self.matcher.searches
         about = (self.teacher.stacks, index, counts, match, search)
-        return Lesson(taught, hidden, *about, attentions, batch.num_pairs)
+        return TeacherSignal(taught, hidden, *about, attentions, batch.num_pairs)
 
     @staticmethod
     def _gate_gradients(gates: dict[str, Tensor] | None, scale: float) -> dict[str, Tensor]:
