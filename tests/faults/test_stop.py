@@ -174,7 +174,7 @@ def test_f21_second_signal_while_saving(place, undisturbed, tmp_path):
 
 
 def _asked_before_anything(run, *words):
-    from dsprune.engine.ranks.alone import world
+    from dsprune.engine.ranks import world
 
     real = world.start_world
 
