@@ -10,7 +10,7 @@ from dsprune.engine.models.load import load_tokenizer, resolve_source
 from dsprune.engine.models.skeleton import check_quantization
 from dsprune.errors import ArchitectureError, ConfigError
 from dsprune.tasks import Task
-from dsprune.tasks.labels import label_permutation
+from dsprune.tasks.label_order import label_permutation
 
 __all__ = ["check_positions", "check_teacher"]
 

@@ -8,7 +8,7 @@ from transformers import PretrainedConfig
 
 from dsprune.errors import ArchitectureError
 from dsprune.tasks import Task
-from dsprune.tasks.labels import label_permutation
+from dsprune.tasks.label_order import label_permutation
 
 __all__ = ["label_config", "listed", "name_labels", "output_order"]
 
