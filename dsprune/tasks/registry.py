@@ -18,7 +18,7 @@ from dsprune.tasks.squad import SQUAD, build_squad
 from dsprune.tasks.text_classification import build_text_classification
 from dsprune.tasks.token_classification import build_token_classification
 
-__all__ = ["TASKS", "build_task", "task_names"]
+__all__ = ["OWN_LABELS", "TASKS", "build_task", "task_names"]
 
 Builder = Callable[[TaskConfig, DataConfig, int], Task]
 
