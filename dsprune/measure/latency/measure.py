@@ -256,12 +256,12 @@ def _part(structure: Structure, times: Mapping[Point, float], kind: Literal["att
 def _width_time(structure: Structure, point: Point, ms: float) -> WidthTime:
     dims = structure.sizes.head_dim
     queries, values = (dims if kept is None else kept for kept in (point.queries, point.values))
-    narrow = point.units - point.padded
+    first = [kept if point.widest is None else point.widest for kept in (queries, values)]
     return WidthTime(
         heads=point.units,
-        queries=dims * point.padded + queries * narrow,
-        values=dims * point.padded + values * narrow,
-        widest=dims if point.padded else max(queries, values),
+        queries=first[0] + queries * (point.units - 1),
+        values=first[1] + values * (point.units - 1),
+        widest=max(queries, values, *first),
         ms=ms,
     )
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,7 +10,7 @@ import transformers
 from torch import Tensor, nn
 
 from dsprune.consolidate.compact import compact_config, without_weights
-from dsprune.errors import ArchitectureError, ConfigError
+from dsprune.errors import ConfigError
 from dsprune.files import first_line
 from dsprune.structure import Selection, Structure, analyze
 

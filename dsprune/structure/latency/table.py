@@ -184,7 +184,7 @@ class LatencyTable(_Record):
             if change[worst] > SIGNIFICANT * self.noise * max(times[worst], self.stays[-1]):
                 lines.append(
                     f"{name} at {part.units[worst[0]]:,} units and hidden {self.hidden[worst[1]]:,}: "
-                    f"{times[worst]:.3f} ms measured, {monotone(times)[worst]:.3f} ms used (a larger size took less time)"
+                    f"{times[worst]:.3f} ms measured, {monotone(times)[worst]:.3f} ms used: a larger size took less"
                 )
         return lines
 
