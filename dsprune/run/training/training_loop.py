@@ -15,8 +15,8 @@ from dsprune.errors import NumericsError, Preempted
 from dsprune.files import write_json
 from dsprune.methods.tracking import report_lag
 from dsprune.run.journal import Journal
-from dsprune.run.metering import Meter, log_step
 from dsprune.run.status import Status
+from dsprune.run.training.metering import Meter, log_step
 
 __all__ = ["Pace", "TrainingLoop"]
 
