@@ -32,6 +32,8 @@ from dsprune.tasks import Encoded
 
 __all__ = ["longest", "two_layers_of"]
 
+STUDENT, TEACHER = "dense-student", "dense-teacher"
+"""Folders of configurations."""
 LAYERS = 2
 """Layers of each stack."""
 ACCUMULATION = 2
@@ -129,16 +131,16 @@ def _reduced_config(context: RunContext, stage: StageName, folder: Path, run: Ru
     # A compact teacher has no configuration of two layers; the student's stands for it.
     teacher = dense if compact_facts(given) is not None else given
     revision = config.model.revision
-    _write_shallow(dense, revision, folder / "student")
+    _write_shallow(dense, revision, folder / STUDENT)
     _write_shallow(dense, revision, run.model_of("consolidate"))
-    teacher_depth = _write_shallow(teacher, revision if teacher == dense else None, folder / "teacher")
+    teacher_depth = _write_shallow(teacher, revision if teacher == dense else None, folder / TEACHER)
     with_embeddings = 0 in context.findings.teaching.layers
     layers = tuple(range(0 if with_embeddings else 1, teacher_depth + 1))
-    model = {"name": str(folder / "student"), "revision": None, "from_scratch": True}
+    model = {"name": str(folder / STUDENT), "revision": None, "from_scratch": True}
     parts = {
         "output": str(run),
         "model": config.model.model_copy(update=model),
-        "teacher": config.teacher.model_copy(update={"path": None if stage == "teacher" else str(folder / "teacher")}),
+        "teacher": config.teacher.model_copy(update={"path": None if stage == "teacher" else str(folder / TEACHER)}),
         "prune": _reduced_target(config.prune, config.shape),
         "blocks": config.blocks.model_copy(update={"target": min(config.blocks.target, TARGET)}),
         "shape": _reduced_shape(config.shape, context.findings.structure.sizes.num_layers),

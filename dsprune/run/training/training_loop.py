@@ -8,7 +8,7 @@ from typing import Any
 
 from dsprune.engine.checkpoints.resume import Restored
 from dsprune.engine.checkpoints.store import CheckpointStore, Snapshot
-from dsprune.engine.learning.guard import check_before_commit
+from dsprune.engine.learning.commit_guard import check_before_commit
 from dsprune.engine.learning.trainer import Trainer
 from dsprune.engine.ranks.pulse import pulse
 from dsprune.errors import NumericsError, Preempted
