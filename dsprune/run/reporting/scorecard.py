@@ -13,11 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor
 from tqdm import tqdm
-from transformers import AutoConfig, PreTrainedModel
+from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 
 from dsprune.config import TaskConfig
 from dsprune.engine.learning.evaluate import predict
 from dsprune.engine.learning.losses import Scorer, make_scorer
+from dsprune.engine.models.labelling import as_model_tells
 from dsprune.engine.models.load import load_model, load_tokenizer, resolve_source
 from dsprune.engine.models.skeleton import compact_facts
 from dsprune.engine.ranks.alone import Alone
@@ -27,7 +28,7 @@ from dsprune.measure.tables import render_table
 from dsprune.run_folder import STAGES, RunFolder
 from dsprune.structure import CostModel, analyze
 from dsprune.tasks import Encoded, Task, build_task
-from dsprune.tasks.sources import EvalData
+from dsprune.tasks.sources.readers import EvalData
 from dsprune.tasks.submission import blank_labels, check_submission, write_submission
 
 __all__ = ["Scorecard", "SplitScore", "evaluate_folder"]
@@ -186,7 +187,7 @@ def evaluate_folder(
 
     Args:
         source: model folder, or hub id.
-        settings: of the task.
+        settings: of the task; of one on data of one's own, the model tells labels and kind where these do not.
         data: where its examples are, and which split.
         batch_size: examples of a forward pass.
         dtype: float32, bfloat16 or float16.
@@ -206,12 +207,13 @@ def evaluate_folder(
         settings = settings.model_copy(update={"max_length": LENGTHS[settings.name]})
     place = check_options([batch_size], settings.max_length, dtype, device, 1, 0, None)
     _check_run(source)
-    task = build_task(settings, data, seed=seed)
+    config = _config_of(source)
+    task = build_task(as_model_tells(settings, config), data, seed=seed)
     without: set[str] = set()
     if predictions is not None:
         check_submission(task, predictions)
         task, without = blank_labels(task)
-    _check_head(source, task)
+    _check_head(source, config, task)
     tokenizer = load_tokenizer(source)
     model = load_model(source, task, {}).to(dtype=DTYPES[dtype]).to(place).eval()  # type: ignore[arg-type]
     task = _fit_length(source, model, task, given=given)
@@ -264,13 +266,15 @@ def _check_run(source: str) -> None:
         )
 
 
-def _check_head(source: str, task: Task) -> None:
-    """A head that was never trained answers at random: it must be in the folder."""
-    folder = resolve_source(source)
+def _config_of(source: str) -> PretrainedConfig:
     try:
-        config = AutoConfig.from_pretrained(folder)
+        return AutoConfig.from_pretrained(resolve_source(source))
     except (OSError, ValueError) as error:
         raise ConfigError(f"cannot load model '{source}': {str(error).strip().splitlines()[0]}") from error
+
+
+def _check_head(source: str, config: PretrainedConfig, task: Task) -> None:
+    """A head that was never trained answers at random: it must be in the folder."""
     name = (config.architectures or ["a model without a name"])[0]
     head = next((ours for theirs, ours in ALIASES.items() if name.endswith(theirs)), name)
     if not head.endswith(task.head):
