@@ -45,8 +45,8 @@ Expected = Callable[[Mapping[str, Tensor]], Tensor]
 REACH = LOG_ALPHA_MAX - LOG_ALPHA_MIN
 """The shift that carries every log-alpha to the clamp."""
 MOST = 0.99
-"""How far towards all gates closed a target out of reach is followed: at the clamp itself all units are alike, and
-which of them should stay would be forgotten."""
+"""How far towards what closed gates remove a target beyond that is followed: at the clamp itself all units are alike,
+and which of them should stay would be forgotten."""
 
 
 class Constraint(ABC):
@@ -195,10 +195,11 @@ class Projection(Constraint):
 
     def _shift(self, removed: Callable[[float], float], target: float) -> float:
         if self._range is None:
-            least, most = removed(REACH), removed(-REACH)
-            self._range = least, least + MOST * (most - least)
+            self._range = removed(REACH), removed(-REACH)
         least, most = self._range
-        return REACH if target <= least else find_shift(removed, min(target, most))
+        if target <= least:
+            return REACH
+        return find_shift(removed, target if target <= most else least + MOST * (most - least))
 
 
 def _price(gradient: Mapping[str, Tensor], normal: Mapping[str, Tensor]) -> Tensor:
