@@ -28,7 +28,7 @@ from dsprune.measure.tables import render_table
 from dsprune.run_folder import STAGES, RunFolder
 from dsprune.structure import CostModel, analyze
 from dsprune.tasks import Encoded, Task, build_task
-from dsprune.tasks.sources import EvalData
+from dsprune.tasks.sources.readers import EvalData
 from dsprune.tasks.submission import blank_labels, check_submission, write_submission
 
 __all__ = ["Scorecard", "SplitScore", "evaluate_folder"]

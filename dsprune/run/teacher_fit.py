@@ -14,7 +14,7 @@ from dsprune.engine.models.skeleton import check_quantization, compact_facts, sk
 from dsprune.errors import ArchitectureError, ConfigError
 from dsprune.structure.layout import family_of
 from dsprune.tasks import Task
-from dsprune.tasks.labels import label_permutation
+from dsprune.tasks.label_order import label_permutation
 
 __all__ = ["check_positions", "check_start", "check_teacher"]
 

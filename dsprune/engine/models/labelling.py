@@ -9,7 +9,7 @@ from transformers import PretrainedConfig
 from dsprune.config import TaskConfig
 from dsprune.errors import ArchitectureError
 from dsprune.tasks import Task
-from dsprune.tasks.labels import has_default_names, label_permutation
+from dsprune.tasks.label_order import has_default_names, label_permutation
 from dsprune.tasks.registry import OWN_LABELS
 
 __all__ = ["as_model_tells", "label_config", "listed", "name_labels", "output_order"]
