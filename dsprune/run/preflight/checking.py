@@ -30,8 +30,8 @@ from dsprune.engine.zero.config import (
 from dsprune.errors import ArchitectureError, ConfigError, OutputError
 from dsprune.methods import Method, Plan, method_class
 from dsprune.methods.shapes import aimed_sparsity
-from dsprune.run.teacher_fit import check_positions, check_start, check_teacher
-from dsprune.run.teaching import plan_teaching, teacher_shape
+from dsprune.run.preflight.teacher_fit import check_positions, check_start, check_teacher
+from dsprune.run.preflight.teaching import plan_teaching, teacher_shape
 from dsprune.run_folder import RunFolder
 from dsprune.structure import Selection, Structure, analyze, block_grid, shape_gates
 from dsprune.tasks import Task, build_task
