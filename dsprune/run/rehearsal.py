@@ -46,7 +46,7 @@ from dsprune.run.run import Run
 from dsprune.run.status import lost_a_peer
 from dsprune.run.teaching import plan_teaching, teacher_shape
 from dsprune.run_folder import TRAINING_STAGES, StageName
-from dsprune.structure import Selection, analyze, ones
+from dsprune.structure import BlockStructure, Selection, analyze, budget_for, ones
 from dsprune.tasks import Encoded
 
 __all__ = ["rehearse"]
@@ -123,12 +123,13 @@ class _TwoLayers(Run):
         """The method as in the whole run, phases included, but for what two layers cannot lose."""
         plan = self.whole._method().plan
         shape = _reduced_shape(plan.shape, self.whole.ready.structure.sizes.num_layers)
-        gentle = replace(plan, target=min(plan.target, TARGET), target_of="encoder", shape=shape)
-        return method_class(self.config.method.name)(self.ready.structure, self.config.method.options, gentle)
+        cls, structure = method_class(self.config.method.name), self.ready.structure
+        budget = budget_for(structure, min(plan.budget.target, TARGET), empty=cls.empty)
+        return cls(structure, self.config.method.options, replace(plan, budget=budget, shape=shape))
 
-    def _block_plan(self, total: int) -> Plan:
-        plan = super()._block_plan(total)
-        return replace(plan, target=min(plan.target, TARGET))
+    def _block_plan(self, structure: BlockStructure, total: int) -> Plan:
+        plan = super()._block_plan(structure, total)
+        return replace(plan, budget=replace(plan.budget, target=min(plan.budget.target, TARGET)))
 
     def _load_student(self, source: str | None, ds_config: Mapping[str, Any]) -> PreTrainedModel:
         if source != str(self.compact_source):

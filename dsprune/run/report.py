@@ -56,11 +56,13 @@ def _sizes(run: Run, folder: Path) -> dict[str, int]:
     return {"encoder": counted["encoder"], "total": counted["total"]}
 
 
-def _landing(run: Run, base: ModelCount) -> dict[str, Any]:
-    """What was asked of pruning, and what its compact model measures, before blocks went."""
-    of = run.config.prune.target_of
-    measured = 1 - _sizes(run, run.recovered_source)[of] / base.parameters[of]
-    return {"of": of, "target": run.ready.target, "measured": measured, "learned": _learned(run, "prune")}
+def _landing(run: Run) -> dict[str, Any]:
+    """What was asked of pruning, and what its compact model has come to, before blocks went.
+
+    That is the exact count of the choice that was exported, which consolidation found in what it wrote.
+    """
+    learned, budget = _learned(run, "prune"), run.ready.budget
+    return {"of": budget.describe(), "target": budget.target, "measured": learned["after"], "learned": learned}
 
 
 def _learned(run: Run, stage: StageName) -> dict[str, Any]:
@@ -148,7 +150,7 @@ def _figures(
         "splits": list(run.data.evals),
         "lower_is_better": run.task.lower_is_better,
         "notes": list(run.data.notes),
-        "landing": _landing(run, base),
+        "landing": _landing(run),
         "blocks": _block_landing(run, sizes["encoder"], base.encoder),
         "given_teacher": run.given_teacher(),
         **models,
@@ -171,5 +173,5 @@ def _plot(run: Run, final: Path) -> None:
         run.folder.picture,
         metric=run.task.primary,
         title=f"{run.config.model.name} on {run.task.name}: {run.config.method.name}, "
-        f"target {run.ready.target:.0%} of the {run.config.prune.target_of}",
+        f"target {run.ready.budget.target:.0%} of {run.ready.budget.describe()}",
     )

@@ -53,10 +53,12 @@ from dsprune.run.training_loop import Pace, TrainingLoop
 from dsprune.run_folder import RunFolder, StageName
 from dsprune.structure import (
     BlockGating,
+    BlockStructure,
     Gates,
     Selection,
     analyze_blocks,
     attach_gates,
+    block_budget,
     block_magnitudes,
     unit_magnitudes,
 )
@@ -294,7 +296,7 @@ class Run:
         ds_config = self._student_ds(config)
         model = self._load_student(str(source), ds_config)
         structure = analyze_blocks(model, config.shape)
-        method = BlockPruning(structure, config, self._block_plan(total))
+        method = BlockPruning(structure, config, self._block_plan(structure, total))
         if method.wants_magnitudes:
             method.begin(self.world.broadcast(block_magnitudes(structure, lambda name: whole(model, name))))
         num_layers = len(layer_paths(model))
@@ -318,9 +320,9 @@ class Run:
             "blocks", checkpoint=str(last), metrics=scores, model=str(self.folder.model_of("blocks")), landing=landing
         )
 
-    def _block_plan(self, total: int) -> Plan:
-        config = self.config.blocks
-        return Plan(config.target, "encoder", total, self.batches.steps_per_epoch, self.config.seed)
+    def _block_plan(self, structure: BlockStructure, total: int) -> Plan:
+        budget = block_budget(structure, self.config.blocks.target)
+        return Plan(budget, total, self.batches.steps_per_epoch, self.config.seed)
 
     def _block_teacher_layers(self, num_layers: int) -> tuple[int, ...]:
         """Layers of the compact teacher: those that learned in its place, as far as it has them."""
@@ -690,8 +692,8 @@ class Run:
             "task": self.task.name,
             "base_model": self.config.model.name,
             "method": self.config.method.name,
-            "target": self.ready.target,
-            "target_of": self.config.prune.target_of,
+            "target": self.ready.budget.target,
+            "counted": self.ready.budget.describe(),
             "metric": dict(scores),
             "notes": list(self.data.notes),
             "dense": (self.given_teacher() or self.folder.facts("teacher")).get("metrics", {}),
