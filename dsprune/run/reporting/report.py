@@ -56,11 +56,13 @@ def _sizes(folder: Path) -> dict[str, int]:
     return {"encoder": counted["encoder"], "total": counted["total"]}
 
 
-def _landing(context: RunContext, base: ModelCount) -> dict[str, Any]:
-    """What was asked of pruning, and what its compact model measures, before blocks went."""
-    of = context.config.prune.target_of
-    measured = 1 - _sizes(context.recovered_source)[of] / base.parameters[of]
-    return {"of": of, "target": context.findings.target, "measured": measured, "learned": _learned(context, "prune")}
+def _landing(context: RunContext) -> dict[str, Any]:
+    """What was asked of pruning, and what its compact model has come to, before blocks went.
+
+    That is the exact count of the choice that was exported, which consolidation found in what it wrote.
+    """
+    learned, budget = _learned(context, "prune"), context.findings.budget
+    return {"of": budget.describe(), "target": budget.target, "measured": learned["after"], "learned": learned}
 
 
 def _learned(context: RunContext, stage: StageName) -> dict[str, Any]:
@@ -149,7 +151,7 @@ def _figures(
         "splits": list(context.data.evals),
         "lower_is_better": context.task.lower_is_better,
         "notes": list(context.data.notes),
-        "landing": _landing(context, base),
+        "landing": _landing(context),
         "blocks": _block_landing(context, sizes["encoder"], base.encoder),
         "given_teacher": asdict(given) if given is not None else None,
         **models,
@@ -172,5 +174,5 @@ def _plot(context: RunContext, final: Path) -> None:
         context.folder.picture,
         metric=context.task.primary,
         title=f"{context.config.model.name} on {context.task.name}: {context.config.method.name}, "
-        f"target {context.findings.target:.0%} of the {context.config.prune.target_of}",
+        f"target {context.findings.budget.target:.0%} of {context.findings.budget.describe()}",
     )
