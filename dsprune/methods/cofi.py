@@ -46,7 +46,6 @@ temperature 2 lay on padding, and the divergence of a disturbed copy was 14 time
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
 import torch
 from pydantic import Field
@@ -255,12 +254,12 @@ class CoFi(Method):
         return deterministic_gate(log_alpha, keep, self.options.temperature)
 
     def expected_sparsity(self, log_alpha: Mapping[str, Tensor] | None = None) -> Tensor:
-        """Expected sparsity of what the target is a share of, with the learned log-alphas or others: [] float64."""
+        """Expected sparsity of what the budget counts, with the learned log-alphas or others: [] float64."""
         keep = {kind: self._keep(a.double()) for kind, a in (log_alpha or self.log_alpha).items()}
-        return self.cost.sparsity(self._by_kind(keep), of=self.plan.target_of)
+        return self.budget.sparsity(self._by_kind(keep))
 
     def target_at(self, step: int) -> float:
-        return linear_target(step - self._start, target=self.plan.target, warmup_steps=self._warmup)
+        return linear_target(step - self._start, target=self.budget.target, warmup_steps=self._warmup)
 
     def signal(self, step: int) -> GateSignal:
         return "training"
@@ -321,16 +320,12 @@ class CoFi(Method):
     def evaluation_gates(self, step: int) -> dict[str, Tensor] | None:
         return None if step < self._start else self.hard_gates()
 
-    def _hard_sparsity(self, gates: dict[str, Tensor] | Any) -> float:
-        kept = {kind: (gate != 0).double() for kind, gate in gates.items()}
-        return float(self.cost.sparsity(kept, of=self.plan.target_of))
-
     def _shaped_gates(self) -> dict[str, Tensor]:
         """Deterministic gates of the shape that is given, or of the one nearest to what was learned."""
         shape = self.plan.shape.sizes
         if not shape:
             wanted = {SIZE_OF[kind]: float(share.detach().mean()) for kind, share in self._expected_shares().items()}
-            shape = find_shape(self.cost, wanted, self.plan.target, of=self.plan.target_of)
+            shape = find_shape(self.structure, self.budget, wanted)
         counts = self._counts(shape)
         gates = {}
         for kind, log_alpha in self.log_alpha.items():
@@ -344,13 +339,12 @@ class CoFi(Method):
         # Sublayers are large. Where those that are left cannot fill what the target allows even with
         # all their units, the likeliest of the others come back.
         reopen, removed = 0, len(self._likeliest_removed())
-        while reopen < removed and self._hard_sparsity(self.hard_gates(reach, reopen)) > self.plan.target:
+        while reopen < removed and self.budget.removed(self.hard_gates(reach, reopen)) > self.budget.target:
             reopen += 1
         gates = land(
             lambda shift: self.hard_gates(shift, reopen),
-            self._hard_sparsity,
+            self.budget,
             {kind: a.detach() for kind, a in self.log_alpha.items()},
-            self.plan.target,
             reach=reach,
         )
         return Selection.from_gates(self.structure, gates, empty=self.empty)
@@ -361,7 +355,7 @@ class CoFi(Method):
             return {}
         return {
             "sparsity/expected": float(self.expected_sparsity()),
-            "sparsity/hard": self._hard_sparsity(self.hard_gates()),
+            "sparsity/hard": self.budget.removed(self.hard_gates()),
             "sparsity/target": self.target_at(step),
             **{f"multiplier/{name}": float(value.mean()) for name, value in self.multipliers.items()},
         }

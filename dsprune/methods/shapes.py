@@ -9,17 +9,18 @@ instead. `SizeProjection` holds the same by projection.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from dsprune.config import RunConfig
+from dsprune.config import ShapeConfig
 from dsprune.errors import ConfigError
 from dsprune.methods.hard_concrete import LOG_ALPHA_MAX, LOG_ALPHA_MIN
 from dsprune.methods.lagrangian import lagrangian
-from dsprune.structure import CostModel, Empty, Structure, shape_gates
+from dsprune.structure import Budget, Structure, shape_gates
 
-__all__ = ["SizeConstraints", "SizeProjection", "aimed_sparsity", "rows"]
+__all__ = ["SizeConstraints", "SizeProjection", "aimed", "rows"]
 
 CONTRADICTION = 0.005
 """Difference of sparsity from which a target and a shape that are both given contradict each other."""
@@ -27,22 +28,27 @@ BISECTIONS = 50
 """Halvings of the shifts' range that reach the precision of their numbers."""
 
 
-def aimed_sparsity(config: RunConfig, structure: Structure, *, empty: Empty) -> float:
-    """The sparsity that a run aims at: `prune.target`, or that of the shape that is given instead.
+def aimed(budget: Budget, structure: Structure, shape: ShapeConfig, *, is_set: bool) -> Budget:
+    """The budget that a run aims at: the one that was asked for, or that of the shape which is given instead.
+
+    Args:
+        budget: with the target that was asked for, or its default.
+        structure: of the dense model.
+        shape: sizes that are given, if any.
+        is_set: whether the user set the target.
 
     Raises:
         ConfigError: both are given, and differ.
     """
-    target, of = config.prune.target, config.prune.target_of
-    if not config.shape.sizes:
-        return target
-    implied = float(CostModel(structure, empty=empty).sparsity(shape_gates(structure, config.shape.sizes), of=of))
-    if "target" in config.prune.model_fields_set and abs(implied - target) > CONTRADICTION:
+    if not shape.sizes:
+        return budget
+    implied = budget.removed(shape_gates(structure, shape.sizes))
+    if is_set and abs(implied - budget.target) > CONTRADICTION:
         raise ConfigError(
-            f"prune.target = {target:g} contradicts the sizes of [shape], which remove {implied:.4f} of the {of}: "
-            "leave out one of the two"
+            f"{budget.asked} contradicts the sizes of [shape], which remove {implied:.4f} of that: leave out one of "
+            "the two"
         )
-    return implied
+    return replace(budget, target=implied)
 
 
 class SizeConstraints:

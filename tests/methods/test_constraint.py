@@ -5,12 +5,13 @@ import torch
 
 from dsprune.config import ShapeConfig
 from dsprune.engine.learning.replica import Replica
-from dsprune.methods import Plan, method_class
+from dsprune.methods import method_class
 from dsprune.methods.constraint import MOST, Projection, find_shift
 from dsprune.methods.hard_concrete import LOG_ALPHA_MAX, LOG_ALPHA_MIN, keep_probability
 from dsprune.methods.noise import uniform_noise
 from dsprune.structure import CostModel, analyze, shape_gates
 from tests.helpers.models import tiny_model
+from tests.helpers.plans import plan_for
 
 CoFi = method_class("cofi")
 EXACT = 1e-6
@@ -22,7 +23,7 @@ def _cofi(*, target=0.6, warmup=40, shape=None, model="bert", **options):
     shape = ShapeConfig(**(shape or {}))
     if shape.sizes:
         target = float(CostModel(structure).sparsity(shape_gates(structure, shape.sizes)))
-    plan = Plan(target, "encoder", 2 * warmup, 10, 0, shape)
+    plan = plan_for(structure, "cofi", target, total=2 * warmup, per_epoch=10, shape=shape)
     return CoFi(structure, CoFi.Options(distill_phase="0 steps", warmup=f"{warmup} steps", **options), plan)
 
 
@@ -56,7 +57,7 @@ def test_the_expected_sparsity_is_the_target_from_the_first_tenth_of_the_warm_up
         if step + 1 >= warmup // 10:
             assert abs(_gap(method, step + 1)) < EXACT, step
     assert method.metrics(warmup + 5)["multiplier/price"] == float(method.multipliers["price"]) != 0
-    assert float(method.cost.sparsity(method.select().hard())) >= target
+    assert float(method.budget.sparsity(method.select().hard())) >= target
 
 
 def test_the_published_ascent_step_by_step():
@@ -71,7 +72,7 @@ def test_the_published_ascent_step_by_step():
         _step(method, step)
         noise = {kind: value.detach() for kind, value in _noise(method, step).items()}
         loss = _sampled(alpha, noise, gradients)
-        share = method.cost.sparsity({kind: keep_probability(value.double()) for kind, value in alpha.items()})
+        share = method.budget.sparsity({kind: keep_probability(value.double()) for kind, value in alpha.items()})
         gap = share - 0.6 * min(1, step / 40)
         (loss + linear * gap + quadratic * gap**2).backward()
         for optimizer in (down, up):
