@@ -2,8 +2,8 @@
 
 Five kinds of gates (section 3.1): heads, FFN neurons, whole attention and FFN sublayers, and the
 hidden dimensions of the residual stream. Each has a log-alpha; gates are sampled from the
-hard-concrete distribution, and a Lagrangian holds the expected sparsity to a target that warms up
-linearly (section 3.2). A removed sublayer is the identity, its norm included.
+hard-concrete distribution, and the expected sparsity is held to a target that warms up linearly
+(section 3.2). A removed sublayer is the identity, its norm included.
 
 Where paper and code differ, and where neither is followed:
 
@@ -17,6 +17,8 @@ Where paper and code differ, and where neither is followed:
   apart in every process.
 - The learning rate of the weights is constant before pruning starts and decays over the rest. The
   code rebuilds optimizer and schedule at that point; here Adam's moments go on.
+- The expected sparsity is held to the target by projection (`constraint.py`); paper and code let two multipliers
+  ascend, which is `method.constraint = "ascent"`.
 - The final gates are landed on the target by their exact count. The code keeps whatever the expected
   value became, 94.3 to 94.5% for its published "95%".
 - `[shape]` (Sheared LLaMA, `shapes.py`) gives every layer the same sizes; the sublayers' own gates then take no

@@ -224,4 +224,4 @@ def find_shift(removed: Callable[[float], float], target: float) -> float:
     near, far = 0.0, REACH / 256
     while far < REACH and (removed(way * far) - target) * way > 0:
         near, far = far, 2 * far
-    return way * float(brentq(lambda shift: removed(way * shift) - target, near, min(far, REACH), xtol=1e-12))
+    return way * float(brentq(lambda shift: removed(way * shift) - target, near, min(far, REACH), xtol=1e-9))

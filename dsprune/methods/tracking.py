@@ -1,7 +1,8 @@
 """Whether a learned sparsity follows its target, and what landing on the target took where it did not.
 
-Gates that are learned meet a target as far as penalties and multipliers bring them. What is missing at the last
-step is cut away at once when the choice is landed on the target (`landing.py`), and nothing has trained for that.
+Gates that are learned meet a target as far as penalties and multipliers bring them, or exactly where they are
+projected onto it (`constraint.py`). What is missing at the last step is cut away at once when the choice is landed on
+the target (`landing.py`), and nothing has trained for that.
 """
 
 from __future__ import annotations
@@ -20,6 +21,8 @@ __all__ = ["LAG", "Landing", "has_reached", "landing_of", "report_lag"]
 LAG = 0.05
 """How far the expected sparsity may trail the target when that has warmed up, or pass it by the end, before that is
 said. Passing it costs little: landing gives units back, where falling short cuts some away."""
+ROUNDING = 1e-7
+"""What single precision takes from a sparsity that was set exactly."""
 WORDS = {
     "head": "heads",
     "attn": "attention sublayers",
@@ -130,7 +133,8 @@ def has_reached(method: Method, step: int, epsilon: float) -> bool:
     if method.evaluation_gates(step) is None:
         return False
     metrics = method.metrics(step)
-    return metrics.get("sparsity/expected", metrics["sparsity/hard"]) >= method.budget.target - epsilon
+    reached = metrics.get("sparsity/expected", metrics["sparsity/hard"]) + ROUNDING
+    return reached >= method.budget.target - epsilon
 
 
 def report_lag(method: Method, step: int) -> str | None:

@@ -9,6 +9,7 @@ from dsprune.methods import method_class
 from dsprune.methods.constraint import MOST, Projection, find_shift
 from dsprune.methods.hard_concrete import LOG_ALPHA_MAX, LOG_ALPHA_MIN, keep_probability
 from dsprune.methods.noise import uniform_noise
+from dsprune.methods.tracking import has_reached
 from dsprune.structure import CostModel, analyze, shape_gates
 from tests.helpers.models import tiny_model
 from tests.helpers.plans import plan_for
@@ -273,3 +274,11 @@ def test_a_gradient_along_equal_sizes_changes_all_layers_alike():
         # A projection: once is as good as twice, and what is taken away stands upright on what is left.
         torch.testing.assert_close(sizes.tangent(alpha, along)[kind], value)
     assert _dot({k: vector[k] - along[k] for k in along}, along) == pytest.approx(0, abs=1e-9)
+
+
+def test_a_projected_target_is_reached_whatever_rounding_leaves():
+    method = _cofi(target=0.7, warmup=8, lr=0.1)
+    assert not has_reached(method, 0, 0.0)
+    for step in range(12):
+        _step(method, step)
+        assert has_reached(method, step + 1, 0.0) == (step + 1 >= 8)
