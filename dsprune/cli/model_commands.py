@@ -66,8 +66,8 @@ def add_consolidate(commands: Commands) -> None:
 
 def _evaluate(options: argparse.Namespace) -> int:
     from dsprune.config import TaskConfig, parse_tables
-    from dsprune.run.scorecard import evaluate_folder
-    from dsprune.tasks.sources import EvalData
+    from dsprune.run.reporting.scorecard import evaluate_folder
+    from dsprune.tasks.sources.readers import EvalData
 
     _without_bars()
     task = {"name": options.task} | ({"max_length": options.max_length} if options.max_length is not None else {})

@@ -24,7 +24,7 @@ from dsprune.consolidate.modeling_dsprune import BlockLinear, has_kernel, place,
 from dsprune.errors import CheckpointError, ConfigError, OutputError
 from dsprune.measure.bench import DTYPES, check_options, limit_threads, wait
 from dsprune.measure.calibrate_report import Calibration, CurvePoint
-from dsprune.structure.blocks import block_grid, to_blocks
+from dsprune.structure.blocks.grid import block_grid, to_blocks
 
 __all__ = ["CURVES", "Calibration", "calibrate", "matrices_of", "store"]
 

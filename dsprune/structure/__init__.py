@@ -1,10 +1,10 @@
 """What can be pruned: spaces, gates and how they apply, exact cost, selections, surgery. Pure torch."""
 
 from dsprune.structure.analysis import analyze
-from dsprune.structure.block_gating import BlockGating
-from dsprune.structure.block_selection import BlockSelection
-from dsprune.structure.block_spaces import BlockMatrix, BlockStructure, analyze_blocks, block_magnitudes
-from dsprune.structure.blocks import block_grid, to_blocks
+from dsprune.structure.blocks.block_gating import BlockGating
+from dsprune.structure.blocks.block_selection import BlockSelection
+from dsprune.structure.blocks.block_spaces import BlockMatrix, BlockStructure, analyze_blocks, block_magnitudes
+from dsprune.structure.blocks.grid import block_grid, to_blocks
 from dsprune.structure.budget import Budget, Counted, block_budget, budget_for
 from dsprune.structure.cost import CostModel, Scope
 from dsprune.structure.gating import (

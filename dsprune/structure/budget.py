@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from dsprune.errors import ConfigError
-from dsprune.structure.block_spaces import BlockStructure
+from dsprune.structure.blocks.block_spaces import BlockStructure
 from dsprune.structure.cost import CostModel
 from dsprune.structure.gating import Gates
 from dsprune.structure.spaces import Empty, Structure, gate_shapes

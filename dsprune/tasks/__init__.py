@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dsprune.tasks.base import LabelTask, Task, TaskData
 from dsprune.tasks.batching import Encoded
+from dsprune.tasks.kinds.text import TextTask
 from dsprune.tasks.registry import build_task, task_names
-from dsprune.tasks.text import TextTask
 
 __all__ = ["Encoded", "LabelTask", "Task", "TaskData", "TextTask", "build_task", "task_names"]

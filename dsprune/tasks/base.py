@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerBase
 
 from dsprune.errors import ArchitectureError, ConfigError
 from dsprune.tasks.batching import Encoded, Tokeniser
-from dsprune.tasks.sources import Split, Splits
+from dsprune.tasks.sources.splits import Split, Splits
 
 __all__ = ["Head", "LabelTask", "Problem", "Task", "TaskData", "choose_metric"]
 

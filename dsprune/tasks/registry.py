@@ -8,17 +8,17 @@ from collections.abc import Callable
 from dsprune.config import DataConfig, TaskConfig
 from dsprune.errors import ConfigError
 from dsprune.tasks.base import Task
-from dsprune.tasks.causal import build_causal
-from dsprune.tasks.conll import build_conll
-from dsprune.tasks.corruption import build_corruption
-from dsprune.tasks.glue import GLUE, build_glue
-from dsprune.tasks.order import build_order
-from dsprune.tasks.seq2seq import build_seq2seq
-from dsprune.tasks.squad import SQUAD, build_squad
-from dsprune.tasks.text_classification import build_text_classification
-from dsprune.tasks.token_classification import build_token_classification
+from dsprune.tasks.benchmarks.conll import build_conll
+from dsprune.tasks.benchmarks.glue import GLUE, build_glue
+from dsprune.tasks.benchmarks.order import build_order
+from dsprune.tasks.benchmarks.squad import SQUAD, build_squad
+from dsprune.tasks.kinds.causal import build_causal
+from dsprune.tasks.kinds.corruption import build_corruption
+from dsprune.tasks.kinds.seq2seq import build_seq2seq
+from dsprune.tasks.kinds.text_classification import build_text_classification
+from dsprune.tasks.kinds.token_classification import build_token_classification
 
-__all__ = ["TASKS", "build_task", "task_names"]
+__all__ = ["OWN_LABELS", "TASKS", "build_task", "task_names"]
 
 Builder = Callable[[TaskConfig, DataConfig, int], Task]
 

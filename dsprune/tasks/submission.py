@@ -17,10 +17,10 @@ from torch import Tensor
 from dsprune.errors import ConfigError, OutputError
 from dsprune.tasks.base import Task
 from dsprune.tasks.batching import Encoded
-from dsprune.tasks.glue import GLUE
-from dsprune.tasks.sequence import SequenceTask
-from dsprune.tasks.sources import Split, Splits
-from dsprune.tasks.spans import SpanTask, Windows
+from dsprune.tasks.benchmarks.glue import GLUE
+from dsprune.tasks.kinds.sequence import SequenceTask
+from dsprune.tasks.kinds.spans import SpanTask, Windows
+from dsprune.tasks.sources.splits import Split, Splits
 
 __all__ = ["blank_labels", "check_submission", "write_submission"]
 

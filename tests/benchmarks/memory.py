@@ -26,7 +26,7 @@ from dsprune.distill import default_teacher_layers
 from dsprune.measure.tables import render_table
 from dsprune.planning.forecast import GIB, Scenario, forecast
 from dsprune.tasks.batching import Encoded, Tokens
-from dsprune.tasks.causal import PackedText
+from dsprune.tasks.kinds.causal import PackedText
 from tests.helpers.world import run_world
 
 STEPS = 2

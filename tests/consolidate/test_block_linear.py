@@ -18,7 +18,7 @@ from dsprune.consolidate import load_compact, modeling_dsprune
 from dsprune.consolidate.compact import without_weights
 from dsprune.consolidate.modeling_dsprune import BlockLinear, has_kernel, place, shape_class, use_calibration
 from dsprune.measure.bench import bench_models
-from dsprune.structure.blocks import block_grid, from_blocks, to_blocks
+from dsprune.structure.blocks.grid import block_grid, from_blocks, to_blocks
 from tests.helpers.blocks import block_model
 from tests.helpers.models import tiny_batch
 from tests.helpers.stranger import run_stranger

@@ -1,6 +1,6 @@
 """Faults 23, 24, 26, 27: what a run is given is wrong; told at once, all of it, before anything is spent.
 
-The table of single mistakes with their messages stands in tests/engine/test_bad_input.py; here is what holds for all.
+The table of single mistakes with their messages stands in tests/run/test_bad_input.py; here is what holds for all.
 """
 
 import json
@@ -14,11 +14,11 @@ from dsprune.engine.zero.config import list_ds_configs, load_ds_config, zero_sta
 from dsprune.errors import ArchitectureError, ConfigError, DataError
 from dsprune.run.launch import load
 from dsprune.structure import analyze
-from dsprune.tasks.sources import read_files
-from tests.engine import test_bad_input
+from dsprune.tasks.sources.readers import read_files
 from tests.helpers.models import tiny_model
 from tests.helpers.runs import execute, words
 from tests.helpers.world import run_to_the_end
+from tests.run import test_bad_input
 
 BAD_KEYS = {
     "prune.targte=0.5": "did you mean 'target'",
@@ -122,7 +122,7 @@ def test_f24_every_shipped_ds_config_has_the_stage_of_its_name():
     ],
 )
 def test_f26_bad_data_is_told_on_all_ranks(place, tmp_path, train, message):
-    """Two of the many in tests/engine/test_bad_input.py."""
+    """Two of the many in tests/run/test_bad_input.py."""
     ending = run_to_the_end(
         execute,
         2,

@@ -13,7 +13,7 @@ from dsprune.arch import family_for
 from dsprune.consolidate import modeling_dsprune
 from dsprune.consolidate.compact import MODELING
 from dsprune.consolidate.modeling_dsprune import BlockLinear
-from dsprune.structure.blocks import to_blocks
+from dsprune.structure.blocks.grid import to_blocks
 from tests.helpers.models import SIZES
 
 STORED = {

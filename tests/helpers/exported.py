@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 from scipy.stats import pearsonr, spearmanr
 from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
 
-from dsprune.tasks.tokens import entity_scores
+from dsprune.tasks.kinds.tokens import entity_scores
 from tests.helpers.stranger import run_stranger
 
 PREDICT = """

@@ -24,7 +24,7 @@ from transformers import (
     T5Config,
 )
 
-from dsprune.tasks.order import generate
+from dsprune.tasks.benchmarks.order import generate
 from tests.helpers.language import llama_config
 from tests.helpers.models import T5_SIZES
 

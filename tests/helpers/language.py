@@ -18,10 +18,10 @@ from transformers import (
 
 from dsprune.config import DistillConfig, OptimConfig, TaskConfig
 from dsprune.tasks.batching import Encoded, Tokens
-from dsprune.tasks.causal import PackedText
-from dsprune.tasks.corruption import CorruptedText, Noise
+from dsprune.tasks.kinds.causal import PackedText
+from dsprune.tasks.kinds.corruption import CorruptedText, Noise
+from dsprune.tasks.kinds.seq2seq import TextPairs
 from dsprune.tasks.losses import IGNORED
-from dsprune.tasks.seq2seq import TextPairs
 from tests.helpers.settings import ROWS
 from tests.helpers.training import Setting, pruning, without_dropout
 

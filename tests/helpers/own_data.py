@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from dsprune.tasks.order import generate
+from dsprune.tasks.benchmarks.order import generate
 
 Rows = list[dict[str, Any]]
 

@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from dsprune.errors import ConfigError
-from dsprune.structure.blocks import block_areas, block_grid, from_blocks, stored_numbers, to_blocks
+from dsprune.structure.blocks.grid import block_areas, block_grid, from_blocks, stored_numbers, to_blocks
 
 SHAPES = {
     "even": ((64, 96), (32, 32)),

@@ -27,7 +27,7 @@ from dsprune.errors import ArchitectureError, ConfigError
 from dsprune.files import first_line
 from dsprune.structure.layout import family_of, head_paths
 from dsprune.tasks import Task
-from dsprune.tasks.labels import has_default_names
+from dsprune.tasks.label_order import has_default_names
 
 __all__ = ["plan_loading"]
 

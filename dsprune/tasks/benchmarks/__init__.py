@@ -1,0 +1,1 @@
+"""Tasks whose data, columns, labels and metrics are known by a name."""
