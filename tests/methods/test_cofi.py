@@ -18,7 +18,9 @@ CoFi = method_class("cofi")
 
 
 def _cofi(*, target=0.6, of="encoder", total=400, seed=0, **options):
-    options = {"distill_phase": "0 steps", "warmup": "50 steps", "lr": 0.05, "multiplier_lr": 0.05, **options}
+    options = {"distill_phase": "0 steps", "warmup": "50 steps", "lr": 0.05, **options}
+    if options.setdefault("constraint", "ascent") == "ascent":
+        options.setdefault("multiplier_lr", 0.05)
     structure = analyze(tiny_model("bert"))
     plan = plan_for(structure, "cofi", target, of=of, total=total, per_epoch=10, seed=seed)
     return CoFi(structure, CoFi.Options(**options), plan)
@@ -138,6 +140,7 @@ def test_lagrangian_formula():
         ({"target": 0.9, "of": "total", "gates": ("head", "ffn_dim")}, "out of reach: .* at most 0.8"),
         ({"gates": ("heads",)}, "unknown"),
         ({"distill_phase": "30 epochs", "warmup": "10 epochs"}, "leave no step"),
+        ({"constraint": "project", "multiplier_lr": 0.1}, r'method.multiplier_lr is for method.constraint = "ascent"'),
     ],
 )
 def test_what_cannot_work_is_refused(options, message):
