@@ -34,7 +34,8 @@ from dsprune.consolidate.heads import own_head_keys
 from dsprune.consolidate.manifest import check_files, find_checkpoint, read_manifest
 from dsprune.consolidate.memory import give_back
 from dsprune.consolidate.shards import ShardedTensors, open_shards
-from dsprune.consolidate.writer import DTYPES, SafetensorsStream
+from dsprune.consolidate.writer import SafetensorsStream
+from dsprune.dtypes import DTYPES, torch_dtype
 from dsprune.errors import CheckpointError, ConfigError, OutputError
 from dsprune.run_folder import StageName
 from dsprune.structure import (
@@ -140,7 +141,7 @@ def consolidate(
     manifest = read_manifest(checkpoint)
     check_files(checkpoint, manifest, hashes=verify_hashes)
     with _written_aside(Path(out), force=force) as scratch:
-        export = _Export(checkpoint, manifest, scratch, DTYPES[dtype], progress, head_multiple)
+        export = _Export(checkpoint, manifest, scratch, torch_dtype(dtype), progress, head_multiple)
         difference = export.run()
     facts = export.facts["parameters"]
     return ConsolidationReport(

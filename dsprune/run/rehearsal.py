@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
 import dsprune
 from dsprune.arch import family_for
@@ -32,7 +32,7 @@ from dsprune.consolidate import apply_selection
 from dsprune.engine.learning.batches import Batches, to_device
 from dsprune.engine.learning.teacher import Teacher
 from dsprune.engine.learning.trainer import Trainer
-from dsprune.engine.models.load import checkpoint_activations, resolve_source
+from dsprune.engine.models.load import checkpoint_activations
 from dsprune.engine.models.skeleton import compact_facts
 from dsprune.engine.ranks.stop import Stop
 from dsprune.engine.ranks.world import World
@@ -41,6 +41,7 @@ from dsprune.engine.zero.gather import release
 from dsprune.errors import ConfigError, DspruneError, NumericsError
 from dsprune.files import write_json
 from dsprune.methods import Method, Plan, method_class
+from dsprune.pretrained import read_model_config, resolve_source
 from dsprune.run.preflight import Preflight, dense_skeleton
 from dsprune.run.run import Run
 from dsprune.run.status import lost_a_peer
@@ -205,7 +206,7 @@ def _reduced(run: Run, stage: str, folder: Path) -> tuple[RunConfig, Preflight]:
 
 def _write_shallow(source: str, revision: str | None, folder: Path) -> int:
     """Write the configuration of a model's first layers, and nothing else; returns how many there are in all stacks."""
-    config: PretrainedConfig = AutoConfig.from_pretrained(source, revision=revision)
+    config = read_model_config(source, revision)
     table = json.loads(config.to_json_string(use_diff=False))
     family = family_for(config.model_type)
     counts = {name: min(LAYERS, getattr(config, name)) for name in (family.sizes[s.count] for s in family.stacks)}

@@ -7,17 +7,18 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from transformers import AutoConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
 from dsprune.engine.learning.evaluate import evaluate_all
 from dsprune.engine.learning.teacher import Teacher
 from dsprune.engine.models.count import ModelCount, count_base, count_teacher
-from dsprune.engine.models.load import from_config, label_config, resolve_source
+from dsprune.engine.models.load import from_config, label_config
 from dsprune.engine.zero.gather import release
 from dsprune.files import write_json
 from dsprune.measure.bench import BenchReport, bench_models
 from dsprune.measure.plots import plot_run
 from dsprune.measure.summary import render_report
+from dsprune.pretrained import read_model_config
 from dsprune.run.journal import read_metrics
 from dsprune.run.settling import told
 from dsprune.run_folder import StageName
@@ -85,10 +86,7 @@ def _block_landing(run: Run, final: int, dense: int) -> dict[str, Any] | None:
 def _base_model(run: Run) -> PreTrainedModel:
     """The base under the task's head, with random weights: it was not fine-tuned, and its speed does not need it."""
     config = run.config.model
-    source = resolve_source(config.name)
-    return from_config(
-        run.task.head, AutoConfig.from_pretrained(source, revision=config.revision, **label_config(run.task))
-    )
+    return from_config(run.task.head, read_model_config(config.name, config.revision, **label_config(run.task)))
 
 
 def _bench(run: Run, kind: str, final: Path) -> BenchReport:

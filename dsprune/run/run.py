@@ -29,7 +29,7 @@ from dsprune.engine.learning.teacher import Teacher
 from dsprune.engine.learning.trainer import LayerMatcher, Trainer
 from dsprune.engine.models.factoring import factor_word_embedding
 from dsprune.engine.models.freezing import freeze_embeddings
-from dsprune.engine.models.load import checkpoint_activations, load_model, resolve_source
+from dsprune.engine.models.load import checkpoint_activations, load_model
 from dsprune.engine.models.side_files import copy_side_files
 from dsprune.engine.ranks.pulse import pulse
 from dsprune.engine.ranks.stop import Stop, unheard
@@ -42,6 +42,7 @@ from dsprune.methods import Method, Plan
 from dsprune.methods.mlpruning_blocks import BlockPruning
 from dsprune.methods.noise import stable_seed
 from dsprune.methods.tracking import has_reached, landing_of
+from dsprune.pretrained import resolve_source
 from dsprune.run.journal import Journal
 from dsprune.run.preflight import Preflight, build_method
 from dsprune.run.provenance import Provenance

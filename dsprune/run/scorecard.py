@@ -13,17 +13,19 @@ from typing import Any
 import torch
 from torch import Tensor
 from tqdm import tqdm
-from transformers import AutoConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
 from dsprune.config import TaskConfig
+from dsprune.dtypes import torch_dtype
 from dsprune.engine.learning.evaluate import predict
 from dsprune.engine.learning.losses import Scorer, make_scorer
-from dsprune.engine.models.load import load_model, load_tokenizer, resolve_source
+from dsprune.engine.models.load import load_model, load_tokenizer
 from dsprune.engine.models.skeleton import compact_facts
 from dsprune.engine.ranks.alone import Alone
 from dsprune.errors import ArchitectureError, ConfigError, OutputError
-from dsprune.measure.bench import DTYPES, check_options, describe_device, num_positions, wait
+from dsprune.measure.bench import check_options, describe_device, num_positions, wait
 from dsprune.measure.tables import render_table
+from dsprune.pretrained import read_model_config, resolve_source
 from dsprune.run_folder import STAGES, RunFolder
 from dsprune.structure import CostModel, analyze
 from dsprune.tasks import Encoded, Task, build_task
@@ -213,7 +215,7 @@ def evaluate_folder(
         task, without = blank_labels(task)
     _check_head(source, task)
     tokenizer = load_tokenizer(source)
-    model = load_model(source, task, {}).to(dtype=DTYPES[dtype]).to(place).eval()  # type: ignore[arg-type]
+    model = load_model(source, task, {}).to(dtype=torch_dtype(dtype)).to(place).eval()  # type: ignore[arg-type]
     task = _fit_length(source, model, task, given=given)
     evals, notes = task.load_evals(tokenizer, vocab_size=int(model.config.vocab_size), progress=progress)
     forward = _Timed(model, make_scorer(task, model), place)
@@ -266,11 +268,7 @@ def _check_run(source: str) -> None:
 
 def _check_head(source: str, task: Task) -> None:
     """A head that was never trained answers at random: it must be in the folder."""
-    folder = resolve_source(source)
-    try:
-        config = AutoConfig.from_pretrained(folder)
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"cannot load model '{source}': {str(error).strip().splitlines()[0]}") from error
+    config = read_model_config(source)
     name = (config.architectures or ["a model without a name"])[0]
     head = next((ours for theirs, ours in ALIASES.items() if name.endswith(theirs)), name)
     if not head.endswith(task.head):

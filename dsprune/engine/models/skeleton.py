@@ -8,12 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 
 from dsprune.engine.models.labelling import label_config
-from dsprune.engine.models.load import check_reads_forward, from_config, resolve_source
-from dsprune.errors import ArchitectureError, ConfigError
+from dsprune.engine.models.load import check_reads_forward, from_config
+from dsprune.errors import ArchitectureError
 from dsprune.files import first_line
+from dsprune.pretrained import read_model_config
 from dsprune.tasks import Task
 
 __all__ = ["check_quantization", "compact_facts", "skeleton"]
@@ -43,10 +44,7 @@ def skeleton(
         ConfigError: the source cannot be read.
         ArchitectureError: no model for this task, or one whose weights are quantized.
     """
-    try:
-        config = AutoConfig.from_pretrained(resolve_source(source), revision=revision, **label_config(task))
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"cannot load model '{source}': {first_line(error)}") from error
+    config = read_model_config(source, revision, **label_config(task))
     check_quantization("model", source, config)
     for key, value in (outputs or {}).items():
         setattr(config, key, value)
