@@ -31,7 +31,7 @@ from dsprune.errors import ArchitectureError, ConfigError, OutputError
 from dsprune.methods import Method, Plan, method_class
 from dsprune.methods.shapes import aimed_sparsity
 from dsprune.pretrained import resolve_source
-from dsprune.run.teacher_fit import check_positions, check_teacher
+from dsprune.run.teacher_fit import check_positions, check_start, check_teacher
 from dsprune.run.teaching import plan_teaching, teacher_shape
 from dsprune.run_folder import RunFolder
 from dsprune.structure import Selection, Structure, analyze, block_grid, shape_gates
@@ -244,6 +244,7 @@ def preflight(config: RunConfig, world_size: int) -> Preflight:
     check_teacher(config, task, vocab_size, tokenizer)
     outputs = _check_weights(config, task)
     model = skeleton(config.model.name, task, config.model.revision, outputs=outputs)
+    check_start(config, task, model, outputs)
     _factor(config, model)
     structure = analyze(model)
     student_ds, teacher_ds = (fill_widths(ds, int(model.config.hidden_size)) for ds in (student_ds, teacher_ds))

@@ -13,12 +13,13 @@ from typing import Any
 import torch
 from torch import Tensor
 from tqdm import tqdm
-from transformers import PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 
 from dsprune.config import TaskConfig
 from dsprune.dtypes import torch_dtype
 from dsprune.engine.learning.evaluate import predict
 from dsprune.engine.learning.losses import Scorer, make_scorer
+from dsprune.engine.models.labelling import as_model_tells
 from dsprune.engine.models.load import load_model, load_tokenizer
 from dsprune.engine.models.skeleton import compact_facts
 from dsprune.engine.ranks.alone import Alone
@@ -188,7 +189,7 @@ def evaluate_folder(
 
     Args:
         source: model folder, or hub id.
-        settings: of the task.
+        settings: of the task; of one on data of one's own, the model tells labels and kind where these do not.
         data: where its examples are, and which split.
         batch_size: examples of a forward pass.
         dtype: float32, bfloat16 or float16.
@@ -208,12 +209,13 @@ def evaluate_folder(
         settings = settings.model_copy(update={"max_length": LENGTHS[settings.name]})
     place = check_options([batch_size], settings.max_length, dtype, device, 1, 0, None)
     _check_run(source)
-    task = build_task(settings, data, seed=seed)
+    config = read_model_config(source)
+    task = build_task(as_model_tells(settings, config), data, seed=seed)
     without: set[str] = set()
     if predictions is not None:
         check_submission(task, predictions)
         task, without = blank_labels(task)
-    _check_head(source, task)
+    _check_head(source, config, task)
     tokenizer = load_tokenizer(source)
     model = load_model(source, task, {}).to(dtype=torch_dtype(dtype)).to(place).eval()  # type: ignore[arg-type]
     task = _fit_length(source, model, task, given=given)
@@ -266,9 +268,8 @@ def _check_run(source: str) -> None:
         )
 
 
-def _check_head(source: str, task: Task) -> None:
+def _check_head(source: str, config: PretrainedConfig, task: Task) -> None:
     """A head that was never trained answers at random: it must be in the folder."""
-    config = read_model_config(source)
     name = (config.architectures or ["a model without a name"])[0]
     head = next((ours for theirs, ours in ALIASES.items() if name.endswith(theirs)), name)
     if not head.endswith(task.head):

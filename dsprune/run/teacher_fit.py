@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
-from transformers import PretrainedConfig, PreTrainedTokenizerBase
+from collections.abc import Mapping
+from typing import Any
+
+from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from dsprune.arch import family_for
 from dsprune.config import RunConfig
 from dsprune.engine.models.load import load_tokenizer
-from dsprune.engine.models.skeleton import check_quantization
+from dsprune.engine.models.skeleton import check_quantization, compact_facts, skeleton
 from dsprune.errors import ArchitectureError, ConfigError
 from dsprune.pretrained import read_model_config, resolve_source
+from dsprune.structure.layout import family_of
 from dsprune.tasks import Task
 from dsprune.tasks.label_order import label_permutation
 
-__all__ = ["check_positions", "check_teacher"]
+__all__ = ["check_positions", "check_start", "check_teacher"]
 
 
 def check_teacher(config: RunConfig, task: Task, vocab_size: int, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -42,6 +46,47 @@ def check_teacher(config: RunConfig, task: Task, vocab_size: int, tokenizer: Pre
             "distillation compares their probabilities token by token"
         )
     _check_vocabulary(config, source, int(teacher.vocab_size), vocab_size, tokenizer.get_vocab())
+
+
+def check_start(config: RunConfig, task: Task, model: PreTrainedModel, outputs: Mapping[str, Any]) -> None:
+    """See that a student that starts as a copy of a given teacher is the model whose structure is read.
+
+    Args:
+        config: the run.
+        task: to be taught.
+        model: skeleton of `model.name`, whose units are to be pruned.
+        outputs: what the configurations have to say of the head.
+
+    Raises:
+        ConfigError: the teacher is another model, naming what is unlike.
+    """
+    path = config.teacher.path
+    if path is None or config.prune.start != "teacher" or "prune" not in config.stages:
+        return
+    pruned = compact_facts(resolve_source(path)) is not None
+    unlike = "it is pruned already" if pruned else _unlike(skeleton(path, task, outputs=outputs), model)
+    if unlike:
+        raise ConfigError(
+            f"prune.start = 'teacher': the student is to be a copy of teacher '{path}', which is another model than "
+            f"model.name = '{config.model.name}' ({unlike}): set prune.start = 'pretrained', or give the model that "
+            "the teacher was made from"
+        )
+
+
+def _unlike(teacher: PreTrainedModel, model: PreTrainedModel) -> str:
+    """What tells a teacher from the model: all sizes of their configurations that differ, or the first parameter."""
+    kinds = (teacher.config.model_type, model.config.model_type)
+    if kinds[0] != kinds[1]:
+        return f"its model_type is {kinds[0]}, not {kinds[1]}"
+    keys = {
+        key: [getattr(m.config, key, None) for m in (teacher, model)] for key in family_of(model.config).sizes.values()
+    }
+    sizes = [f"{key} {theirs}, not {ours}" for key, (theirs, ours) in keys.items() if theirs != ours]
+    if sizes:
+        return "; ".join(sizes)
+    theirs, ours = ({name: tuple(param.shape) for name, param in m.named_parameters()} for m in (teacher, model))
+    first = next((name for name in (*ours, *theirs) if ours.get(name) != theirs.get(name)), None)
+    return "" if first is None else f"{first} {theirs.get(first, 'missing')}, not {ours.get(first, 'missing')}"
 
 
 def _check_labels(task: Task, source: str, teacher: PretrainedConfig) -> None:

@@ -18,7 +18,7 @@ from dsprune.tasks.kinds.seq2seq import build_seq2seq
 from dsprune.tasks.kinds.text_classification import build_text_classification
 from dsprune.tasks.kinds.token_classification import build_token_classification
 
-__all__ = ["TASKS", "build_task", "task_names"]
+__all__ = ["OWN_LABELS", "TASKS", "build_task", "task_names"]
 
 Builder = Callable[[TaskConfig, DataConfig, int], Task]
 

@@ -227,11 +227,16 @@ def test_what_fails_at_the_first_gated_step_fails_before_any_stage(tmp_path, ran
     ending = run_to_the_end(_broken, 2, "kernel", ranks, str(recipe), _file(tmp_path, AUTOCAST), timeout=60)
     assert ending.codes == [64, 64], ending.log
     (line,) = (line for line in ending.log.splitlines() if line.startswith("error: "))
-    # DeepSpeed's engine runs the backward pass, so that it is named as the one that refuses.
-    assert "expected m1 and m2 to have" in line
-    assert "ds.json" in line
-    assert "torch_autocast" in line
+    # DeepSpeed's engine runs the backward pass, and yet does not refuse anything: the kernel is ours.
+    assert "stage 'prune' would fail at its first step: RuntimeError: expected m1 and m2 to have" in line
+    assert "ds.json (zero_optimization.stage = 2, torch_autocast)" in line
+    assert "DeepSpeed refuses" not in ending.log
+    assert "and more lines" not in ending.log
     assert "Traceback" not in ending.log
+    assert f"the traceback is in {tmp_path / 'run' / 'failures' / f'rehearsal-rank{ranks[0]}.txt'}" in line
+    for rank in ranks:
+        kept = tmp_path / "run" / "failures" / f"rehearsal-rank{rank}.txt"
+        assert "and more lines" in kept.read_text()
     assert not (tmp_path / "run" / "teacher").exists()
 
 

@@ -7,7 +7,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoTokenizer, BertConfig, BertForSequenceClassification, BertModel
+from scipy import stats
+from sklearn.metrics import f1_score
+from transformers import (
+    AutoTokenizer,
+    BertConfig,
+    BertForSequenceClassification,
+    BertForTokenClassification,
+    BertModel,
+)
 
 from dsprune.cli import main
 from dsprune.config import TaskConfig
@@ -16,6 +24,7 @@ from dsprune.run.scorecard import evaluate_folder
 from dsprune.structure import CostModel, Selection, analyze
 from dsprune.tasks.benchmarks.glue import GLUE
 from dsprune.tasks.benchmarks.order import generate
+from dsprune.tasks.kinds.tokens import entity_scores
 from dsprune.tasks.sources.readers import EvalData
 from tests.helpers.folders import tiny_tokenizer
 from tests.helpers.selections import random_gates
@@ -159,6 +168,59 @@ def test_keys_of_a_recipe_and_one_split(place):
     card = evaluate_folder(str(place / "sst2"), TaskConfig(name="sst2"), data)
     assert card.splits["validation"].examples == 4
     assert any("first 4" in note for note in card.notes)
+
+
+OWN = {
+    "classes": (["bad", "ok", "good"], None, [0, "ok", "bad", "ok"]),  # none is good, one is the number of its name
+    "several labels": (["new", "big", "red"], "multi_label_classification", [["red"], [], ["red", "new"], ["new"]]),
+    "numbers": (["score"], "regression", [1, 2, 2, 5]),  # whole ones
+    "tags": (["O", "I-PER", "B-PER", "B-LOC"], None, [["O", "B-PER"], ["B-PER", 1], [0, "O"], ["O", "O"]]),
+}
+"""Of a model: label names, kind; and labels of an evaluation split that tell neither."""
+SAID = [["ann", "is"], ["ben", "ann"], ["is", "older"], ["than", "ben"]]
+
+
+def _own_model(folder, names, kind, head):
+    config = BertConfig.from_pretrained(
+        folder / "sst2", id2label=dict(enumerate(names)), label2id={name: i for i, name in enumerate(names)}
+    )
+    config.problem_type = kind
+    torch.manual_seed(2)
+    model = head(config).eval()
+    for param in model.parameters():
+        torch.nn.init.normal_(param, std=0.5)
+    return model
+
+
+@pytest.mark.parametrize("kind", OWN)
+def test_a_model_tells_the_labels_of_ones_own_data(place, tmp_path, kind):
+    """What a split to evaluate on lacks, or calls by numbers, the model knows."""
+    names, problem_type, labels = OWN[kind]
+    tags = kind == "tags"
+    model = _own_model(
+        place, names, problem_type, BertForTokenClassification if tags else BertForSequenceClassification
+    )
+    model.save_pretrained(tmp_path / "model")
+    tiny_tokenizer().save_pretrained(tmp_path / "model")
+    keys = ("tokens", "tags") if tags else ("text", "label")
+    rows = [words if tags else " ".join(words) for words in SAID]
+    _write(tmp_path / "validation.jsonl", [dict(zip(keys, row, strict=True)) for row in zip(rows, labels, strict=True)])
+    settings = TaskConfig(name="token_classification" if tags else "text_classification")
+    (score,) = evaluate_folder(str(tmp_path / "model"), settings, EvalData(path=str(tmp_path))).splits.values()
+    with torch.no_grad():
+        logits = model(**tiny_tokenizer()(rows, is_split_into_words=tags, return_tensors="pt")).logits
+    if kind == "numbers":
+        known = {"pearson": stats.pearsonr(labels, logits[:, 0]).statistic}
+    elif kind == "several labels":
+        known = {"micro_f1": f1_score([[n in row for n in names] for row in labels], logits > 0, average="micro")}
+    elif kind == "classes":
+        known = {
+            "accuracy": sum(names[i] == row for i, row in zip(logits.argmax(-1), ["bad", *labels[1:]], strict=True)) / 4
+        }
+    else:
+        said = [[names[i] for i in row] for row in logits[:, 1:-1].argmax(-1)]
+        known = {"f1": entity_scores(said, [["O", "B-PER"], ["B-PER", "I-PER"], ["O", "O"], ["O", "O"]])["f1"]}
+    assert {name: score.metrics[name] for name in known} == pytest.approx(known, abs=1e-6)
 
 
 @pytest.mark.parametrize(

@@ -9,11 +9,14 @@ import torch
 from transformers import BertConfig, BertForSequenceClassification
 
 from dsprune.config import load_config
+from dsprune.consolidate import apply_selection
 from dsprune.errors import ConfigError
 from dsprune.methods import method_options
 from dsprune.run.preflight import preflight
+from dsprune.structure import Selection, analyze
 from tests.helpers.folders import tiny_folder, tiny_recipe, tiny_tokenizer
 from tests.helpers.runs import execute
+from tests.helpers.selections import random_gates
 from tests.helpers.settings import ROWS
 from tests.helpers.training import Setup, trajectory
 from tests.helpers.world import run_world
@@ -103,6 +106,47 @@ def test_states_that_pruning_narrows_need_a_projection(place, tmp_path):
         _ready(tmp_path, "distill.projection=none")
     _ready(tmp_path, "distill.projection=none", 'method.gates=["head", "ffn_dim"]')
     _ready(tmp_path, "distill.projection=none", 'recover.duration="0 steps"')
+
+
+@pytest.mark.parametrize(
+    ("sizes", "unlike"),
+    [
+        ({}, "num_hidden_layers 4, not 2; hidden_size 48, not 32; intermediate_size 32, not 64"),
+        (
+            {"hidden_size": 32, "num_hidden_layers": 2, "intermediate_size": 64, "num_attention_heads": 8},
+            "num_attention_heads 8, not 4",
+        ),
+        (
+            {"hidden_size": 32, "num_hidden_layers": 2, "intermediate_size": 64, "max_position_embeddings": 80},
+            "(80, 32)",
+        ),
+    ],
+    ids=["other sizes", "other heads alone", "other positions alone"],
+)
+def test_a_student_cannot_start_as_another_model(place, tmp_path, sizes, unlike):
+    _teacher(tmp_path / "teacher", **sizes)
+    tiny_folder(tmp_path / "dense")
+    with pytest.raises(ConfigError, match=r"prune\.start = 'teacher': the student is to be a copy") as caught:
+        _ready(tmp_path, "prune.start=teacher")
+    assert unlike in str(caught.value)
+    _ready(tmp_path, "prune.start=pretrained")
+
+
+def test_a_student_cannot_start_as_a_compact_model(tmp_path):
+    dense = BertForSequenceClassification.from_pretrained(_teacher(tmp_path / "teacher", hidden_size=32))
+    structure = analyze(dense)
+    apply_selection(dense, Selection.from_gates(structure, random_gates(structure, 3))).save_pretrained(
+        tmp_path / "teacher"
+    )
+    tiny_folder(tmp_path / "dense")
+    with pytest.raises(ConfigError, match="it is pruned already"):
+        _ready(tmp_path, "prune.start=teacher")
+
+
+def test_a_student_starts_as_a_teacher_of_its_own_sizes(tmp_path):
+    _teacher(tmp_path / "teacher", hidden_size=32, num_hidden_layers=2, intermediate_size=64)
+    tiny_folder(tmp_path / "dense")
+    _ready(tmp_path, "prune.start=teacher", "prune.embedding_rank=8")
 
 
 @pytest.mark.slow

@@ -6,11 +6,13 @@ from typing import Any
 
 from transformers import PretrainedConfig
 
+from dsprune.config import TaskConfig
 from dsprune.errors import ArchitectureError
 from dsprune.tasks import Task
-from dsprune.tasks.label_order import label_permutation
+from dsprune.tasks.label_order import has_default_names, label_permutation
+from dsprune.tasks.registry import OWN_LABELS
 
-__all__ = ["label_config", "listed", "name_labels", "output_order"]
+__all__ = ["as_model_tells", "label_config", "listed", "name_labels", "output_order"]
 
 
 def label_config(task: Task) -> dict[str, Any]:
@@ -37,9 +39,38 @@ def name_labels(config: PretrainedConfig, task: Task) -> None:
         setattr(config, key, value)
 
 
-def listed(config: PretrainedConfig) -> str:
+def as_model_tells(settings: TaskConfig, config: PretrainedConfig) -> TaskConfig:
+    """Settings of a task whose labels are its data's, with a finished model's where they leave it open.
+
+    A split to evaluate on may lack a label, or hold numbers for names; the model was trained with all of them.
+
+    Args:
+        settings: as they were given; what they say stays.
+        config: of the model; of labels without names (LABEL_0) it tells nothing.
+    """
+    if settings.name not in OWN_LABELS:
+        return settings
+    told: dict[str, Any] = {}
+    given, kind = settings.model_fields_set, getattr(config, "problem_type", None)
+    if settings.name == "text_classification" and not given & {"problem", "multi_label"}:
+        if kind == "multi_label_classification":
+            told["multi_label"] = True
+        elif "labels" not in given and (kind == "regression" or (kind is None and config.num_labels == 1)):
+            told["problem"] = "regression"
+    numbers = "regression" in (settings.problem, told.get("problem"))
+    if settings.labels is None and not numbers and not has_default_names(config.id2label):
+        told["labels"] = _names(config)
+    return settings.model_copy(update=told)
+
+
+def _names(config: PretrainedConfig) -> tuple[str, ...]:
     """A model's label names in the order of its outputs."""
-    return ", ".join(str(config.id2label[i]) for i in sorted(config.id2label))
+    return tuple(str(config.id2label[i]) for i in sorted(config.id2label))
+
+
+def listed(config: PretrainedConfig) -> str:
+    """A model's label names for a message, in the order of its outputs."""
+    return ", ".join(_names(config))
 
 
 def output_order(source: str, config: PretrainedConfig, task: Task) -> list[int] | None:

@@ -30,22 +30,28 @@ def compact_facts(source: str) -> dict[str, Any] | None:
 
 
 def skeleton(
-    source: str, task: Task, revision: str | None = None, *, outputs: Mapping[str, Any] | None = None
+    source: str,
+    task: Task,
+    revision: str | None = None,
+    *,
+    what: str = "model",
+    outputs: Mapping[str, Any] | None = None,
 ) -> PreTrainedModel:
-    """The dense model with the task's head, on the meta device: shapes without weights.
+    """A model with the task's head, on the meta device: shapes without weights.
 
     Args:
         source: folder or hub id.
         task: decides the head.
         revision: of the hub.
+        what: the model's part in what goes wrong: "model" or "teacher".
         outputs: what the configuration is to say of the head, whatever its file says.
 
     Raises:
         ConfigError: the source cannot be read.
         ArchitectureError: no model for this task, or one whose weights are quantized.
     """
-    config = read_model_config(source, revision, **label_config(task))
-    check_quantization("model", source, config)
+    config = read_model_config(source, revision, what=what, **label_config(task))
+    check_quantization(what, source, config)
     for key, value in (outputs or {}).items():
         setattr(config, key, value)
     if task.head == "ForCausalLM":
@@ -54,7 +60,7 @@ def skeleton(
         with torch.device("meta"):
             return from_config(task.head, config)
     except ValueError as error:
-        raise ArchitectureError(f"model '{source}': {first_line(error)}") from error
+        raise ArchitectureError(f"{what} '{source}': {first_line(error)}") from error
 
 
 def check_quantization(what: str, source: str, config: PretrainedConfig) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sysconfig
 import traceback
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -46,6 +47,11 @@ LOST_PEER_SIGNS = ("gloo", "NCCL", "Connection closed", "Connection reset", "Bro
 """What a collective says whose other end is gone."""
 PASSED_THROUGH = ("torch", "pydantic", "pydantic_core")
 """Packages that raise what those who call them are to blame for."""
+GRAPH = "autograd/graph.py"
+"""Where torch runs a graph backward: operators without Python in them fail right there, whoever made the graph."""
+STANDARD = tuple(Path(sysconfig.get_path(name)) for name in ("stdlib", "platstdlib"))
+ELSEWHERE = "elsewhere"
+"""In the place of a package, of code that is in none: a checkout, a script."""
 
 
 def in_words(error: BaseException) -> str:
@@ -101,25 +107,25 @@ def _deepspeed_frames(error: BaseException) -> list[str]:
 
     Empty where the innermost file, those of torch and of the standard library apart, is not DeepSpeed's.
     """
-    found = []
+    found: list[str] = []
     for frame in reversed(traceback.extract_tb(error.__traceback__)):
         package, path = _place(frame.filename)
         if package == "deepspeed":
             found.append(path)
-        elif package is not None and package not in PASSED_THROUGH and not found:
+        elif not found and package not in (None, *PASSED_THROUGH):
             return []
     return found
 
 
 def _place(filename: str) -> tuple[str | None, str]:
-    """Package that a file belongs to, None for the standard library, and its path in there."""
-    parts = Path(filename).parts
+    """Package that a file belongs to, None for the standard library and for no file, and its path in there."""
+    file = Path(filename)
     for root in ("site-packages", "dist-packages"):
-        if root in parts:
-            inside = parts[len(parts) - parts[::-1].index(root) :]
+        if root in file.parts:
+            inside = file.parts[len(file.parts) - file.parts[::-1].index(root) :]
             return inside[0], "/".join(inside[1:])
-    # This very package may stand in a checkout.
-    return ("dsprune", filename) if "dsprune" in parts else (None, filename)
+    known = filename.startswith("<") or any(folder in file.parents for folder in STANDARD)
+    return (None if known else ELSEWHERE), filename
 
 
 def raised_by_deepspeed(error: BaseException) -> bool:
@@ -137,7 +143,9 @@ def describe(error: BaseException, ds_config: Mapping[str, Any]) -> list[str]:
     where = f"'{section}': " if section else ""
     # An assertion may say nothing at all.
     words = in_words(error) if str(error) else f"in {next(iter(_deepspeed_frames(error)), 'deepspeed')}"
-    return [f"{source}: {where}DeepSpeed refuses it: {words} ({type(error).__name__})"]
+    innermost = traceback.extract_tb(error.__traceback__)[-1].filename
+    what = "its backward pass fails" if _place(innermost) == ("torch", GRAPH) else "DeepSpeed refuses it"
+    return [f"{source}: {where}{what}: {words} ({type(error).__name__})"]
 
 
 def _section(error: BaseException, ds_config: Mapping[str, Any]) -> str:
