@@ -4,16 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
 from dsprune.config import DistillConfig
 from dsprune.distill import LayerPlan, plan_layers
-from dsprune.engine.models.load import AUTO_CLASSES, from_config, resolve_source
+from dsprune.engine.models.load import AUTO_CLASSES, from_config
 from dsprune.engine.zero.config import (
     check_student,
     check_teacher_stage,
@@ -24,9 +23,11 @@ from dsprune.engine.zero.config import (
     zero_stage,
 )
 from dsprune.errors import ArchitectureError, ConfigError
+from dsprune.files import first_line
 from dsprune.measure.tables import render_table
 from dsprune.planning.activations import Build, MicroStep, TeacherPass, stacks_of, trace_step, trace_teacher
 from dsprune.planning.states import States, engine_states
+from dsprune.pretrained import read_model_config
 
 __all__ = [
     "GIB",
@@ -110,14 +111,6 @@ class Forecast:
         return 16 * student + 4 * teacher + self.activations[index] + self.distilling[index]
 
 
-def _config(source: str) -> PretrainedConfig:
-    try:
-        # A single file will do, whatever its name.
-        return AutoConfig.from_pretrained(source if Path(source).is_file() else resolve_source(source))
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"cannot load model '{source}': {str(error).strip().splitlines()[0]}") from error
-
-
 def head_of(config: PretrainedConfig) -> str:
     """The head that the configuration names, or the one that its kind of model is trained with."""
     for head in AUTO_CLASSES:
@@ -130,13 +123,13 @@ def head_of(config: PretrainedConfig) -> str:
 
 
 def _builder(source: str) -> Build:
-    config = _config(source)
+    config = read_model_config(source)
 
     def build() -> PreTrainedModel:
         try:
             return from_config(head_of(config), config)
         except ValueError as error:
-            raise ArchitectureError(f"model '{source}': {str(error).splitlines()[0]}") from error
+            raise ArchitectureError(f"model '{source}': {first_line(error)}") from error
 
     return build
 
@@ -306,7 +299,7 @@ def plan_model(
         check_teacher_stage(found[1])
     if mistakes:
         raise ConfigError(*mistakes)
-    widths = (int(_config(source).hidden_size) for source in (student, teacher or student))
+    widths = (int(read_model_config(source).hidden_size) for source in (student, teacher or student))
     student_filled, teacher_filled = (fill_widths(ds, width) for ds, width in zip(found, widths, strict=True))
     return describe_forecast(
         Scenario(

@@ -24,11 +24,12 @@ from dsprune.engine.learning.replica import Replica
 from dsprune.engine.learning.student import Student, build_student_engine
 from dsprune.engine.learning.teacher import Teacher
 from dsprune.engine.learning.trainer import LayerMatcher, Trainer
-from dsprune.engine.models.load import load_model, load_tokenizer, resolve_source
+from dsprune.engine.models.load import load_model, load_tokenizer
 from dsprune.engine.ranks.world import World, start_world
 from dsprune.engine.zero.config import load_ds_config, plan_batch, student_config, teacher_config
 from dsprune.measure.tables import render_table
 from dsprune.methods import method_class
+from dsprune.pretrained import resolve_source
 from dsprune.structure import analyze, attach_gates
 from dsprune.tasks import build_task
 from tests.helpers.plans import plan_for

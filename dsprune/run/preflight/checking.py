@@ -14,7 +14,7 @@ from dsprune.config import RunConfig
 from dsprune.consolidate import factor_embedding, is_stock
 from dsprune.distill import LayerPlan
 from dsprune.engine.models.factoring import check_rank
-from dsprune.engine.models.load import load_tokenizer, resolve_source
+from dsprune.engine.models.load import load_tokenizer
 from dsprune.engine.models.skeleton import skeleton
 from dsprune.engine.models.source_check import plan_loading
 from dsprune.engine.zero.autocast import check_autocast
@@ -30,6 +30,7 @@ from dsprune.engine.zero.config import (
 from dsprune.errors import ArchitectureError, ConfigError, OutputError
 from dsprune.methods import Method, Plan, method_class
 from dsprune.methods.shapes import aimed
+from dsprune.pretrained import resolve_source
 from dsprune.run.preflight.teacher_fit import check_positions, check_start, check_teacher
 from dsprune.run.preflight.teaching import plan_teaching, teacher_shape
 from dsprune.run_folder import RunFolder

@@ -8,17 +8,18 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
 from dsprune.engine.learning.evaluate import evaluate_all
 from dsprune.engine.learning.teacher import Teacher
 from dsprune.engine.models.count import ModelCount, count_base, count_teacher
-from dsprune.engine.models.load import from_config, label_config, resolve_source
+from dsprune.engine.models.load import from_config, label_config
 from dsprune.engine.zero.gather import release
 from dsprune.files import write_json
 from dsprune.measure.bench import BenchReport, bench_models
 from dsprune.measure.plots import plot_run
 from dsprune.measure.summary import render_report
+from dsprune.pretrained import read_model_config
 from dsprune.run.context import RunContext
 from dsprune.run.journal import read_metrics
 from dsprune.run.training.given_teacher import recorded_teacher
@@ -87,10 +88,8 @@ def _block_landing(context: RunContext, final: int, dense: int) -> dict[str, Any
 def _base_model(context: RunContext) -> PreTrainedModel:
     """The base under the task's head, with random weights: it was not fine-tuned, and its speed does not need it."""
     config = context.config.model
-    source = resolve_source(config.name)
-    return from_config(
-        context.task.head, AutoConfig.from_pretrained(source, revision=config.revision, **label_config(context.task))
-    )
+    labels = label_config(context.task)
+    return from_config(context.task.head, read_model_config(config.name, config.revision, **labels))
 
 
 def _bench(context: RunContext, kind: str, final: Path) -> BenchReport:

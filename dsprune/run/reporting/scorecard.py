@@ -13,18 +13,20 @@ from typing import Any
 import torch
 from torch import Tensor
 from tqdm import tqdm
-from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 
 from dsprune.config import TaskConfig
+from dsprune.dtypes import torch_dtype
 from dsprune.engine.learning.evaluate import predict
 from dsprune.engine.learning.losses import Scorer, make_scorer
 from dsprune.engine.models.labelling import as_model_tells
-from dsprune.engine.models.load import load_model, load_tokenizer, resolve_source
+from dsprune.engine.models.load import load_model, load_tokenizer
 from dsprune.engine.models.skeleton import compact_facts
 from dsprune.engine.ranks.alone import Alone
 from dsprune.errors import ArchitectureError, ConfigError, OutputError
-from dsprune.measure.bench import DTYPES, check_options, describe_device, num_positions, wait
+from dsprune.measure.bench import check_options, describe_device, num_positions, wait
 from dsprune.measure.tables import render_table
+from dsprune.pretrained import read_model_config, resolve_source
 from dsprune.run_folder import STAGES, RunFolder
 from dsprune.structure import CostModel, analyze
 from dsprune.tasks import Encoded, Task, build_task
@@ -207,7 +209,7 @@ def evaluate_folder(
         settings = settings.model_copy(update={"max_length": LENGTHS[settings.name]})
     place = check_options([batch_size], settings.max_length, dtype, device, 1, 0, None)
     _check_run(source)
-    config = _config_of(source)
+    config = read_model_config(source)
     task = build_task(as_model_tells(settings, config), data, seed=seed)
     without: set[str] = set()
     if predictions is not None:
@@ -215,7 +217,7 @@ def evaluate_folder(
         task, without = blank_labels(task)
     _check_head(source, config, task)
     tokenizer = load_tokenizer(source)
-    model = load_model(source, task, {}).to(dtype=DTYPES[dtype]).to(place).eval()  # type: ignore[arg-type]
+    model = load_model(source, task, {}).to(dtype=torch_dtype(dtype)).to(place).eval()  # type: ignore[arg-type]
     task = _fit_length(source, model, task, given=given)
     evals, notes = task.load_evals(tokenizer, vocab_size=int(model.config.vocab_size), progress=progress)
     forward = _Timed(model, make_scorer(task, model), place)
@@ -264,13 +266,6 @@ def _check_run(source: str) -> None:
         raise ConfigError(
             f"'{source}' is a run folder: give one of its models, {' or '.join(models) or 'of which there is none yet'}"
         )
-
-
-def _config_of(source: str) -> PretrainedConfig:
-    try:
-        return AutoConfig.from_pretrained(resolve_source(source))
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"cannot load model '{source}': {str(error).strip().splitlines()[0]}") from error
 
 
 def _check_head(source: str, config: PretrainedConfig, task: Task) -> None:
