@@ -67,7 +67,7 @@ from dsprune.methods.lagrangian import lagrangian
 from dsprune.methods.landing import land
 from dsprune.methods.noise import uniform_noise
 from dsprune.methods.schedules import linear_target
-from dsprune.methods.shapes import SizeConstraints
+from dsprune.methods.size_constraints import SizeConstraints
 from dsprune.structure import (
     Selection,
     Structure,

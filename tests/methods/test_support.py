@@ -11,7 +11,7 @@ from dsprune.arch import list_families, load_family
 from dsprune.consolidate import apply_blocks, apply_selection
 from dsprune.errors import ArchitectureError, ConfigError
 from dsprune.methods import Plan
-from dsprune.methods.families import VARIANTS, families_table, refusal
+from dsprune.methods.support import VARIANTS, families_table, refusal
 from dsprune.structure import (
     analyze,
     analyze_blocks,
