@@ -302,7 +302,7 @@ def add_import(commands: Commands) -> None:
 
 
 def _families(options: argparse.Namespace) -> int:
-    from dsprune.methods.families import families_table
+    from dsprune.methods.support import families_table
 
     print(families_table())
     return 0

@@ -68,7 +68,7 @@ from dsprune.methods.hard_concrete import (
 from dsprune.methods.landing import land
 from dsprune.methods.noise import uniform_noise
 from dsprune.methods.schedules import linear_target
-from dsprune.methods.shapes import SizeConstraints, SizeProjection, rows
+from dsprune.methods.size_constraints import SizeConstraints, SizeProjection, rows
 from dsprune.structure import (
     Selection,
     Structure,

@@ -34,7 +34,7 @@ from torch import Tensor
 
 from dsprune.methods.hard_concrete import LOG_ALPHA_MAX, LOG_ALPHA_MIN
 from dsprune.methods.lagrangian import lagrangian
-from dsprune.methods.shapes import SizeConstraints, SizeProjection
+from dsprune.methods.size_constraints import SizeConstraints, SizeProjection
 
 __all__ = ["Ascent", "Constraint", "ConstraintName", "Expected", "Projection"]
 

@@ -8,7 +8,7 @@ from transformers import BertConfig, BertForSequenceClassification
 
 from dsprune.consolidate import apply_selection
 from dsprune.measure.bench import count_macs
-from dsprune.methods.families import VARIANTS, refusal
+from dsprune.methods.support import VARIANTS, refusal
 from dsprune.structure import CostModel
 from tests.helpers.models import tiny_model
 from tests.helpers.settings import ROWS

@@ -26,7 +26,7 @@ from dsprune.consolidate import FORMAT, read_manifest, render_manifest, sha256
 from dsprune.engine.learning.replica import Replica
 from dsprune.engine.ranks.world import World
 from dsprune.engine.zero.config import engine_precision
-from dsprune.engine.zero.files import staying_in_step
+from dsprune.engine.zero.shard_files import staying_in_step
 from dsprune.errors import CheckpointError, OutputError
 from dsprune.files import first_line, write_json
 from dsprune.run_folder import MANIFEST, best_scored, checkpoint_name, is_checkpoint

@@ -20,7 +20,7 @@ from transformers.utils import GENERATION_CONFIG_NAME, cached_file
 from dsprune.arch import family_for
 from dsprune.consolidate import auto_with_own_head
 from dsprune.engine.models.labelling import label_config, name_labels
-from dsprune.engine.models.loading import AUTO_CLASSES
+from dsprune.engine.models.loading_plan import AUTO_CLASSES
 from dsprune.engine.models.source_check import plan_loading
 from dsprune.engine.zero.config import dtype_of, zero_stage
 from dsprune.engine.zero.gather import gathered, partitioned_loading, register_external

@@ -20,7 +20,7 @@ from transformers import PretrainedConfig
 
 from dsprune.consolidate import own_head_keys
 from dsprune.engine.models.labelling import listed, name_labels, output_order
-from dsprune.engine.models.loading import LoadingPlan, class_for, not_there, unlike_files, without_weights
+from dsprune.engine.models.loading_plan import LoadingPlan, class_for, not_there, unlike_files, without_weights
 from dsprune.engine.models.weight_files import WeightFiles, find_weights
 from dsprune.engine.models.weight_names import MatchedNames, match_names
 from dsprune.errors import ArchitectureError, ConfigError

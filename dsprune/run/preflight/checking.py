@@ -17,7 +17,6 @@ from dsprune.engine.models.factoring import check_rank
 from dsprune.engine.models.load import load_tokenizer
 from dsprune.engine.models.skeleton import skeleton
 from dsprune.engine.models.source_check import plan_loading
-from dsprune.engine.zero.autocast import check_autocast
 from dsprune.engine.zero.config import (
     BatchPlan,
     DsConfig,
@@ -27,9 +26,10 @@ from dsprune.engine.zero.config import (
     student_config,
     teacher_config,
 )
+from dsprune.engine.zero.torch_autocast import check_autocast
 from dsprune.errors import ArchitectureError, ConfigError, OutputError
 from dsprune.methods import Method, Plan, method_class
-from dsprune.methods.shapes import aimed
+from dsprune.methods.size_constraints import aimed
 from dsprune.pretrained import resolve_source
 from dsprune.run.preflight.teacher_fit import check_positions, check_start, check_teacher
 from dsprune.run.preflight.teaching import plan_teaching, teacher_shape

@@ -18,7 +18,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from dsprune.config import TaskConfig
 from dsprune.dtypes import torch_dtype
 from dsprune.engine.learning.evaluate import predict
-from dsprune.engine.learning.losses import Scorer, make_scorer
+from dsprune.engine.learning.objective import Objective, objective_for
 from dsprune.engine.models.labelling import as_model_tells
 from dsprune.engine.models.load import load_model, load_tokenizer
 from dsprune.engine.models.skeleton import compact_facts
@@ -136,9 +136,9 @@ class _Timed:
         examples: of the last split.
     """
 
-    def __init__(self, model: PreTrainedModel, scorer: Scorer, device: torch.device) -> None:
+    def __init__(self, model: PreTrainedModel, objective: Objective, device: torch.device) -> None:
         self.model = model
-        self.scorer = scorer
+        self.objective = objective
         self.device = device
         self.examples = 0
         self._seconds = 0.0
@@ -157,10 +157,10 @@ class _Timed:
     def __call__(self, inputs: Mapping[str, Tensor], labels: Tensor) -> Tensor:
         if not self.examples:
             # Once more beforehand, untimed: what is set up at first use takes longer than a batch.
-            self.scorer.predict(self.model, inputs, labels)
+            self.objective.predict(self.model, inputs, labels)
         wait(self.device)
         began = time.perf_counter()
-        outputs = self.scorer.predict(self.model, inputs, labels)
+        outputs = self.objective.predict(self.model, inputs, labels)
         wait(self.device)
         self._seconds += time.perf_counter() - began
         self.examples += len(outputs)
@@ -220,7 +220,7 @@ def evaluate_folder(
     model = load_model(source, task, {}).to(dtype=torch_dtype(dtype)).to(place).eval()  # type: ignore[arg-type]
     task = _fit_length(source, model, task, given=given)
     evals, notes = task.load_evals(tokenizer, vocab_size=int(model.config.vocab_size), progress=progress)
-    forward = _Timed(model, make_scorer(task, model), place)
+    forward = _Timed(model, objective_for(task, model), place)
     splits, found = {}, {}
     for name, examples in evals.items():
         outputs = forward.all(name, examples, batch_size, progress)

@@ -10,7 +10,7 @@ import torch
 from dsprune.arch import list_families, load_family
 from dsprune.consolidate import apply_blocks, apply_selection
 from dsprune.errors import ArchitectureError, ConfigError
-from dsprune.methods.families import VARIANTS, families_table, refusal
+from dsprune.methods.support import VARIANTS, families_table, refusal
 from dsprune.structure import (
     analyze,
     analyze_blocks,

@@ -11,7 +11,7 @@ from dsprune.config import ShapeConfig, parse_config
 from dsprune.consolidate import apply_selection, is_stock
 from dsprune.errors import ConfigError
 from dsprune.methods import method_class, method_options
-from dsprune.methods.shapes import SizeConstraints, aimed
+from dsprune.methods.size_constraints import SizeConstraints, aimed
 from dsprune.structure import CostModel, Selection, analyze, attach_gates, budget_for, find_shape, shape_gates
 from tests.helpers.models import batch_for, tiny_model
 from tests.helpers.plans import plan_for
