@@ -227,9 +227,10 @@ class PruneConfig(OptimConfig):
     """The pruning stage: target and training."""
 
     target: float = Field(0.95, ge=0, lt=1)
-    """Share of parameters to remove, counted on the exported model."""
-    target_of: Literal["encoder", "total"] = "encoder"
-    """What `target` is a share of: the encoder's parameters, or all of the model's."""
+    """Share to remove of what `target_of` names, counted on the exported model."""
+    target_of: Literal["encoder", "total", "macs"] = "encoder"
+    """What `target` is a share of: the encoder's parameters, all parameters of the model, or the multiply-adds of a
+    sequence of `task.max_length` tokens."""
     duration: DurationField = Duration(20, "epochs")
     """Length of the whole stage, the pre-pruning phase included."""
     start: Literal["pretrained", "teacher"] = "pretrained"

@@ -67,7 +67,7 @@ def add_consolidate(commands: Commands) -> None:
 
 def _evaluate(options: argparse.Namespace) -> int:
     from dsprune.config import TaskConfig, parse_tables
-    from dsprune.run.scorecard import evaluate_folder
+    from dsprune.run.reporting.scorecard import evaluate_folder
     from dsprune.tasks.sources.readers import EvalData
 
     _without_bars()

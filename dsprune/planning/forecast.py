@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,6 +10,8 @@ import torch
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
+from dsprune.config import DistillConfig
+from dsprune.distill import LayerPlan, plan_layers
 from dsprune.engine.models.load import AUTO_CLASSES, from_config
 from dsprune.engine.zero.config import (
     check_student,
@@ -23,7 +25,7 @@ from dsprune.engine.zero.config import (
 from dsprune.errors import ArchitectureError, ConfigError
 from dsprune.files import first_line
 from dsprune.measure.tables import render_table
-from dsprune.planning.activations import Build, MicroStep, TeacherPass, layers_of, trace_step, trace_teacher
+from dsprune.planning.activations import Build, MicroStep, TeacherPass, stacks_of, trace_step, trace_teacher
 from dsprune.planning.states import States, engine_states
 from dsprune.pretrained import read_model_config
 
@@ -58,6 +60,7 @@ class Scenario:
         batch: sequences of a micro-batch.
         length: tokens of each.
         chunk: tokens whose logits exist at a time.
+        teacher_layers: that teach, as `distill.teacher_layers`; None for the default.
     """
 
     student: str
@@ -68,6 +71,7 @@ class Scenario:
     batch: int
     length: int
     chunk: int
+    teacher_layers: tuple[int, ...] | None = None
 
 
 @dataclass(frozen=True)
@@ -78,6 +82,7 @@ class Forecast:
         parameters: of student and teacher, elements.
         student: its states.
         teacher: its states.
+        plan: which layers of the teacher teach which of the student.
         teaching: the teacher's forward pass.
         activations: the student's pass with the task's loss alone; the second number with checkpointing.
         distilling: what distillation adds to that; likewise.
@@ -86,6 +91,7 @@ class Forecast:
     parameters: tuple[int, int]
     student: States
     teacher: States
+    plan: LayerPlan
     teaching: float
     activations: tuple[float, float]
     distilling: tuple[float, float]
@@ -130,31 +136,32 @@ def _builder(source: str) -> Build:
 
 @dataclass(frozen=True)
 class _Extent:
-    """Elements of each parameter of a model, its width, and the number of its layers."""
+    """Elements of each parameter of a model, its width, and for each of its layers the stack that it stands in."""
 
     elements: list[int]
     width: int
-    depth: int
+    stacks: tuple[int, ...]
 
 
 def _extent(build: Build) -> _Extent:
     with torch.device("meta"):
         model = build()
     elements = [param.numel() for param in model.parameters()]
-    return _Extent(elements, int(model.config.hidden_size), len(layers_of(model)))
+    return _Extent(elements, int(model.config.hidden_size), stacks_of(model))
 
 
 def forecast(scenario: Scenario) -> Forecast:
     """Memory of a training step with a teacher. Nothing but configurations is read.
 
     Raises:
-        ConfigError: a source that cannot be read.
+        ConfigError: a source that cannot be read, or layers that the teacher has not.
         ArchitectureError: a model that cannot be trained so.
     """
     student, teacher = _builder(scenario.student), _builder(scenario.teacher)
     ours, theirs = _extent(student), _extent(teacher)
     micro = MicroStep(scenario.batch, scenario.length, dtype_of(scenario.student_ds), scenario.chunk)
-    lecture = TeacherPass(theirs.width, theirs.depth, gathers_head=zero_stage(scenario.teacher_ds) == 3)
+    plan = plan_layers(DistillConfig(teacher_layers=scenario.teacher_layers), ours.stacks, theirs.stacks)
+    lecture = TeacherPass(theirs.width, plan.partners, gathers_head=zero_stage(scenario.teacher_ds) == 3)
     pairs = []
     for checkpointing in (False, True):
         step = MicroStep(**{**vars(micro), "checkpointing": checkpointing})
@@ -166,7 +173,8 @@ def forecast(scenario: Scenario) -> Forecast:
         parameters=(sum(ours.elements), sum(theirs.elements)),
         student=engine_states(ours.elements, scenario.student_ds, scenario.ranks, trained=True),
         teacher=engine_states(theirs.elements, scenario.teacher_ds, scenario.ranks, trained=False),
-        teaching=float(trace_teacher(teacher, asked)),
+        plan=plan,
+        teaching=float(trace_teacher(teacher, asked, plan.layers)),
         activations=(plain, plain_again),
         distilling=(adds, adds_again),
     )
@@ -233,13 +241,19 @@ def _step(found: Forecast) -> str:
     return render_table(headers, rows)
 
 
+def _listed(layers: Iterable[int]) -> str:
+    return ", ".join(map(str, layers))
+
+
 def describe_forecast(scenario: Scenario) -> str:
     """The whole forecast as text."""
     found = forecast(scenario)
     student, teacher = found.parameters
     sections = {
         "models": f"student {scenario.student}: {student:,} parameters\n"
-        f"teacher {scenario.teacher}: {teacher:,} parameters",
+        f"teacher {scenario.teacher}: {teacher:,} parameters\n"
+        f"layers {_listed(found.plan.layers)} of the teacher teach, beside layers {_listed(found.plan.partners)} of "
+        "the student",
         f"the student's states on {scenario.ranks} rank(s), stage by stage": _overview(scenario),
         "both engines as configured": _engines(scenario, found),
         f"a step of {scenario.batch} x {scenario.length} tokens a rank": _step(found),
@@ -263,6 +277,7 @@ def plan_model(
     batch: int,
     length: int,
     chunk: int,
+    teacher_layers: Sequence[int] | None = None,
 ) -> str:
     """What `dsprune plan` prints.
 
@@ -287,5 +302,15 @@ def plan_model(
     widths = (int(read_model_config(source).hidden_size) for source in (student, teacher or student))
     student_filled, teacher_filled = (fill_widths(ds, width) for ds, width in zip(found, widths, strict=True))
     return describe_forecast(
-        Scenario(student, teacher or student, student_filled, teacher_filled, ranks, batch, length, chunk)
+        Scenario(
+            student,
+            teacher or student,
+            student_filled,
+            teacher_filled,
+            ranks,
+            batch,
+            length,
+            chunk,
+            None if teacher_layers is None else tuple(teacher_layers),
+        )
     )

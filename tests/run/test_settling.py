@@ -20,12 +20,12 @@ SCORES = [0.9, 0.95, 0.2, 0.7, 0.6, 0.5]
 
 def _said(scores, *launches):
     """Exit code and what rank 0 said, of one launch after the other; the last two are scored as they are told to."""
-    import dsprune.run.run as stages
+    import dsprune.run.training.scoring as scoring
 
-    results, evaluate = [], stages.evaluate_all
+    results, evaluate = [], scoring.evaluate_all
     for i, launch in enumerate(launches):
         told = iter(scores)
-        stages.evaluate_all = (lambda *_, told=told, **__: {"accuracy": next(told)}) if i > 0 else evaluate
+        scoring.evaluate_all = (lambda *_, told=told, **__: {"accuracy": next(told)}) if i > 0 else evaluate
         said = io.StringIO()
         with contextlib.redirect_stdout(said):
             code = execute(*launch)

@@ -8,15 +8,15 @@ from typing import Any
 
 from dsprune.engine.checkpoints.resume import Restored
 from dsprune.engine.checkpoints.store import CheckpointStore, Snapshot
-from dsprune.engine.learning.guard import check_before_commit
+from dsprune.engine.learning.commit_guard import check_before_commit
 from dsprune.engine.learning.trainer import Trainer
 from dsprune.engine.ranks.pulse import pulse
 from dsprune.errors import NumericsError, Preempted
 from dsprune.files import write_json
 from dsprune.methods.tracking import report_lag
 from dsprune.run.journal import Journal
-from dsprune.run.metering import Meter, log_step
 from dsprune.run.status import Status
+from dsprune.run.training.metering import Meter, log_step
 
 __all__ = ["Pace", "TrainingLoop"]
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from transformers import PreTrainedModel
 
@@ -19,113 +20,116 @@ from dsprune.measure.bench import BenchReport, bench_models
 from dsprune.measure.plots import plot_run
 from dsprune.measure.summary import render_report
 from dsprune.pretrained import read_model_config
+from dsprune.run.context import RunContext
 from dsprune.run.journal import read_metrics
-from dsprune.run.settling import told
+from dsprune.run.training.given_teacher import recorded_teacher
+from dsprune.run.training.settling import told
 from dsprune.run_folder import StageName
-
-if TYPE_CHECKING:
-    from dsprune.run.run import Run
 
 __all__ = ["write_report"]
 
 
-def _score(run: Run, source: str) -> dict[str, float]:
+def _score(context: RunContext, source: str) -> dict[str, float]:
     """Metrics of a finished model folder, over all ranks. Collective."""
-    model = Teacher(source, run.task, run.ready.teacher_ds)
+    model = Teacher(source, context.task, context.findings.teacher_ds)
     scores = evaluate_all(
         model.predict,
-        run.task,
-        run.data.evals,
-        run.world,
-        batch_size=run.config.batch.eval,
-        before_batch=lambda: run.stop.check(run.world, "closing evaluation"),
+        context.task,
+        context.data.evals,
+        context.world,
+        batch_size=context.config.batch.eval,
+        before_batch=lambda: context.stop.check(context.world, "closing evaluation"),
     )
     release(model.engine)
     return scores
 
 
-def _dense_models(run: Run) -> dict[str, ModelCount]:
+def _dense_models(context: RunContext) -> dict[str, ModelCount]:
     """What the compact model stands beside: one dense model, or the teacher and the base where they are two."""
-    base, teacher = count_base(run.config, run.task), count_teacher(run.config, run.task)
+    base, teacher = count_base(context.config, context.task), count_teacher(context.config, context.task)
     return {"dense": base} if teacher.shapes == base.shapes else {"teacher": teacher, "base": base}
 
 
-def _sizes(run: Run, folder: Path) -> dict[str, int]:
+def _sizes(folder: Path) -> dict[str, int]:
     """Exported parameters, encoder and total, as consolidation counted them."""
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     counted: dict[str, int] = config["dsprune"]["parameters"]
     return {"encoder": counted["encoder"], "total": counted["total"]}
 
 
-def _landing(run: Run, base: ModelCount) -> dict[str, Any]:
-    """What was asked of pruning, and what its compact model measures, before blocks went."""
-    of = run.config.prune.target_of
-    measured = 1 - _sizes(run, run.recovered_source)[of] / base.parameters[of]
-    return {"of": of, "target": run.ready.target, "measured": measured, "learned": _learned(run, "prune")}
+def _landing(context: RunContext) -> dict[str, Any]:
+    """What was asked of pruning, and what its compact model has come to, before blocks went.
+
+    That is the exact count of the choice that was exported, which consolidation found in what it wrote.
+    """
+    learned, budget = _learned(context, "prune"), context.findings.budget
+    return {"of": budget.describe(), "target": budget.target, "measured": learned["after"], "learned": learned}
 
 
-def _learned(run: Run, stage: StageName) -> dict[str, Any]:
+def _learned(context: RunContext, stage: StageName) -> dict[str, Any]:
     """How far training brought the gates of a stage to their target, and what is to be said of it, if anything."""
-    facts = run.landing(stage)
+    facts: dict[str, Any] = context.folder.facts(stage).get("landing", {})
     return {**facts, "told": told(facts)} if facts.get("missed") else facts
 
 
-def _block_landing(run: Run, final: int, dense: int) -> dict[str, Any] | None:
+def _block_landing(context: RunContext, final: int, dense: int) -> dict[str, Any] | None:
     """The same for blocks, whose target is a share of what pruning left; None where none were removed."""
-    if run.final_source == run.recovered_source:
+    if context.final_source == context.recovered_source:
         return None
-    left = _sizes(run, run.recovered_source)["encoder"]
+    left = _sizes(context.recovered_source)["encoder"]
     return {
-        "target": run.config.blocks.target,
+        "target": context.config.blocks.target,
         "measured": 1 - final / left,
         "together": 1 - final / dense,
-        "learned": _learned(run, "blocks"),
+        "learned": _learned(context, "blocks"),
     }
 
 
-def _base_model(run: Run) -> PreTrainedModel:
+def _base_model(context: RunContext) -> PreTrainedModel:
     """The base under the task's head, with random weights: it was not fine-tuned, and its speed does not need it."""
-    config = run.config.model
-    return from_config(run.task.head, read_model_config(config.name, config.revision, **label_config(run.task)))
+    config = context.config.model
+    labels = label_config(context.task)
+    return from_config(context.task.head, read_model_config(config.name, config.revision, **labels))
 
 
-def _bench(run: Run, kind: str, final: Path) -> BenchReport:
+def _bench(context: RunContext, kind: str, final: Path) -> BenchReport:
     """The compact model timed in turn with one of those that it stands beside."""
     return bench_models(
-        (run.config.model.name, _base_model(run)) if kind == "base" else run.teacher_source,
+        (context.config.model.name, _base_model(context)) if kind == "base" else context.teacher_source,
         final,
-        batch_sizes=[run.config.eval.bench_batch],
-        length=run.config.eval.bench_length or run.config.task.max_length,
+        batch_sizes=[context.config.eval.bench_batch],
+        length=context.config.eval.bench_length or context.config.task.max_length,
     )
 
 
-def write_report(run: Run) -> None:
+def write_report(context: RunContext) -> None:
     """Evaluate and time dense and compact model, write report.json and report.png, print the table. Collective.
 
     The metric and the latency of a model come from the same folder. Where the teacher has other parameters than the
     model that is pruned, each is counted and timed for itself; sparsity is that of the latter.
     """
-    final = run.final_source
-    taught, compact = _score(run, run.teacher_source), _score(run, str(final))
-    if not run.world.is_main:
+    final = context.final_source
+    taught, compact = _score(context, context.teacher_source), _score(context, str(final))
+    if not context.world.is_main:
         return
-    beside = _dense_models(run)
-    benches = {kind: _bench(run, kind, final) for kind in beside}
-    figures = _figures(run, beside, {"taught": taught, "compact": compact}, benches)
-    write_json(run.folder.report, figures)
-    _plot(run, final)
-    run.journal.say(render_report(figures, str(run.folder), str(final)))
+    beside = _dense_models(context)
+    benches = {kind: _bench(context, kind, final) for kind in beside}
+    figures = _figures(context, beside, {"taught": taught, "compact": compact}, benches)
+    write_json(context.folder.report, figures)
+    _plot(context, final)
+    context.journal.say(render_report(figures, str(context.folder), str(final)))
 
 
 def _figures(
-    run: Run, beside: Mapping[str, ModelCount], scores: Mapping[str, Any], benches: Mapping[str, BenchReport]
+    context: RunContext, beside: Mapping[str, ModelCount], scores: Mapping[str, Any], benches: Mapping[str, BenchReport]
 ) -> dict[str, Any]:
     rows = {kind: bench.rows[0] for kind, bench in benches.items()}
     base = beside.get("base") or beside["dense"]
-    sizes = _sizes(run, run.final_source)
+    sizes = _sizes(context.final_source)
+    given = recorded_teacher(context)
     models = {
         kind: {
-            "source": run.config.model.name if kind == "base" else run.teacher_source,
+            "source": context.config.model.name if kind == "base" else context.teacher_source,
             "metrics": {} if kind == "base" else scores["taught"],
             "parameters": count.parameters,
             "latency_ms": rows[kind].dense_ms,
@@ -134,7 +138,7 @@ def _figures(
     }
     first = next(iter(benches))
     compact = {
-        "source": str(run.final_source),
+        "source": str(context.final_source),
         "metrics": scores["compact"],
         "parameters": sizes,
         "sparsity": {of: 1 - sizes[of] / base.parameters[of] for of in sizes},
@@ -142,13 +146,13 @@ def _figures(
         "speedup": {kind: row.speedup for kind, row in rows.items()},
     }
     return {
-        "task": run.task.name,
-        "splits": list(run.data.evals),
-        "lower_is_better": run.task.lower_is_better,
-        "notes": list(run.data.notes),
-        "landing": _landing(run, base),
-        "blocks": _block_landing(run, sizes["encoder"], base.encoder),
-        "given_teacher": run.given_teacher(),
+        "task": context.task.name,
+        "splits": list(context.data.evals),
+        "lower_is_better": context.task.lower_is_better,
+        "notes": list(context.data.notes),
+        "landing": _landing(context),
+        "blocks": _block_landing(context, sizes["encoder"], base.encoder),
+        "given_teacher": asdict(given) if given is not None else None,
         **models,
         "compact": compact,
         "bench": benches[first].to_dict(),
@@ -156,18 +160,18 @@ def _figures(
     }
 
 
-def _plot(run: Run, final: Path) -> None:
+def _plot(context: RunContext, final: Path) -> None:
     config = json.loads((final / "config.json").read_text(encoding="utf-8"))["dsprune"]
-    sizes = run.ready.structure.sizes
+    sizes = context.findings.structure.sizes
     layers = [{"heads": 0, "ffn_dim": 0} for _ in range(sizes.num_layers)]
     for layer in config["layers"]:
         layers[layer["source"]] = {"heads": layer["heads"], "ffn_dim": layer["ffn_dim"]}
     plot_run(
-        read_metrics(run.folder),
+        read_metrics(context.folder),
         layers,
         {"heads": sizes.num_groups, "ffn_dim": sizes.ffn_dim},
-        run.folder.picture,
-        metric=run.task.primary,
-        title=f"{run.config.model.name} on {run.task.name}: {run.config.method.name}, "
-        f"target {run.ready.target:.0%} of the {run.config.prune.target_of}",
+        context.folder.picture,
+        metric=context.task.primary,
+        title=f"{context.config.model.name} on {context.task.name}: {context.config.method.name}, "
+        f"target {context.findings.budget.target:.0%} of {context.findings.budget.describe()}",
     )
