@@ -19,6 +19,7 @@ from torch import Tensor
 
 from dsprune.arch import family_for
 from dsprune.consolidate import verify
+from dsprune.consolidate.allocator import give_back
 from dsprune.consolidate.compact import (
     BLOCK_PARTS,
     HEAD_MULTIPLE,
@@ -27,12 +28,12 @@ from dsprune.consolidate.compact import (
     surviving,
     without_weights,
 )
-from dsprune.consolidate.heads import own_head_keys
 from dsprune.consolidate.manifest import check_files, find_checkpoint, read_manifest
-from dsprune.consolidate.memory import give_back
 from dsprune.consolidate.shards import ShardedTensors, open_shards
 from dsprune.consolidate.side_files import read_table, write_side_files
-from dsprune.consolidate.writer import DTYPES, SafetensorsStream
+from dsprune.consolidate.tied_heads import own_head_keys
+from dsprune.consolidate.writer import SafetensorsStream
+from dsprune.dtypes import DTYPES, torch_dtype
 from dsprune.errors import CheckpointError, ConfigError, OutputError
 from dsprune.run_folder import StageName
 from dsprune.structure import (
@@ -139,7 +140,7 @@ def consolidate(
     manifest = read_manifest(checkpoint)
     check_files(checkpoint, manifest, hashes=verify_hashes)
     with _written_aside(Path(out), force=force) as scratch:
-        export = _Export(checkpoint, manifest, scratch, DTYPES[dtype], progress, head_multiple)
+        export = _Export(checkpoint, manifest, scratch, torch_dtype(dtype), progress, head_multiple)
         difference = export.run()
     facts = export.facts["parameters"]
     return ConsolidationReport(

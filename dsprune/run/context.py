@@ -10,12 +10,12 @@ import torch
 
 from dsprune.config import OptimConfig, RunConfig
 from dsprune.engine.learning.batches import Batches
-from dsprune.engine.models.load import resolve_source
 from dsprune.engine.ranks.stop import Stop
 from dsprune.engine.ranks.world import World
 from dsprune.engine.zero.config import DsConfig, with_clip
 from dsprune.errors import ConfigError
 from dsprune.methods.noise import stable_seed
+from dsprune.pretrained import resolve_source
 from dsprune.run.journal import Journal
 from dsprune.run.models import ModelSource
 from dsprune.run.preflight import Preflight

@@ -10,18 +10,19 @@ from pathlib import Path
 from typing import Any
 
 from torch import Tensor
-from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
 from dsprune.arch import family_for
 from dsprune.config import PruneConfig, RunConfig, ShapeConfig
 from dsprune.consolidate import apply_selection
 from dsprune.engine.learning.batches import Batches
 from dsprune.engine.learning.teacher import Teacher
-from dsprune.engine.models.load import checkpoint_activations, resolve_source
+from dsprune.engine.models.load import checkpoint_activations
 from dsprune.engine.models.skeleton import compact_facts
 from dsprune.engine.ranks.stop import Stop
 from dsprune.engine.zero.config import BatchPlan, dtype_of, zero_stage
 from dsprune.methods import method_class
+from dsprune.pretrained import read_model_config, resolve_source
 from dsprune.run.context import RunContext
 from dsprune.run.models import StoredModels
 from dsprune.run.preflight import Preflight, dense_skeleton
@@ -181,7 +182,7 @@ def _reduced_findings(context: RunContext, config: RunConfig) -> Preflight:
 
 def _write_shallow(source: str, revision: str | None, folder: Path) -> int:
     """Write the configuration of a model's first layers, and nothing else; returns how many there are in all stacks."""
-    config: PretrainedConfig = AutoConfig.from_pretrained(source, revision=revision)
+    config = read_model_config(source, revision)
     table = json.loads(config.to_json_string(use_diff=False))
     family = family_for(config.model_type)
     counts = {name: min(LAYERS, getattr(config, name)) for name in (family.sizes[s.count] for s in family.stacks)}

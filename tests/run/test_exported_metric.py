@@ -121,7 +121,7 @@ def _write_model(folder, family, task):
     labels = [label.upper() for label in reversed(task.labels)] or ["LABEL_0"]
     config.id2label = dict(enumerate(labels))
     config.label2id = {label: i for i, label in config.id2label.items()}
-    from dsprune.engine.models.loading import AUTO_CLASSES
+    from dsprune.engine.models.loading_plan import AUTO_CLASSES
 
     torch.manual_seed(0)
     AUTO_CLASSES[task.head].from_config(config).save_pretrained(folder)

@@ -8,17 +8,18 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
 from dsprune.engine.learning.evaluate import evaluate_all
 from dsprune.engine.learning.teacher import Teacher
 from dsprune.engine.models.count import ModelCount, count_base, count_teacher
-from dsprune.engine.models.load import from_config, label_config, resolve_source
+from dsprune.engine.models.load import from_config, label_config
 from dsprune.engine.zero.gather import release
 from dsprune.files import write_json
 from dsprune.measure.bench import BenchReport, bench_models
 from dsprune.measure.plots import plot_run
 from dsprune.measure.summary import render_report
+from dsprune.pretrained import read_model_config
 from dsprune.run.context import RunContext
 from dsprune.run.journal import read_metrics
 from dsprune.run.training.given_teacher import recorded_teacher
@@ -56,11 +57,13 @@ def _sizes(folder: Path) -> dict[str, int]:
     return {"encoder": counted["encoder"], "total": counted["total"]}
 
 
-def _landing(context: RunContext, base: ModelCount) -> dict[str, Any]:
-    """What was asked of pruning, and what its compact model measures, before blocks went."""
-    of = context.config.prune.target_of
-    measured = 1 - _sizes(context.recovered_source)[of] / base.parameters[of]
-    return {"of": of, "target": context.findings.target, "measured": measured, "learned": _learned(context, "prune")}
+def _landing(context: RunContext) -> dict[str, Any]:
+    """What was asked of pruning, and what its compact model has come to, before blocks went.
+
+    That is the exact count of the choice that was exported, which consolidation found in what it wrote.
+    """
+    learned, budget = _learned(context, "prune"), context.findings.budget
+    return {"of": budget.describe(), "target": budget.target, "measured": learned["after"], "learned": learned}
 
 
 def _learned(context: RunContext, stage: StageName) -> dict[str, Any]:
@@ -85,10 +88,8 @@ def _block_landing(context: RunContext, final: int, dense: int) -> dict[str, Any
 def _base_model(context: RunContext) -> PreTrainedModel:
     """The base under the task's head, with random weights: it was not fine-tuned, and its speed does not need it."""
     config = context.config.model
-    source = resolve_source(config.name)
-    return from_config(
-        context.task.head, AutoConfig.from_pretrained(source, revision=config.revision, **label_config(context.task))
-    )
+    labels = label_config(context.task)
+    return from_config(context.task.head, read_model_config(config.name, config.revision, **labels))
 
 
 def _bench(context: RunContext, kind: str, final: Path) -> BenchReport:
@@ -149,7 +150,7 @@ def _figures(
         "splits": list(context.data.evals),
         "lower_is_better": context.task.lower_is_better,
         "notes": list(context.data.notes),
-        "landing": _landing(context, base),
+        "landing": _landing(context),
         "blocks": _block_landing(context, sizes["encoder"], base.encoder),
         "given_teacher": asdict(given) if given is not None else None,
         **models,
@@ -172,5 +173,5 @@ def _plot(context: RunContext, final: Path) -> None:
         context.folder.picture,
         metric=context.task.primary,
         title=f"{context.config.model.name} on {context.task.name}: {context.config.method.name}, "
-        f"target {context.findings.target:.0%} of the {context.config.prune.target_of}",
+        f"target {context.findings.budget.target:.0%} of {context.findings.budget.describe()}",
     )

@@ -12,7 +12,7 @@ from dsprune.methods.mlpruning_blocks import BlockPruning
 from dsprune.run.stages.base import Assembly, TrainingStage
 from dsprune.run.stages.distilling import load_teacher, match_copy
 from dsprune.run.training.snapshots import Origin
-from dsprune.structure import BlockGating, analyze_blocks, block_magnitudes
+from dsprune.structure import BlockGating, BlockStructure, analyze_blocks, block_budget, block_magnitudes
 from dsprune.structure.layout import layer_paths
 
 __all__ = ["BlocksStage"]
@@ -34,7 +34,7 @@ class BlocksStage(TrainingStage):
         context, source = self.context, self.context.recovered_source
         model = context.models.student(str(source), ds_config)
         structure = analyze_blocks(model, self.section.shape)
-        method = BlockPruning(structure, self.section, self._plan())
+        method = BlockPruning(structure, self.section, self._plan(structure))
         if method.wants_magnitudes:
             method.begin(context.world.broadcast(block_magnitudes(structure, lambda name: whole(model, name))))
         num_layers = len(layer_paths(model))
@@ -50,9 +50,10 @@ class BlocksStage(TrainingStage):
         matcher = match_copy(context, teacher, layers, num_layers)
         return Assembly(student, Origin(compact=source), method, teacher, matcher)
 
-    def _plan(self) -> Plan:
+    def _plan(self, structure: BlockStructure) -> Plan:
         per_epoch = self.context.batches.steps_per_epoch
-        return Plan(self.section.target, "encoder", self.total_steps, per_epoch, self.context.config.seed)
+        budget = block_budget(structure, self.section.target)
+        return Plan(budget, self.total_steps, per_epoch, self.context.config.seed)
 
     def _teacher_layers(self, num_layers: int) -> tuple[int, ...]:
         """Layers of the compact teacher: those that learned in its place, as far as it has them."""

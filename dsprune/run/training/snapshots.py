@@ -15,11 +15,11 @@ import dsprune
 from dsprune.consolidate import verify
 from dsprune.engine.checkpoints.store import Snapshot, save_verification_batch
 from dsprune.engine.learning.trainer import Trainer
-from dsprune.engine.models.load import resolve_source
 from dsprune.engine.models.side_files import copy_side_files
 from dsprune.engine.zero.config import engine_precision
 from dsprune.files import write_json
 from dsprune.methods.tracking import landing_of
+from dsprune.pretrained import resolve_source
 from dsprune.run.context import RunContext
 from dsprune.run.training.given_teacher import recorded_teacher
 from dsprune.run.training.scoring import model_logits
@@ -149,8 +149,8 @@ class Snapshots:
             "task": context.task.name,
             "base_model": config.model.name,
             "method": config.method.name,
-            "target": context.findings.target,
-            "target_of": config.prune.target_of,
+            "target": context.findings.budget.target,
+            "counted": context.findings.budget.describe(),
             "metric": dict(scores),
             "notes": list(context.data.notes),
             "dense": dict(dense),
