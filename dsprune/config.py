@@ -7,7 +7,6 @@ the caller hands in: configuration knows no method by name.
 
 from __future__ import annotations
 
-import difflib
 import re
 import tomllib
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -27,6 +26,7 @@ from pydantic import (
 )
 
 from dsprune.errors import ConfigError
+from dsprune.files import did_you_mean
 from dsprune.run_folder import STAGES, StageName
 
 __all__ = [
@@ -228,9 +228,10 @@ class PruneConfig(OptimConfig):
     """The pruning stage: target and training."""
 
     target: float = Field(0.95, ge=0, lt=1)
-    """Share of parameters to remove, counted on the exported model."""
-    target_of: Literal["encoder", "total"] = "encoder"
-    """What `target` is a share of: the encoder's parameters, or all of the model's."""
+    """Share to remove of what `target_of` names, counted on the exported model."""
+    target_of: Literal["encoder", "total", "macs"] = "encoder"
+    """What `target` is a share of: the encoder's parameters, all parameters of the model, or the multiply-adds of a
+    sequence of `task.max_length` tokens."""
     duration: DurationField = Duration(20, "epochs")
     """Length of the whole stage, the pre-pruning phase included."""
     start: Literal["pretrained", "teacher"] = "pretrained"
@@ -498,8 +499,8 @@ def _read_recipe(recipe: str) -> dict[str, Any]:
     path = Path(recipe)
     if path.suffix != ".toml" and not path.exists():
         if recipe not in list_recipes():
-            near = difflib.get_close_matches(recipe, list_recipes(), n=3)
-            hint = f"did you mean {' or '.join(near)}?" if near else f"there are {', '.join(list_recipes())}"
+            there = list_recipes()
+            hint = did_you_mean(recipe, there, otherwise=f"there are {', '.join(there)}", at_most=3)
             raise ConfigError(f"no recipe '{recipe}': {hint}")
         path = Path(str(resources.files("dsprune") / "recipes" / f"{recipe}.toml"))
     try:
@@ -547,8 +548,9 @@ def _suggestion(schema: type[BaseModel], path: Sequence[str]) -> str:
         if field is None or not (isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel)):
             return ""
         schema = field.annotation
-    near = difflib.get_close_matches(path[-1], schema.model_fields, n=1)
-    return f": did you mean '{near[0]}'?" if near else f": known here are {', '.join(schema.model_fields)}"
+    known = schema.model_fields
+    hint = did_you_mean(path[-1], known, otherwise=f"known here are {', '.join(known)}")
+    return f": {hint}"
 
 
 def parse_config(tree: Mapping[str, Any], method_options: Callable[[str], type[Section]]) -> RunConfig:

@@ -90,5 +90,5 @@ def render_card(config: Mapping[str, Any], figures: Mapping[str, Any], *, tokeni
         ours, dense = counted[part], counted[f"dense_{part}"]
         lines.append(f"| {part} | {dense:,} | {ours:,} | {1 - ours / dense:.2%} |")
     if "target" in figures:
-        lines += ["", f"Asked for: {figures['target']:.1%} of the {figures['target_of']} removed."]
+        lines += ["", f"Asked for: {figures['target']:.1%} of {figures['counted']} removed."]
     return "\n".join([*lines, *_metrics(figures), *_layers(facts), *_loading(config, tokenizer), ""])

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from dsprune.errors import CheckpointError
+from dsprune.files import first_line
 
 __all__ = ["MOMENTS", "ShardedTensors", "open_moments", "open_shards"]
 
@@ -52,9 +53,8 @@ def _read(path: Path) -> dict[str, Any]:
         with torch.serialization.safe_globals(_STAND_INS):  # type: ignore[arg-type]
             shard: dict[str, Any] = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
     except Exception as error:  # a damaged pickle fails in any way there is
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise CheckpointError(
-            f"{path} cannot be read: it is damaged or holds what no checkpoint holds ({reason})"
+            f"{path} cannot be read: it is damaged or holds what no checkpoint holds ({first_line(error)})"
         ) from error
     return shard
 

@@ -25,11 +25,13 @@ from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 from dsprune.consolidate.modeling_dsprune import device_name
+from dsprune.dtypes import DTYPES, torch_dtype
 from dsprune.errors import ConfigError
+from dsprune.files import first_line
 from dsprune.measure.bench_report import BenchReport, BenchRow, Measurement, ModelFacts
+from dsprune.pretrained import read_model_config
 
 __all__ = [
-    "DTYPES",
     "BenchReport",
     "bench_models",
     "check_options",
@@ -40,7 +42,6 @@ __all__ = [
     "wait",
 ]
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 AUTO_CLASSES = {
     "ForSequenceClassification": "AutoModelForSequenceClassification",
     "ForTokenClassification": "AutoModelForTokenClassification",
@@ -98,7 +99,7 @@ def bench_models(
     """
     place = check_options(batch_sizes, length, dtype, device, runs, warmup, threads)
     sources = [source[0] if isinstance(source, tuple) else str(source) for source in (dense, compact)]
-    models = [_load(source, DTYPES[dtype]) for source in (dense, compact)]
+    models = [_load(source, torch_dtype(dtype)) for source in (dense, compact)]
     _check_fit(sources, models, length)
     models = [model.to(place) for model in models]
     with limit_threads(threads), torch.inference_mode():
@@ -219,12 +220,12 @@ def _load(source: Source, dtype: torch.dtype) -> nn.Module:
         raise ConfigError(f"{folder} is not a model folder: it has no config.json")
     try:
         own_code = local and "auto_map" in json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        config = transformers.AutoConfig.from_pretrained(str(source), trust_remote_code=own_code)
+        config = read_model_config(str(source), own_code=own_code)
         auto_class = _auto_class(str(source), config)
         model: nn.Module = auto_class.from_pretrained(str(source), dtype=dtype, trust_remote_code=own_code)
     except (OSError, ValueError, RuntimeError, ImportError, SafetensorError) as error:
         where = "" if local else ", no folder here and not to be had from the hub"
-        raise ConfigError(f"cannot load model '{source}'{where}: {str(error).splitlines()[0]}") from error
+        raise ConfigError(f"cannot load model '{source}'{where}: {first_line(error)}") from error
     return model.eval()
 
 

@@ -57,7 +57,7 @@ def _speedup(ratio: float) -> str:
 
 def _landing(figures: Figures, folder: str) -> list[str]:
     landing, blocks = figures["landing"], figures["blocks"]
-    lines = [f"target: {landing['target']:.1%} of the {landing['of']}, exported: {landing['measured']:.2%}"]
+    lines = [f"target: {landing['target']:.1%} of {landing['of']}, exported: {landing['measured']:.2%}"]
     missed = abs(landing["measured"] - landing["target"])
     if missed > TOLERANCE:
         lines.append(

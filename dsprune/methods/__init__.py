@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import difflib
-
 from dsprune.config import Section
 from dsprune.errors import ConfigError
+from dsprune.files import did_you_mean
 from dsprune.methods.base import GateSignal, Method, Plan
 from dsprune.methods.cofi import CoFi
 from dsprune.methods.grain import Grain
@@ -23,8 +22,7 @@ def method_class(name: str) -> type[Method]:
         ConfigError: unknown method.
     """
     if name not in METHODS:
-        near = difflib.get_close_matches(name, METHODS, n=1)
-        hint = f"did you mean '{near[0]}'?" if near else f"there is {', '.join(METHODS)}"
+        hint = did_you_mean(name, METHODS, otherwise=f"there is {', '.join(METHODS)}")
         raise ConfigError(f"method.name = '{name}': no such method; {hint}")
     return METHODS[name]
 

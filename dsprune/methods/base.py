@@ -16,7 +16,7 @@ from torch import Tensor
 
 from dsprune.config import Section, ShapeConfig
 from dsprune.errors import ConfigError
-from dsprune.structure import CostModel, Empty, Scope, Selection, Structure
+from dsprune.structure import Budget, Empty, Selection, Structure
 
 __all__ = ["GateSignal", "Method", "Plan"]
 
@@ -29,8 +29,8 @@ loss without its layerwise part (gradient separation), or nowhere."""
 class Plan:
     """What a method has to reach, and in how many optimizer steps."""
 
-    target: float
-    target_of: Scope
+    budget: Budget
+    """What of the model is to go."""
     total_steps: int
     steps_per_epoch: int
     seed: int
@@ -75,7 +75,11 @@ class Method(ABC):
             raise ConfigError("shape: no stock class has a factored embedding: leave out prune.embedding_rank")
         self.structure = structure
         self.plan = plan
-        self.cost = CostModel(structure, empty=self.empty)
+
+    @property
+    def budget(self) -> Budget:
+        """What the method is held to."""
+        return self.plan.budget
 
     @classmethod
     @abstractmethod
@@ -176,11 +180,6 @@ class Method(ABC):
         """What kind of unit the gates of a kind decide over."""
         return kind
 
-    def sparsity_of(self, gates: Mapping[str, Tensor]) -> float:
-        """Share of what the target is a share of that gates remove (0: removed), by exact count."""
-        kept = {kind: (gate != 0).double() for kind, gate in gates.items()}
-        return float(self.cost.sparsity(kept, of=self.plan.target_of))
-
     @abstractmethod
     def metrics(self, step: int) -> dict[str, float]:
         """What to log: expected and hard sparsity, target, multipliers."""
@@ -191,15 +190,8 @@ class Method(ABC):
         Raises:
             ConfigError: naming what is reachable.
         """
-        reachable = self.cost.floor(self.kinds, of=self.plan.target_of)
-        if self.plan.target > reachable:
-            why = (
-                "embeddings and the task head stay" if self.plan.target_of == "total" else "some parameters always stay"
-            )
-            raise ConfigError(
-                f"prune.target = {self.plan.target:g} of the {self.plan.target_of} is out of reach: gates "
-                f"{', '.join(self.kinds)} can remove at most {reachable:.4f} ({why})"
-            )
+        why = f"gates {', '.join(self.kinds)} can remove at most {{}} (what they do not decide over stays)"
+        self.budget.check(self.budget.floor(self.kinds), why)
 
     def state_dict(self) -> dict[str, Tensor]:
         """Replicated tensors, for a checkpoint."""

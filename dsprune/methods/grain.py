@@ -22,8 +22,9 @@ Where paper and code differ, and where neither is followed:
   code scores are read from scaled gradients, and only NaNs are skipped.
 - They are averaged over ranks and accumulation steps before the absolute value: the score of a batch
   does not depend on how it was cut. The code demands one process and no accumulation.
-- Prices of units and the target are those of the exported model, biases and norms included. The code
-  leaves out output biases and norms.
+- Prices of units and the target are those of the exported model, biases and norms included, or whatever else the
+  budget counts; where units that go together save more or less than their prices say, the prefix is as long as the
+  exact cost asks. The code leaves out output biases and norms, and adds prices up.
 - The last masks are those of the full target. The code's last update is one step short of it.
 - Where units go, the shortest prefix of the ranking goes that meets the density, and steps count from 0. In the code
   it is the longest that does not, and steps count from 1: one unit fewer at the same density (of BERT-base at most
@@ -50,7 +51,7 @@ from dsprune.errors import ConfigError
 from dsprune.methods.base import GateSignal, Method, Plan
 from dsprune.methods.noise import uniform_noise
 from dsprune.methods.output_weights import Norm, output_scores
-from dsprune.methods.ranking import UnitGroups, prune_lowest
+from dsprune.methods.ranking import Ranking, UnitGroups
 from dsprune.methods.schedules import cubic_density
 from dsprune.methods.topk import top_k_mask
 from dsprune.structure import (
@@ -130,7 +131,7 @@ class Grain(Method):
         self.importance = {kind: torch.zeros(shape) for kind, shape in shapes.items()}
         if options.score == "random":
             self.importance = uniform_noise(shapes, plan.seed, -1)
-        self._price = self._unit_prices()
+        self._price = self.budget.prices(self.kinds)
         self._check_split()
 
     @classmethod
@@ -231,15 +232,8 @@ class Grain(Method):
 
     def sparsity_at(self, step: int) -> float:
         """Target sparsity at a step."""
-        density = cubic_density(step, start=self._start, end=self._end, final=1 - self.plan.target)
+        density = cubic_density(step, start=self._start, end=self._end, final=self.budget.share)
         return 1 - density
-
-    def _unit_prices(self) -> dict[str, Tensor]:
-        """Parameters that go with each unit: as `mask`, fp64."""
-        dims = self.cost.unit_prices(UNITS["dims"], of=self.plan.target_of)
-        groups = self.structure.sizes.num_groups
-        dims["head"] = by_head(dims["qk_dim"], groups).sum(-1) + by_head(dims["vo_dim"], groups).sum(-1)
-        return {kind: dims[kind] for kind in self.kinds}
 
     def _groups(self) -> dict[str, UnitGroups]:
         """Units grouped by what is rounded together: dimensions by head, neurons by layer, heads alone."""
@@ -261,15 +255,23 @@ class Grain(Method):
     def _pruned(self, sparsity: float) -> dict[str, Tensor]:
         """Masks at a sparsity: what is gone, and the lowest-scored units beside it."""
         if self.counts is not None:
-            return self._shaped(self.counts, sparsity / self.plan.target if self.plan.target > 0 else 1.0)
-        groups = self._groups()
-        budget = self._budget(sparsity)
-        if self.options.units == "dims" or self.options.ranking == "together":
-            masks = prune_lowest(groups, budget, tied=("qk_dim", "vo_dim"))
-        else:
-            masks = {}
-            for kind, share in self._split(budget).items():
-                masks |= prune_lowest({kind: groups[kind]}, share)
+            return self._shaped(self.counts, sparsity / self.budget.target if self.budget.target > 0 else 1.0)
+        groups, masks = self._groups(), {}
+        excess = cost_to_go = self.budget.excess(sparsity)
+        if self.options.units == "heads" and self.options.ranking == "apart":
+            shares = self._split(excess)
+            heads = Ranking({"head": groups.pop("head")})
+            masks, cost_to_go = heads.masks(heads.prefix(shares["head"])), shares["ffn_dim"]
+        ranking = Ranking(groups, tied=("qk_dim", "vo_dim"))
+        dense = float(self.budget.spent({}))
+
+        def meets(chosen: Mapping[str, Tensor]) -> bool:
+            return dense - float(self.budget.spent(self._by_layer({**masks, **chosen}))) >= excess
+
+        return self._by_layer({**masks, **ranking.shortest(ranking.prefix(cost_to_go), meets)})
+
+    def _by_layer(self, masks: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Masks of groups of units, as gates."""
         return {kind: mask.view(self.mask[kind].shape) for kind, mask in masks.items()}
 
     def _shape_counts(self) -> dict[str, int] | None:
@@ -289,8 +291,10 @@ class Grain(Method):
         shape = plan.shape.sizes
         if plan.shape.uniform:
             sharable = sharable_kinds(self.structure, self.kinds)
-            even = {name: 1 - plan.target for name, kind in (("heads", "head"), ("ffn", "ffn_dim")) if kind in sharable}
-            shape = find_shape(self.cost, even, plan.target, of=plan.target_of)
+            even = {
+                name: self.budget.share for name, kind in (("heads", "head"), ("ffn", "ffn_dim")) if kind in sharable
+            }
+            shape = find_shape(self.structure, self.budget, even)
         heads = shape.get("heads", sizes.num_heads) // sizes.heads_per_group
         return {"head": heads, "ffn_dim": shape.get("ffn", sizes.ffn_dim)}
 
@@ -303,19 +307,13 @@ class Grain(Method):
             masks[kind] = top_k_mask(left, torch.full((len(mask),), count))
         return masks
 
-    def _budget(self, sparsity: float) -> float:
-        """Parameters to remove from the units for a sparsity of what the target is a share of."""
-        of = self.plan.target_of
-        budget = sparsity * self.cost.dense(of)
-        return budget - (self.structure.factored_away if of == "total" else 0)
-
     def _split(self, budget: float) -> dict[str, float]:
-        """Parameters to remove from heads and from neurons, which are ranked apart."""
+        """Cost to remove from heads and from neurons, which are ranked apart."""
         heads, neurons = (float(self._price[kind].sum()) for kind in ("head", "ffn_dim"))
         from_heads = budget * heads / (heads + neurons)
         if self.options.attention_density is not None:
             # On the way to the target both shrink in proportion.
-            final = self._budget(self.plan.target)
+            final = self.budget.excess(self.budget.target)
             from_heads = (1 - self.options.attention_density) * heads * min(1.0, budget / final if final > 0 else 0.0)
         return {"head": from_heads, "ffn_dim": budget - from_heads}
 
@@ -324,24 +322,24 @@ class Grain(Method):
             return
         if self.options.units != "heads":
             raise ConfigError('method.attention_density goes with method.units = "heads": dimensions share one ranking')
-        share = self._split(self._budget(self.plan.target))["ffn_dim"]
+        share = self._split(self.budget.excess(self.budget.target))["ffn_dim"]
         most = float(self._price["ffn_dim"].sum())
         if not 0 <= share <= most:
             raise ConfigError(
-                f"method.attention_density = {self.options.attention_density:g} does not go with prune.target = "
-                f"{self.plan.target:g}: {share:,.0f} parameters would have to go from FFNs that have {most:,.0f}"
+                f"method.attention_density = {self.options.attention_density:g} does not go with {self.budget.asked}: "
+                f"{share:,.0f} would have to go from FFNs that have {most:,.0f}"
             )
 
     def evaluation_gates(self, step: int) -> dict[str, Tensor] | None:
         return None if step <= self._start else self.mask
 
     def select(self) -> Selection:
-        return Selection.from_gates(self.structure, self._pruned(self.plan.target), empty=self.empty)
+        return Selection.from_gates(self.structure, self._pruned(self.budget.target), empty=self.empty)
 
     def metrics(self, step: int) -> dict[str, float]:
         full = {kind: torch.ones(shape) for kind, shape in gate_shapes(self.structure.sizes).items()} | self.mask
         return {
-            "sparsity/hard": float(self.cost.sparsity(self.mask, of=self.plan.target_of)),
+            "sparsity/hard": self.budget.removed(self.mask),
             "sparsity/target": self.sparsity_at(step),
             "structure/heads": float(head_alive(full).sum()),
             **{f"structure/{kind}": float(mask.sum()) for kind, mask in self.mask.items()},

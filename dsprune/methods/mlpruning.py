@@ -136,26 +136,22 @@ class MLPruning(Method):
         self.groups.set_rate(step)
 
     def remaining(self) -> Tensor:
-        """R: share of the parameters that is left, at the fractional sizes of the thresholds; [] float64."""
-        return 1 - self.cost.sparsity(self.groups.shares(), of=self.plan.target_of)
+        """R: share that is left of what the budget counts, at the fractional sizes of the thresholds; [] float64."""
+        return 1 - self.budget.sparsity(self.groups.shares())
 
     def penalty(self, step: int) -> Tensor | None:
         return adaptive_penalty(
-            self.remaining(), 1 - self.plan.target, strength=self.options.penalty, two_sided=self.options.two_sided
+            self.remaining(), self.budget.share, strength=self.options.penalty, two_sided=self.options.two_sided
         )
 
     def evaluation_gates(self, step: int) -> dict[str, Tensor] | None:
         return self.groups.hard_gates()
 
-    def _hard_sparsity(self, gates: Mapping[str, Tensor]) -> float:
-        return float(self.cost.sparsity(dict(gates), of=self.plan.target_of))
-
     def select(self) -> Selection:
         gates = land(
             self.groups.hard_gates,
-            self._hard_sparsity,
+            self.budget,
             {kind: score.detach() for kind, score in self.groups.score.items()},
-            self.plan.target,
             reach=REACH,
         )
         return Selection.from_gates(self.structure, gates, empty=self.empty)
@@ -166,19 +162,18 @@ class MLPruning(Method):
         Raises:
             ConfigError: naming what is reachable.
         """
-        reachable = self._hard_sparsity(self.groups.hard_gates(-REACH - self.options.init))
-        if self.plan.target > reachable:
-            raise ConfigError(
-                f"prune.target = {self.plan.target:g} of the {self.plan.target_of} is out of reach: MLPruning keeps a "
-                f"unit of every group ({', '.join(self.kinds)}; layer by layer), which is {reachable:.4f} at most"
-            )
+        floor = self.budget.spent(self.groups.hard_gates(-REACH - self.options.init))
+        self.budget.check(
+            float(floor),
+            f"MLPruning keeps a unit of every group ({', '.join(self.kinds)}; layer by layer), which is {{}} at most",
+        )
 
     @torch.no_grad()
     def metrics(self, step: int) -> dict[str, float]:
         masks = self.groups.hard_gates()
         return {
             "sparsity/expected": 1 - float(self.remaining()),
-            "sparsity/hard": self._hard_sparsity(masks),
-            "sparsity/target": self.plan.target,
+            "sparsity/hard": self.budget.removed(masks),
+            "sparsity/target": self.budget.target,
             **{f"kept/{kind}": float(mask.mean()) for kind, mask in masks.items()},
         }

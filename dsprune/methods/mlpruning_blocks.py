@@ -16,7 +16,6 @@ import torch
 from torch import Tensor
 
 from dsprune.config import BlocksConfig
-from dsprune.errors import ConfigError
 from dsprune.methods.base import GateSignal, Method, Plan
 from dsprune.methods.landing import land
 from dsprune.methods.topk_groups import REACH, TopKGroups, adaptive_penalty
@@ -95,17 +94,10 @@ class BlockPruning(Method):
         super().learn(step, gates, gradients)
         self.groups.set_rate(step)
 
-    def sparsity(self, gates: Mapping[str, Tensor]) -> Tensor:
-        """Share of the encoder of step 1 that is gone: [] float64."""
-        return 1 - self.blocks.remaining(self._as_grids(gates)) / self.blocks.parameters["encoder"]
-
-    def _hard_sparsity(self, gates: Mapping[str, Tensor]) -> float:
-        return float(self.sparsity(gates))
-
     def penalty(self, step: int) -> Tensor | None:
-        remaining = 1 - self.sparsity(self.groups.shares())
+        remaining = 1 - self.budget.sparsity(self.groups.shares())
         return adaptive_penalty(
-            remaining, 1 - self.plan.target, strength=self.options.penalty, two_sided=self.options.two_sided
+            remaining, self.budget.share, strength=self.options.penalty, two_sided=self.options.two_sided
         )
 
     def evaluation_gates(self, step: int) -> dict[str, Tensor] | None:
@@ -114,9 +106,8 @@ class BlockPruning(Method):
     def select(self) -> Any:
         gates = land(
             self.groups.hard_gates,
-            self._hard_sparsity,
+            self.budget,
             {path: score.detach() for path, score in self.groups.score.items()},
-            self.plan.target,
             reach=REACH,
         )
         return BlockSelection(self._as_grids(gates), self.options.shape)
@@ -128,25 +119,18 @@ class BlockPruning(Method):
     def unit_of(self, kind: str) -> str:
         return "block"
 
-    def sparsity_of(self, gates: Mapping[str, Tensor]) -> float:
-        return self._hard_sparsity(gates)
-
     def check_target(self) -> None:
-        reachable = self._hard_sparsity(self.groups.hard_gates(-REACH - self.options.init))
-        if self.plan.target > reachable:
-            raise ConfigError(
-                f"blocks.target = {self.plan.target:g} of the compact model's encoder is out of reach: one block of "
-                f"{self.options.shape[0]} x {self.options.shape[1]} stays in every matrix, which is {reachable:.4f} "
-                "at most"
-            )
+        floor = self.budget.spent(self.groups.hard_gates(-REACH - self.options.init))
+        rows, columns = self.options.shape
+        self.budget.check(float(floor), f"one block of {rows} x {columns} stays in every matrix, which is {{}} at most")
 
     @torch.no_grad()
     def metrics(self, step: int) -> dict[str, float]:
-        hard = self._hard_sparsity(self.groups.hard_gates())
+        hard = self.budget.removed(self.groups.hard_gates())
         left = self.blocks.parameters["encoder"] * (1 - hard)
         return {
-            "sparsity/expected": self._hard_sparsity(self.groups.shares()),
+            "sparsity/expected": float(self.budget.sparsity(self.groups.shares())),
             "sparsity/hard": hard,
-            "sparsity/target": self.plan.target,
+            "sparsity/target": self.budget.target,
             "sparsity/of_dense": 1 - left / self.blocks.dense["encoder"],
         }

@@ -21,7 +21,7 @@ from dsprune.errors import ConfigError
 from dsprune.files import first_line
 from dsprune.migrate.cofi import read_cofi
 from dsprune.migrate.dense import Dense, dense_model
-from dsprune.migrate.files import Foreign, open_foreign
+from dsprune.migrate.foreign import Foreign, open_foreign
 from dsprune.migrate.grain import embedding_rank, read_grain
 from dsprune.migrate.mlpruning import read_blocks, read_mlpruning
 from dsprune.run_folder import MANIFEST

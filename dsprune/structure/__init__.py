@@ -5,6 +5,7 @@ from dsprune.structure.blocks.block_gating import BlockGating
 from dsprune.structure.blocks.block_selection import BlockSelection
 from dsprune.structure.blocks.block_spaces import BlockMatrix, BlockStructure, analyze_blocks, block_magnitudes
 from dsprune.structure.blocks.grid import block_grid, to_blocks
+from dsprune.structure.budget import Budget, Counted, block_budget, budget_for
 from dsprune.structure.cost import CostModel, Scope
 from dsprune.structure.gating import (
     Gates,
@@ -50,7 +51,9 @@ __all__ = [
     "BlockMatrix",
     "BlockSelection",
     "BlockStructure",
+    "Budget",
     "CostModel",
+    "Counted",
     "Empty",
     "Gates",
     "Gating",
@@ -65,8 +68,10 @@ __all__ = [
     "analyze",
     "analyze_blocks",
     "attach_gates",
+    "block_budget",
     "block_grid",
     "block_magnitudes",
+    "budget_for",
     "by_head",
     "check_shape",
     "compact_shape",

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from dsprune.structure.expected import expected_alive, expected_rows, expected_units
 from dsprune.structure.gating import Gates, complete
-from dsprune.structure.spaces import Empty, ParamSpec, Space, Structure, gate_shapes
+from dsprune.structure.spaces import Empty, ParamSpec, Space, Structure
 
 __all__ = ["CostModel", "Scope"]
 
@@ -126,20 +126,6 @@ class CostModel:
         count = sum(p.numel for p in self.structure.params.values() if of == "total" or p.part == "encoder")
         return count + (self.structure.factored_away if of == "total" else 0)
 
-    def unit_prices(self, kinds: tuple[str, ...], *, of: Scope = "encoder") -> dict[str, Tensor]:
-        """Parameters that go with one unit, all else kept: [L, units] float64 for each kind of space."""
-        sizes = gate_shapes(self.structure.sizes)
-        prices = {kind: torch.zeros(sizes[kind], dtype=torch.float64) for kind in kinds}
-        for param in self.structure.params.values():
-            if of == "encoder" and param.part != "encoder":
-                continue
-            for numel, spaces in param.tiles():
-                for space in spaces:
-                    if space.kind in prices:
-                        index = slice(None) if space.index is None else space.index
-                        prices[space.kind][index] += numel / space.size
-        return prices
-
     def macs(self, gates: Gates, *, length: int) -> Tensor:
         """Multiply-adds of one sequence of `length` tokens: linears, attention scores and their sums; [] float64.
 
@@ -151,14 +137,6 @@ class CostModel:
         products = units["qk_dim"] * sizes.pair * (length + table) + units["vo_dim"] * length
         attention = length * sizes.heads_per_group * products.sum()
         return length * self._sum(self._token_macs, full) + self._sum(self._sequence_macs, full) + attention
-
-    def floor(self, kinds: tuple[str, ...], *, of: Scope = "encoder") -> float:
-        """Highest sparsity that gates of these kinds can reach, all of them closed but one unit of each space
-        that must not be empty (`hidden`, `pooler`)."""
-        gates = {kind: torch.zeros_like(gate) for kind, gate in complete(self.structure, {}).items() if kind in kinds}
-        for kind in gates.keys() & {"hidden", "pooler"}:
-            gates[kind][0] = 1
-        return float(self.sparsity(gates, of=of))
 
 
 def _is_matmul(param: ParamSpec) -> bool:

@@ -258,6 +258,13 @@ class Structure:
         return table.shape[0] * projection.shape[0] - table.numel - projection.numel
 
     @property
+    def factoring_macs(self) -> int:
+        """Multiply-adds of a token that factoring the word embedding has added: those of its projection."""
+        if self.embedding_rank is None:
+            return 0
+        return self.params[f"{join(self.base, self.family.word_embeddings)}.projection.weight"].numel
+
+    @property
     def layer_paths(self) -> tuple[str, ...]:
         """Path of each layer of each stack, from the root of the model."""
         return tuple(path for stack in self.stacks for path in stack.layers)

@@ -25,7 +25,7 @@ BLOCKS = MethodRow("blocks", {"scores_lr": 0.3, "init": 2.0, "penalty": 200.0}, 
 ROWS = [
     MethodRow(
         "cofi",
-        {"distill_phase": "1 steps", "warmup": "3 steps", "lr": 0.05, "multiplier_lr": 0.05},
+        {"distill_phase": "1 steps", "warmup": "3 steps", "lr": 0.05},
         distill={"match": "monotone"},
     ),
     MethodRow(

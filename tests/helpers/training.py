@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from dsprune.config import BatchConfig, BlocksConfig, DistillConfig, OptimConfig
 from dsprune.consolidate import apply_selection
 from dsprune.distill import plan_layers
-from dsprune.methods import Method, Plan, method_class
+from dsprune.methods import Method, method_class
 from dsprune.methods.mlpruning_blocks import BlockPruning
 from dsprune.structure import (
     BlockGating,
@@ -27,6 +27,7 @@ from dsprune.structure import (
 )
 from dsprune.tasks import build_task
 from tests.helpers.models import tiny_model
+from tests.helpers.plans import block_plan_for, plan_for
 from tests.helpers.settings import MethodRow
 
 if TYPE_CHECKING:
@@ -142,11 +143,13 @@ def without_dropout(model: nn.Module) -> nn.Module:
     return model
 
 
-def pruning(name: str, options: dict[str, Any], plan: Plan, model: Any) -> tuple[Method, Gating]:
+def pruning(
+    name: str, options: dict[str, Any], target: float, model: Any, *, total: int = 6, of: str = "encoder"
+) -> tuple[Method, Gating]:
     """A method that is ready for its first step, and its gates on the model."""
     structure = analyze(model)
     cls = method_class(name)
-    method = cls(structure, cls.Options(**options), plan)
+    method = cls(structure, cls.Options(**options), plan_for(structure, name, target, of=of, total=total))
     if method.wants_magnitudes:
         method.begin(unit_magnitudes(structure, model.get_parameter))
     return method, attach_gates(model, structure, empty=method.empty)
@@ -161,10 +164,12 @@ def without_some_units(model: Any) -> Any:
     return apply_selection(model, Selection.from_gates(structure, gates, empty="bias"))
 
 
-def block_pruning(options: dict[str, Any], plan: Plan, compact: Any) -> tuple[BlockPruning, BlockGating]:
+def block_pruning(
+    options: dict[str, Any], target: float, compact: Any, *, total: int = 6
+) -> tuple[BlockPruning, BlockGating]:
     """Step 2 that is ready for its first step, and its gates on the model of step 1."""
     blocks = analyze_blocks(compact, (8, 8))
-    method = BlockPruning(blocks, BlocksConfig(shape=(8, 8), **options), plan)
+    method = BlockPruning(blocks, BlocksConfig(shape=(8, 8), **options), block_plan_for(blocks, target, total=total))
     if method.wants_magnitudes:
         method.begin(block_magnitudes(blocks, compact.get_parameter))
     return method, BlockGating(compact, blocks)
@@ -199,12 +204,11 @@ def build_trainer(setup: Setup, *, dropout: bool = False, steps: int | None = No
     if setup.activation_checkpointing:
         model.activation_checkpointing_enable()
     total = steps or row.steps
-    plan = Plan(row.target, "encoder", total, 4, 0)
     if row.name == "blocks":
         model = without_some_units(model).train()
-        method, gating = block_pruning(row.options, plan, model)
+        method, gating = block_pruning(row.options, row.target, model, total=total)
     else:
-        method, gating = pruning(row.name, row.options, plan, model)
+        method, gating = pruning(row.name, row.options, row.target, model, total=total)
     student = Student(
         model,
         task,

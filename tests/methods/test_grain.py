@@ -6,17 +6,19 @@ import pytest
 import torch
 
 from dsprune.errors import ConfigError
-from dsprune.methods import Plan, method_class
+from dsprune.methods import method_class
 from dsprune.methods.schedules import cubic_density
 from dsprune.structure import CostModel, analyze, ones
 from tests.helpers.models import tiny_model
+from tests.helpers.plans import plan_for
 
 Grain = method_class("grain")
 
 
 def _grain(*, target=0.6, of="encoder", total=100, seed=0, rank=None, **options):
-    plan = Plan(target=target, target_of=of, total_steps=total, steps_per_epoch=10, seed=seed)
-    return Grain(analyze(tiny_model("bert", embedding_rank=rank)), Grain.Options(**options), plan)
+    structure = analyze(tiny_model("bert", embedding_rank=rank))
+    plan = plan_for(structure, "grain", target, of=of, total=total, per_epoch=10, seed=seed)
+    return Grain(structure, Grain.Options(**options), plan)
 
 
 def _gradients(method, seed):
@@ -170,7 +172,7 @@ def test_units_go_as_often_as_asked_and_all_by_the_end():
 def _authors_prefix(method, density, scores, prices):
     """`generate_mask` with `is_global`: how many of all units in the order of their scores go, and which."""
     order = torch.argsort(scores, stable=True)
-    budget = method._budget(1 - density)
+    budget = method.budget.excess(1 - density)
     count = int(torch.searchsorted(prices[order].cumsum(0), torch.tensor(budget, dtype=torch.float64)))
     return order, count
 
@@ -214,8 +216,9 @@ def test_heads_and_neurons_may_share_one_ranking(weight):
 def test_magnitudes_are_those_of_the_authors_code(score, family):
     """`ISPruner.gather_IS`, written out over the output matrices of each layer."""
     model = tiny_model(family)
-    plan = Plan(target=0.5, target_of="encoder", total_steps=100, steps_per_epoch=10, seed=0)
-    method = Grain(analyze(model), Grain.Options(units="heads", score=score, prune_every=10), plan)
+    structure = analyze(model)
+    plan = plan_for(structure, "grain", 0.5, total=100, per_epoch=10)
+    method = Grain(structure, Grain.Options(units="heads", score=score, prune_every=10), plan)
     assert method.signal(0) == "none"
     assert [step for step in range(100) if method.wants_weights(step)] == [20, 30, 40]
     method.weigh(model.get_parameter)

@@ -6,20 +6,22 @@ import pytest
 import torch
 
 from dsprune.errors import ConfigError
-from dsprune.methods import Plan, method_class
+from dsprune.methods import method_class
 from dsprune.methods.schedules import warmup_and_decay
 from dsprune.methods.topk import count_kept, top_k
 from dsprune.structure import CostModel, analyze, attach_gates, ones, unit_magnitudes
 from tests.helpers.models import tiny_model
+from tests.helpers.plans import plan_for
 from tests.helpers.training import block_pruning, without_some_units
 
 MLPruning = method_class("mlpruning")
 
 
 def _method(*, target=0.5, of="encoder", total=200, **options):
-    plan = Plan(target=target, target_of=of, total_steps=total, steps_per_epoch=10, seed=0)
     options = {"lr": 0.1, "init": 4.0, "penalty": 2000.0, **options}
-    return MLPruning(analyze(tiny_model("bert")), MLPruning.Options(**options), plan)
+    structure = analyze(tiny_model("bert"))
+    plan = plan_for(structure, "mlpruning", target, of=of, total=total, per_epoch=10)
+    return MLPruning(structure, MLPruning.Options(**options), plan)
 
 
 def _magnitudes(method):
@@ -149,7 +151,7 @@ def test_scores_may_start_as_in_the_authors_code(scores, scale, bound):
     assert drawn.abs().max() > 0.9 * bound
     assert abs(float(drawn.mean())) < 0.2 * bound
     blocks = block_pruning(
-        {"scores": scores, "scores_scale": scale}, method.plan, without_some_units(tiny_model("bert"))
+        {"scores": scores, "scores_scale": scale}, 0.5, without_some_units(tiny_model("bert")), total=200
     )
     assert not blocks[0].wants_magnitudes
     assert all(0 < value.abs().max() <= bound for value in blocks[0].groups.score.values())

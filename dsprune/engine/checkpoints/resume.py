@@ -12,11 +12,11 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from dsprune.consolidate import check_files, read_manifest
-from dsprune.engine.checkpoints.reshard import load_elastic
+from dsprune.engine.checkpoints.reshard import load_resharded
 from dsprune.engine.checkpoints.store import TAG, CheckpointStore
 from dsprune.engine.learning.replica import Replica
 from dsprune.engine.zero.config import engine_precision
-from dsprune.engine.zero.files import only_weights
+from dsprune.engine.zero.shard_files import only_weights
 from dsprune.errors import CheckpointError, ConfigError, OutputError
 
 __all__ = ["Restored", "check_drift", "find_newest", "restore"]
@@ -107,7 +107,7 @@ def restore(
                 engine.load_checkpoint(str(path), tag=TAG, load_lr_scheduler_states=False)
         elif reshard:
             say(f"{store.stage}: converting {path}: saved by {_shape(*theirs)}, going on with {_shape(*ours)}")
-            load_elastic(engine, path / TAG, state["engine"])
+            load_resharded(engine, path / TAG, state["engine"])
         else:
             raise CheckpointError(
                 f"{path} was saved by {_shape(*theirs)}, this launch has {_shape(*ours)}, and checkpoint.reshard is off"

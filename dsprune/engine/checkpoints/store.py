@@ -26,9 +26,9 @@ from dsprune.consolidate import FORMAT, read_manifest, render_manifest, sha256
 from dsprune.engine.learning.replica import Replica
 from dsprune.engine.ranks.world import World
 from dsprune.engine.zero.config import engine_precision
-from dsprune.engine.zero.files import staying_in_step
+from dsprune.engine.zero.shard_files import staying_in_step
 from dsprune.errors import CheckpointError, OutputError
-from dsprune.files import write_json
+from dsprune.files import first_line, write_json
 from dsprune.run_folder import MANIFEST, best_scored, checkpoint_name, is_checkpoint
 
 __all__ = [
@@ -204,7 +204,7 @@ class CheckpointStore:
             except RuntimeError as error:
                 if not any(sign in str(error) for sign in DISK_FULL_SIGNS):
                     raise
-                raise OutputError(self._refused(str(error).splitlines()[0])) from error
+                raise OutputError(self._refused(first_line(error))) from error
 
     def _refused(self, reason: str) -> str:
         free = f"{_size(free_bytes(self.folder))} free there"

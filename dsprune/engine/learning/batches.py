@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -14,9 +13,6 @@ from dsprune.engine.zero.config import BatchPlan
 from dsprune.tasks import Encoded
 from dsprune.tasks.losses import IGNORED
 from dsprune.tasks.sampling import epoch_order, micro_batch, steps_per_epoch
-
-if TYPE_CHECKING:
-    from dsprune.engine.ranks.world import World
 
 __all__ = ["Batches", "MicroBatch", "to_device"]
 

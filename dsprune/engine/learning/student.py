@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from dsprune.config import DistillConfig
 from dsprune.consolidate import verify
 from dsprune.distill import UNMATCHED, AttentionTap, HiddenTap, attention_loss, layer_distances, layer_loss
-from dsprune.engine.learning.losses import TeacherOutputs, make_scorer
+from dsprune.engine.learning.objective import TeacherOutputs, objective_for
 from dsprune.engine.models.load import announce_tables
 from dsprune.engine.zero.engines import adamw, training_engine
 from dsprune.structure import BlockGating, Gates, Gating
@@ -83,7 +83,7 @@ class Student(nn.Module):
     ) -> None:
         super().__init__()
         self.model = model
-        self.scorer = make_scorer(task, model)
+        self.objective = objective_for(task, model)
         self.distill = distill
         self.gating = gating
         self.tap: HiddenTap | None = None
@@ -152,11 +152,11 @@ class Student(nn.Module):
             self._let_go()
             return (outputs,)
         if num_targets is None:
-            predictions = self.scorer.predict(self.model, inputs, labels)
+            predictions = self.objective.predict(self.model, inputs, labels)
             self._let_go()
             return (predictions,)
         taught = teacher_signal.taught if teacher_signal is not None else None
-        scored = self.scorer.score(self.model, inputs, labels, num_targets, taught, self.distill, frozen=probe)
+        scored = self.objective.losses(self.model, inputs, labels, num_targets, taught, self.distill, frozen=probe)
         if probe or teacher_signal is None or self.distill is None:
             self._let_go()
             return self._result(scored.total, logits=scored.logits, labels=scored.labels)

@@ -23,9 +23,9 @@ from dsprune.engine.learning.teacher import Teacher
 from dsprune.engine.ranks.pulse import pulse
 from dsprune.engine.ranks.stop import Stop, describe
 from dsprune.engine.ranks.world import World
-from dsprune.engine.zero.autocast import autocasting
 from dsprune.engine.zero.gather import whole
 from dsprune.engine.zero.refusals import refusals
+from dsprune.engine.zero.torch_autocast import autocasting
 from dsprune.methods.noise import stable_seed
 from dsprune.structure import ffn_alive
 

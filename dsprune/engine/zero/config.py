@@ -19,10 +19,10 @@ from typing import Any
 import torch
 
 from dsprune.config import BatchConfig
+from dsprune.dtypes import Precision
 from dsprune.engine.zero.check import (
     AUTO,
     OFFLOADED,
-    Precision,
     dtype_of,
     find,
     find_mistakes,

@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from dsprune.engine.zero.autocast import forget_autocast
 from dsprune.engine.zero.config import offload_device, zero_stage
 from dsprune.engine.zero.refusals import refusals
 from dsprune.engine.zero.requirements import quiet_import
+from dsprune.engine.zero.torch_autocast import forget_autocast
 
 deepspeed = quiet_import()
 

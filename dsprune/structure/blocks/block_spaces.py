@@ -71,11 +71,13 @@ class BlockStructure:
     def remaining(self, gates: Mapping[str, Tensor]) -> Tensor:
         """Encoder parameters that are stored, padding of edge blocks included; [] float64.
 
-        With gates in {0, 1} this is the count of the exported model; a matrix whose gates are all
-        open is stored dense, without padding.
+        A matrix without gates is whole. With gates in {0, 1} this is the count of the exported model; a matrix whose
+        gates are all open is stored dense, without padding.
         """
         total = torch.tensor(float(self.parameters["encoder"]), dtype=torch.float64)
         for matrix in self.matrices:
+            if matrix.path not in gates:
+                continue
             gate = gates[matrix.path].double()
             stored = gate.sum() * matrix.block[0] * matrix.block[1]
             whole = bool((gate.detach() == 1).all())

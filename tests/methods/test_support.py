@@ -10,8 +10,7 @@ import torch
 from dsprune.arch import list_families, load_family
 from dsprune.consolidate import apply_blocks, apply_selection
 from dsprune.errors import ArchitectureError, ConfigError
-from dsprune.methods import Plan
-from dsprune.methods.families import VARIANTS, families_table, refusal
+from dsprune.methods.support import VARIANTS, families_table, refusal
 from dsprune.structure import (
     analyze,
     analyze_blocks,
@@ -29,7 +28,7 @@ TARGET = 0.4
 def _prune(variant, model, batch):
     """A method after one step on real gate gradients: its selection, and the sparsity that it counts."""
     options = {**OPTIONS[variant.method], **variant.options}
-    method, gating = pruning(variant.method, options, Plan(TARGET, "encoder", 6, 4, 0), model)
+    method, gating = pruning(variant.method, options, TARGET, model)
     gates = method.gates(method.gates_from)
     leaves = {kind: gate.detach().clone().requires_grad_() for kind, gate in gates.items()}
     gating.set(leaves)
@@ -37,7 +36,7 @@ def _prune(variant, model, batch):
     method.learn(method.gates_from, gates, {kind: leaf.grad for kind, leaf in leaves.items()})
     gating.remove()
     selection = method.select()
-    return selection, float(method.cost.sparsity(selection.hard())), _largest_unit(method)
+    return selection, method.budget.removed(selection.hard()), _largest_unit(method)
 
 
 def _largest_unit(method):
@@ -45,7 +44,7 @@ def _largest_unit(method):
     gate = ones(method.structure, ("head" if method.kinds == ("head", "ffn_dim") else "ffn_dim",))
     for value in gate.values():
         value[0, 0] = 0
-    return float(method.cost.sparsity(gate))
+    return method.budget.removed(gate)
 
 
 def _check_method(variant, model):
@@ -61,7 +60,7 @@ def _check_method(variant, model):
 
 def _check_blocks(model):
     compact = without_some_units(model)
-    method, gating = block_pruning({}, Plan(TARGET, "encoder", 6, 4, 0), compact)
+    method, gating = block_pruning({}, TARGET, compact)
     selection = method.select()
     gating.set(selection.masks)
     with torch.no_grad():

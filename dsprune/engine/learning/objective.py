@@ -19,14 +19,14 @@ from dsprune.engine.zero.gather import gathered
 from dsprune.tasks import LabelTask, Task, TextTask
 from dsprune.tasks.losses import IGNORED
 
-__all__ = ["Scored", "Scorer", "TeacherOutputs", "make_scorer"]
+__all__ = ["Objective", "TaskLosses", "TeacherOutputs", "objective_for"]
 
 TeacherOutputs = Tensor | TeacherLogits
 """What a teacher says of one micro-batch: its outputs in the task's order of labels, or logits to be had by chunks."""
 
 
 @dataclass
-class Scored:
+class TaskLosses:
     """Losses of the outputs of one micro-batch, [] each; None where a part is not wanted.
 
     Attributes:
@@ -40,8 +40,8 @@ class Scored:
     labels: Tensor | None = None
 
 
-class Scorer(ABC):
-    """Reads what a model gives out."""
+class Objective(ABC):
+    """What is asked of a model for a task: predictions, what it has to say as a teacher, losses."""
 
     @abstractmethod
     def predict(self, run: Callable[..., Any], inputs: Mapping[str, Tensor], labels: Tensor) -> Tensor:
@@ -54,13 +54,13 @@ class Scorer(ABC):
         """
 
     @abstractmethod
-    def teach(
+    def teacher_outputs(
         self, run: Callable[..., Any], inputs: Mapping[str, Tensor], labels: Tensor, distill: DistillConfig
     ) -> TeacherOutputs:
-        """What a teacher has to say for `score`. Collective under ZeRO-3."""
+        """What a teacher has to say for `losses`. Collective under ZeRO-3."""
 
     @abstractmethod
-    def score(
+    def losses(
         self,
         run: Callable[..., Any],
         inputs: Mapping[str, Tensor],
@@ -70,7 +70,7 @@ class Scorer(ABC):
         distill: DistillConfig | None,
         *,
         frozen: bool,
-    ) -> Scored:
+    ) -> TaskLosses:
         """Forward pass and losses of a micro-batch. Collective under ZeRO-3.
 
         Args:
@@ -84,7 +84,7 @@ class Scorer(ABC):
         """
 
 
-class OutputScorer(Scorer):
+class OutputObjective(Objective):
     """Losses from all outputs.
 
     Args:
@@ -97,12 +97,12 @@ class OutputScorer(Scorer):
     def predict(self, run: Callable[..., Any], inputs: Mapping[str, Tensor], labels: Tensor) -> Tensor:
         return self.task.outputs(run(**inputs))
 
-    def teach(
+    def teacher_outputs(
         self, run: Callable[..., Any], inputs: Mapping[str, Tensor], labels: Tensor, distill: DistillConfig
     ) -> TeacherOutputs:
         return self.predict(run, inputs, labels)
 
-    def score(
+    def losses(
         self,
         run: Callable[..., Any],
         inputs: Mapping[str, Tensor],
@@ -112,11 +112,11 @@ class OutputScorer(Scorer):
         distill: DistillConfig | None,
         *,
         frozen: bool,
-    ) -> Scored:
+    ) -> TaskLosses:
         outputs = self.task.outputs(run(**inputs)).float()
         if taught is None or distill is None:
             loss = self.task.loss(outputs, labels, count=count)
-            return Scored(loss, labels=loss)
+            return TaskLosses(loss, labels=loss)
         assert isinstance(taught, Tensor)
         temperature = distill.temperature
         by_logits = self.task.logit_loss(outputs, taught.float(), labels, temperature=temperature, count=count)
@@ -125,12 +125,12 @@ class OutputScorer(Scorer):
             by_logits = by_logits / temperature**2
         total = distill.logits * by_logits
         if distill.labels == 0:
-            return Scored(total, by_logits)
+            return TaskLosses(total, by_logits)
         by_labels = self.task.loss(outputs, labels, count=count)
-        return Scored(total + distill.labels * by_labels, by_logits, by_labels)
+        return TaskLosses(total + distill.labels * by_labels, by_logits, by_labels)
 
 
-class VocabularyScorer(Scorer):
+class VocabularyObjective(Objective):
     """Losses by chunks of tokens, asked of the model's head.
 
     Args:
@@ -146,7 +146,7 @@ class VocabularyScorer(Scorer):
     def predict(self, run: Callable[..., Any], inputs: Mapping[str, Tensor], labels: Tensor) -> Tensor:
         return self.task.predict(run, self.head, inputs, labels)
 
-    def teach(
+    def teacher_outputs(
         self, run: Callable[..., Any], inputs: Mapping[str, Tensor], labels: Tensor, distill: DistillConfig
     ) -> TeacherOutputs:
         where = labels != IGNORED
@@ -165,7 +165,7 @@ class VocabularyScorer(Scorer):
         module = self.head.module
         return TeacherStates(answer[0], module.weight, module.bias, lambda: gathered(*module.parameters()))
 
-    def score(
+    def losses(
         self,
         run: Callable[..., Any],
         inputs: Mapping[str, Tensor],
@@ -175,13 +175,13 @@ class VocabularyScorer(Scorer):
         distill: DistillConfig | None,
         *,
         frozen: bool,
-    ) -> Scored:
+    ) -> TaskLosses:
         where = labels != IGNORED
         wanted = labels[where]
         with_labels = taught is None or distill is None or distill.labels > 0
         shares = _shares(taught, distill)
 
-        def losses(logits: Tensor, rows: slice) -> Tensor:
+        def parts_of(logits: Tensor, rows: slice) -> Tensor:
             parts = []
             if taught is not None and distill is not None:
                 assert not isinstance(taught, Tensor)
@@ -194,12 +194,12 @@ class VocabularyScorer(Scorer):
         def question(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
             weights = torch.tensor(shares, dtype=torch.promote_types(hidden.dtype, torch.float32), device=hidden.device)
             chunk = self.task.chunk
-            with nullcontext() if taught is None or isinstance(taught, Tensor) else taught.ready():
-                return chunked_losses(hidden[where], weight, bias, losses, weights, chunk=chunk, frozen=frozen)
+            with nullcontext() if taught is None or isinstance(taught, Tensor) else taught.gathering():
+                return chunked_losses(hidden[where], weight, bias, parts_of, weights, chunk=chunk, frozen=frozen)
 
         total, parts = self.head.ask(question, run, **self.task.arguments(self.model, inputs, labels))
         named = (parts / count).unbind()
-        return Scored(
+        return TaskLosses(
             total / count,
             logits=None if taught is None else named[0],
             labels=named[-1] if with_labels else None,
@@ -213,7 +213,7 @@ def _shares(taught: TeacherOutputs | None, distill: DistillConfig | None) -> lis
     return [distill.logits, distill.labels] if distill.labels > 0 else [distill.logits]
 
 
-def make_scorer(task: Task, model: PreTrainedModel) -> Scorer:
+def objective_for(task: Task, model: PreTrainedModel) -> Objective:
     """What reads a model's answers to a task; made before the model becomes an engine.
 
     Args:
@@ -221,6 +221,6 @@ def make_scorer(task: Task, model: PreTrainedModel) -> Scorer:
         model: that answers, its outputs in the task's order.
     """
     if isinstance(task, TextTask):
-        return VocabularyScorer(task, model)
+        return VocabularyObjective(task, model)
     assert isinstance(task, LabelTask)
-    return OutputScorer(task)
+    return OutputObjective(task)

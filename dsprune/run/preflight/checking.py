@@ -14,10 +14,9 @@ from dsprune.config import RunConfig
 from dsprune.consolidate import factor_embedding, is_stock
 from dsprune.distill import LayerPlan
 from dsprune.engine.models.factoring import check_rank
-from dsprune.engine.models.load import load_tokenizer, resolve_source
+from dsprune.engine.models.load import load_tokenizer
 from dsprune.engine.models.skeleton import skeleton
 from dsprune.engine.models.source_check import plan_loading
-from dsprune.engine.zero.autocast import check_autocast
 from dsprune.engine.zero.config import (
     BatchPlan,
     DsConfig,
@@ -27,13 +26,15 @@ from dsprune.engine.zero.config import (
     student_config,
     teacher_config,
 )
+from dsprune.engine.zero.torch_autocast import check_autocast
 from dsprune.errors import ArchitectureError, ConfigError, OutputError
 from dsprune.methods import Method, Plan, method_class
-from dsprune.methods.shapes import aimed_sparsity
-from dsprune.run.teacher_fit import check_positions, check_start, check_teacher
-from dsprune.run.teaching import plan_teaching, teacher_shape
+from dsprune.methods.size_constraints import aimed
+from dsprune.pretrained import resolve_source
+from dsprune.run.preflight.teacher_fit import check_positions, check_start, check_teacher
+from dsprune.run.preflight.teaching import plan_teaching, teacher_shape
 from dsprune.run_folder import RunFolder
-from dsprune.structure import Selection, Structure, analyze, block_grid, shape_gates
+from dsprune.structure import Budget, Selection, Structure, analyze, block_grid, budget_for, shape_gates
 from dsprune.tasks import Task, build_task
 
 __all__ = ["Preflight", "check_output", "dense_skeleton", "preflight"]
@@ -55,8 +56,8 @@ class Preflight:
     teaching: LayerPlan
     """Teacher layers that teach, and the student layers in their place."""
     vocab_size: int
-    target: float
-    """Sparsity to reach: `prune.target`, or that of the shape that is asked for."""
+    budget: Budget
+    """What pruning is held to: what was asked for, or what the shape implies that was given instead."""
 
 
 def dense_skeleton(config: RunConfig, task: Task) -> PreTrainedModel:
@@ -181,9 +182,10 @@ def build_method(config: RunConfig, structure: Structure, *, total_steps: int, s
         ConfigError: a target or a shape out of reach, or options that do not fit the length of the stage.
     """
     cls = method_class(config.method.name)
+    prune = config.prune
+    asked = budget_for(structure, prune.target, of=prune.target_of, empty=cls.empty, length=config.task.max_length)
     plan = Plan(
-        target=aimed_sparsity(config, structure, empty=cls.empty),
-        target_of=config.prune.target_of,
+        budget=aimed(asked, structure, config.shape, is_set="target" in prune.model_fields_set),
         total_steps=total_steps,
         steps_per_epoch=steps_per_epoch,
         seed=config.seed,
@@ -253,6 +255,4 @@ def preflight(config: RunConfig, world_size: int) -> Preflight:
     teaching = plan_teaching(config, structure, teacher_shape(config, task, structure), method.kinds)
     _check_stock(config, model, method)
     _check_blocks(config, structure)
-    return Preflight(
-        task, tokenizer, batch, structure, student_ds, teacher_ds, teaching, vocab_size, method.plan.target
-    )
+    return Preflight(task, tokenizer, batch, structure, student_ds, teacher_ds, teaching, vocab_size, method.budget)

@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from transformers import AutoConfig, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from dsprune.arch import family_for
 from dsprune.config import RunConfig
-from dsprune.engine.models.load import load_tokenizer, resolve_source
+from dsprune.engine.models.load import load_tokenizer
 from dsprune.engine.models.skeleton import check_quantization, compact_facts, skeleton
 from dsprune.errors import ArchitectureError, ConfigError
+from dsprune.pretrained import read_model_config, resolve_source
 from dsprune.structure.layout import family_of
 from dsprune.tasks import Task
 from dsprune.tasks.label_order import label_permutation
@@ -35,10 +36,7 @@ def check_teacher(config: RunConfig, task: Task, vocab_size: int, tokenizer: Pre
     if config.teacher.path is None:
         return
     source = resolve_source(config.teacher.path)
-    try:
-        teacher = AutoConfig.from_pretrained(source)
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"cannot load teacher '{source}': {str(error).splitlines()[0]}") from error
+    teacher = read_model_config(source, what="teacher")
     check_quantization("teacher", source, teacher)
     check_positions("teacher", config, teacher)
     _check_labels(task, source, teacher)

@@ -8,15 +8,15 @@ from typing import Any
 
 from dsprune.engine.checkpoints.resume import Restored
 from dsprune.engine.checkpoints.store import CheckpointStore, Snapshot
-from dsprune.engine.learning.guard import check_before_commit
+from dsprune.engine.learning.commit_guard import check_before_commit
 from dsprune.engine.learning.trainer import Trainer
 from dsprune.engine.ranks.pulse import pulse
 from dsprune.errors import NumericsError, Preempted
 from dsprune.files import write_json
 from dsprune.methods.tracking import report_lag
 from dsprune.run.journal import Journal
-from dsprune.run.metering import Meter, log_step
 from dsprune.run.status import Status
+from dsprune.run.training.metering import Meter, log_step
 
 __all__ = ["Pace", "TrainingLoop"]
 
@@ -43,7 +43,7 @@ class TrainingLoop:
             score.
         evaluate: metrics after so many steps; may raise `Preempted`.
         score: the one number of them that checkpoints compete by.
-        snapshot: what to save beside the engine, given steps done, metrics, score and the course's own state.
+        snapshot: what to save beside the engine, given steps done, metrics, score and the loop's own state.
     """
 
     def __init__(

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from dsprune.engine.learning.trainer import Trainer
 from dsprune.methods.tracking import Landing
+from dsprune.run_folder import checkpoint_name
 
 __all__ = ["settle", "told"]
 
@@ -41,7 +42,7 @@ def settle(
     landing = Landing(**{k: v for k, v in figures["landing"].items() if k != "gap_points"})
     missed = landing.missed(epsilon)
     facts = {**landing.to_dict(), "epsilon": epsilon, "missed": missed}
-    if missed and checkpoint.name == f"step-{trainer.total_steps:08d}":
+    if missed and checkpoint.name == checkpoint_name(trainer.total_steps):
         method = trainer.replica.method
         after = evaluate(method.gates_of(method.select()))
         facts |= {"metrics_before": figures["metric"], "metrics_after": after}

@@ -10,10 +10,11 @@ import torch
 from dsprune.config import ShapeConfig, parse_config
 from dsprune.consolidate import apply_selection, is_stock
 from dsprune.errors import ConfigError
-from dsprune.methods import Plan, method_class, method_options
-from dsprune.methods.shapes import SizeConstraints, aimed_sparsity
-from dsprune.structure import CostModel, Selection, analyze, attach_gates, find_shape, shape_gates
+from dsprune.methods import method_class, method_options
+from dsprune.methods.size_constraints import SizeConstraints, aimed
+from dsprune.structure import CostModel, Selection, analyze, attach_gates, budget_for, find_shape, shape_gates
 from tests.helpers.models import batch_for, tiny_model
+from tests.helpers.plans import plan_for
 from tests.helpers.settings import ROWS
 
 OPTIONS = {row.name: row.options for row in ROWS}
@@ -57,7 +58,7 @@ def _method(name, model, shape, target=0.4, **options):
     cls = method_class(name)
     if "uniform" not in shape:
         target = float(CostModel(structure, empty=cls.empty).sparsity(shape_gates(structure, shape)))
-    plan = Plan(target, "encoder", 6, 4, 0, ShapeConfig(**shape))
+    plan = plan_for(structure, name, target, shape=ShapeConfig(**shape))
     method = cls(structure, cls.Options(**OPTIONS[name], **options), plan)
     generator = torch.Generator().manual_seed(3)
     with torch.no_grad():
@@ -110,7 +111,7 @@ def test_a_pooler_is_as_wide_as_a_stock_model(name, tmp_path):
     assert _sizes(stock.config, method.structure).items() >= shape.items()
     assert torch.equal(selection.gates["pooler"], selection.gates["hidden"])
     assert len(selection.kept(method.structure.pooler)) == shape["hidden"]
-    counted = method.cost.parameters(selection.hard(), of="total")
+    counted = CostModel(method.structure).parameters(selection.hard(), of="total")
     assert sum(param.numel() for param in stock.parameters()) == int(counted)
 
 
@@ -142,8 +143,8 @@ def test_uniform_sizes_meet_the_target(name, method_name, tmp_path):
     target = LESS.get(name, 0.4)
     method = _method(method_name, model, {"uniform": True}, target=target, **options)
     _, selection = _export(method, model, tmp_path)
-    sparsity = float(method.cost.sparsity(selection.hard()))
-    neuron = 2 * float(method.cost.unit_prices(("ffn_dim",))["ffn_dim"][0, 0]) / method.cost.dense()
+    sparsity = method.budget.removed(selection.hard())
+    neuron = 2 * float(method.budget.prices(("ffn_dim",))["ffn_dim"][0, 0]) / method.budget.dense
     assert (
         target - 1e-9 <= sparsity < target + max(0.005, neuron)
     )  # one neuron of every layer is all that is between two sizes
@@ -184,10 +185,9 @@ def test_constraints_by_hand():
 
 def test_the_nearest_shape_is_found():
     structure = analyze(tiny_model("llama"))
-    cost = CostModel(structure)
     wanted = {"hidden": 22 / 32, "heads": 0.5, "ffn": 30 / 64}
-    target = float(cost.sparsity(shape_gates(structure, {"hidden": 22, "heads": 2, "ffn": 30})))
-    assert find_shape(cost, wanted, target, of="encoder") == {"hidden": 22, "heads": 2, "ffn": 30}
+    target = budget_for(structure, 0).removed(shape_gates(structure, {"hidden": 22, "heads": 2, "ffn": 30}))
+    assert find_shape(structure, budget_for(structure, target), wanted) == {"hidden": 22, "heads": 2, "ffn": 30}
 
 
 @pytest.mark.parametrize(
@@ -227,10 +227,10 @@ def _config(**tables):
 def test_a_shape_says_what_the_target_is():
     structure = analyze(tiny_model("llama"))
     implied = float(CostModel(structure).sparsity(shape_gates(structure, {"ffn": 20})))
-    assert aimed_sparsity(_config(shape={"ffn": 20}), structure, empty="identity") == implied
-    same = _config(shape={"ffn": 20}, prune={"target": implied})
-    assert aimed_sparsity(same, structure, empty="identity") == implied
-    with pytest.raises(ConfigError, match=r"prune.target = 0.9 contradicts the sizes of \[shape\]"):
-        aimed_sparsity(_config(shape={"ffn": 20}, prune={"target": 0.9}), structure, empty="identity")
+    shape = ShapeConfig(ffn=20)
+    assert aimed(budget_for(structure, 0.95), structure, shape, is_set=False).target == implied
+    assert aimed(budget_for(structure, implied), structure, shape, is_set=True).target == implied
+    with pytest.raises(ConfigError, match=r"prune.target = 0.9 of the .* contradicts the sizes of \[shape\]"):
+        aimed(budget_for(structure, 0.9), structure, shape, is_set=True)
     with pytest.raises(ConfigError, match="leave out one or the other"):
         _config(shape={"ffn": 20, "uniform": True})

@@ -4,13 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
-from transformers import AutoConfig
-
 from dsprune.config import RunConfig
 from dsprune.distill import LayerPlan, plan_layers
-from dsprune.engine.models.load import from_config, resolve_source
-from dsprune.errors import ArchitectureError, ConfigError
+from dsprune.engine.models.skeleton import skeleton
+from dsprune.errors import ConfigError
 from dsprune.structure import Structure
 from dsprune.structure.layout import layer_stacks
 from dsprune.tasks import Task
@@ -46,15 +43,10 @@ def teacher_shape(config: RunConfig, task: Task, structure: Structure) -> Teache
     """
     if config.teacher.path is None:
         return TeacherShape(student_stacks(structure), structure.sizes.hidden, structure.sizes.num_heads)
-    source = resolve_source(config.teacher.path)
-    theirs = AutoConfig.from_pretrained(source)
-    try:
-        with torch.device("meta"):
-            stacks = layer_stacks(from_config(task.head, theirs))
-    except ValueError as error:
-        raise ArchitectureError(f"teacher '{source}': {str(error).splitlines()[0]}") from error
+    teacher = skeleton(config.teacher.path, task, what="teacher")
+    theirs = teacher.config
     heads = None if getattr(theirs, "dsprune", None) else int(theirs.num_attention_heads)
-    return TeacherShape(stacks, int(theirs.hidden_size), heads)
+    return TeacherShape(layer_stacks(teacher), int(theirs.hidden_size), heads)
 
 
 def plan_teaching(

@@ -56,5 +56,5 @@ def log_step(journal: Journal, trainer: Trainer, meter: Meter, step: int) -> dic
     journal.log(trainer.stage, step, metrics)
     note = {"loss": f"{metrics['loss/total']:.4f}"}
     if trainer.replica is not None and "sparsity/hard" in metrics:
-        note[f"{trainer.replica.method.plan.target_of} sparsity"] = f"{metrics['sparsity/hard']:.1%}"
+        note["sparsity"] = f"{metrics['sparsity/hard']:.1%}"
     return note

@@ -13,18 +13,20 @@ from typing import Any
 import torch
 from torch import Tensor
 from tqdm import tqdm
-from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 
 from dsprune.config import TaskConfig
+from dsprune.dtypes import torch_dtype
 from dsprune.engine.learning.evaluate import predict
-from dsprune.engine.learning.losses import Scorer, make_scorer
+from dsprune.engine.learning.objective import Objective, objective_for
 from dsprune.engine.models.labelling import as_model_tells
-from dsprune.engine.models.load import load_model, load_tokenizer, resolve_source
+from dsprune.engine.models.load import load_model, load_tokenizer
 from dsprune.engine.models.skeleton import compact_facts
 from dsprune.engine.ranks.alone import Alone
 from dsprune.errors import ArchitectureError, ConfigError, OutputError
-from dsprune.measure.bench import DTYPES, check_options, describe_device, num_positions, wait
+from dsprune.measure.bench import check_options, describe_device, num_positions, wait
 from dsprune.measure.tables import render_table
+from dsprune.pretrained import read_model_config, resolve_source
 from dsprune.run_folder import STAGES, RunFolder
 from dsprune.structure import CostModel, analyze
 from dsprune.tasks import Encoded, Task, build_task
@@ -134,9 +136,9 @@ class _Timed:
         examples: of the last split.
     """
 
-    def __init__(self, model: PreTrainedModel, scorer: Scorer, device: torch.device) -> None:
+    def __init__(self, model: PreTrainedModel, objective: Objective, device: torch.device) -> None:
         self.model = model
-        self.scorer = scorer
+        self.objective = objective
         self.device = device
         self.examples = 0
         self._seconds = 0.0
@@ -155,10 +157,10 @@ class _Timed:
     def __call__(self, inputs: Mapping[str, Tensor], labels: Tensor) -> Tensor:
         if not self.examples:
             # Once more beforehand, untimed: what is set up at first use takes longer than a batch.
-            self.scorer.predict(self.model, inputs, labels)
+            self.objective.predict(self.model, inputs, labels)
         wait(self.device)
         began = time.perf_counter()
-        outputs = self.scorer.predict(self.model, inputs, labels)
+        outputs = self.objective.predict(self.model, inputs, labels)
         wait(self.device)
         self._seconds += time.perf_counter() - began
         self.examples += len(outputs)
@@ -207,7 +209,7 @@ def evaluate_folder(
         settings = settings.model_copy(update={"max_length": LENGTHS[settings.name]})
     place = check_options([batch_size], settings.max_length, dtype, device, 1, 0, None)
     _check_run(source)
-    config = _config_of(source)
+    config = read_model_config(source)
     task = build_task(as_model_tells(settings, config), data, seed=seed)
     without: set[str] = set()
     if predictions is not None:
@@ -215,10 +217,10 @@ def evaluate_folder(
         task, without = blank_labels(task)
     _check_head(source, config, task)
     tokenizer = load_tokenizer(source)
-    model = load_model(source, task, {}).to(dtype=DTYPES[dtype]).to(place).eval()  # type: ignore[arg-type]
+    model = load_model(source, task, {}).to(dtype=torch_dtype(dtype)).to(place).eval()  # type: ignore[arg-type]
     task = _fit_length(source, model, task, given=given)
     evals, notes = task.load_evals(tokenizer, vocab_size=int(model.config.vocab_size), progress=progress)
-    forward = _Timed(model, make_scorer(task, model), place)
+    forward = _Timed(model, objective_for(task, model), place)
     splits, found = {}, {}
     for name, examples in evals.items():
         outputs = forward.all(name, examples, batch_size, progress)
@@ -264,13 +266,6 @@ def _check_run(source: str) -> None:
         raise ConfigError(
             f"'{source}' is a run folder: give one of its models, {' or '.join(models) or 'of which there is none yet'}"
         )
-
-
-def _config_of(source: str) -> PretrainedConfig:
-    try:
-        return AutoConfig.from_pretrained(resolve_source(source))
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"cannot load model '{source}': {str(error).strip().splitlines()[0]}") from error
 
 
 def _check_head(source: str, config: PretrainedConfig, task: Task) -> None:

@@ -24,8 +24,8 @@ A launch takes the first step of each of its training stages on two layers befor
 has neither ranks nor data, does not."""
 
 
-def _batch_lines(config: RunConfig, ready: Preflight) -> list[str]:
-    batch = ready.batch
+def _batch_lines(config: RunConfig, findings: Preflight) -> list[str]:
+    batch = findings.batch
     return [
         f"{batch.size} examples a step = {batch.world_size} rank(s) x {batch.micro} x {batch.accumulation} "
         "accumulation step(s)",
@@ -34,10 +34,10 @@ def _batch_lines(config: RunConfig, ready: Preflight) -> list[str]:
     ]
 
 
-def _memory_table(config: RunConfig, ready: Preflight, world_size: int) -> str:
-    student = [math.prod(param.shape) for param in ready.structure.params.values()]
-    teacher = [math.prod(shape) for shape in count_teacher(config, ready.task).shapes.values()]
-    engines = (("student", student, ready.student_ds, True), ("teacher", teacher, ready.teacher_ds, False))
+def _memory_table(config: RunConfig, findings: Preflight, world_size: int) -> str:
+    student = [math.prod(param.shape) for param in findings.structure.params.values()]
+    teacher = [math.prod(shape) for shape in count_teacher(config, findings.task).shapes.values()]
+    engines = (("student", student, findings.student_ds, True), ("teacher", teacher, findings.teacher_ds, False))
     rows = []
     for name, sizes, ds_config, trained in engines:
         states = engine_states(sizes, ds_config, world_size, trained=trained)
@@ -49,9 +49,9 @@ def _memory_table(config: RunConfig, ready: Preflight, world_size: int) -> str:
     return "\n".join(lines)
 
 
-def _disk_lines(config: RunConfig, ready: Preflight) -> list[str]:
+def _disk_lines(config: RunConfig, findings: Preflight) -> list[str]:
     """What the checkpoints of a stage take: those kept, the best one, and the one being written."""
-    size = BYTES_PER_PARAMETER * CostModel(ready.structure).dense("total") / GIB
+    size = BYTES_PER_PARAMETER * CostModel(findings.structure).dense("total") / GIB
     held = config.checkpoint.keep + 2
     free = free_bytes(Path(config.output)) / GIB
     return [
@@ -61,15 +61,15 @@ def _disk_lines(config: RunConfig, ready: Preflight) -> list[str]:
     ]
 
 
-def describe_plan(config: RunConfig, ready: Preflight, world_size: int) -> str:
+def describe_plan(config: RunConfig, findings: Preflight, world_size: int) -> str:
     """The whole plan as text."""
-    notes = dict.fromkeys((*ready.student_ds.notes, *ready.teacher_ds.notes))
+    notes = dict.fromkeys((*findings.student_ds.notes, *findings.teacher_ds.notes))
     sections = {
         "configuration": json.dumps(config.model_dump(mode="json"), indent=2),
-        "prunable spaces": describe_spaces(ready.structure),
-        "batch": "\n".join(_batch_lines(config, ready)),
-        "checkpoints": "\n".join(_disk_lines(config, ready)),
-        f"memory on {world_size} rank(s), activations apart": _memory_table(config, ready, world_size),
+        "prunable spaces": describe_spaces(findings.structure),
+        "batch": "\n".join(_batch_lines(config, findings)),
+        "checkpoints": "\n".join(_disk_lines(config, findings)),
+        f"memory on {world_size} rank(s), activations apart": _memory_table(config, findings, world_size),
         "rehearsal": REHEARSAL,
     }
     if notes:
