@@ -15,12 +15,13 @@ from dsprune.consolidate import verify
 from dsprune.distill import UNMATCHED, AttentionTap, HiddenTap, attention_loss, layer_distances, layer_loss
 from dsprune.engine.learning.losses import TeacherOutputs, make_scorer
 from dsprune.engine.models.load import announce_tables
-from dsprune.engine.zero.engines import adamw, training_engine
+from dsprune.engine.zero.config import DsConfig, calibration_config, dtype_of
+from dsprune.engine.zero.engines import adamw, answering_engine, training_engine
 from dsprune.structure import BlockGating, Gates, Gating
 from dsprune.structure.layout import attention_map_modules, hidden_state_modules, layer_stacks
 from dsprune.tasks import Task
 
-__all__ = ["CONSTANT", "PARTS", "Student", "TeacherSignal", "build_student_engine"]
+__all__ = ["CONSTANT", "PARTS", "Student", "TeacherSignal", "build_calibrated_engine", "build_student_engine"]
 
 PARTS = ("total", "logits", "layers", "attentions", "labels")
 """Order of the loss parts that `Student.forward` returns."""
@@ -242,6 +243,23 @@ class Student(nn.Module):
             theirs = theirs if self.head_sources is None else theirs[:, self.head_sources[j]]
             losses.append(attention_loss(ours, theirs, mask=mask, heads=heads, num_pairs=teacher_signal.num_pairs))
         return torch.stack(losses).sum() if losses else None
+
+
+def build_calibrated_engine(student: Student, ds_config: DsConfig) -> Any:
+    """The student as an engine whose weights stay as they are: no gradients of them, no optimizer, no masters.
+    Collective: all ranks must call.
+
+    Args:
+        student: its module.
+        ds_config: filled configuration of an engine that trains.
+
+    Raises:
+        ConfigError: DeepSpeed refuses the configuration.
+    """
+    announce_tables(student.model)
+    student.requires_grad_(False)
+    student.to(dtype_of(ds_config))
+    return answering_engine(student, calibration_config(ds_config))
 
 
 def build_student_engine(

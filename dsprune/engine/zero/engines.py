@@ -110,4 +110,5 @@ def answering_engine(module: nn.Module, ds_config: Mapping[str, Any]) -> Any:
     with refusals(ds_config):
         engine, *_ = deepspeed.initialize(model=module, config=dict(ds_config))
     engine.eval()  # returns nothing, other than of a module
+    engine.checked_config = ds_config
     return engine
