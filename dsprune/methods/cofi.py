@@ -55,8 +55,9 @@ from torch import Tensor
 
 from dsprune.config import Duration, DurationField, Section
 from dsprune.errors import ConfigError
-from dsprune.methods.base import GateSignal, Method, Plan
+from dsprune.methods.base import Plan
 from dsprune.methods.constraint import Ascent, Constraint, ConstraintName, Projection
+from dsprune.methods.evidence import Evidence
 from dsprune.methods.hard_concrete import (
     LOG_ALPHA_MAX,
     LOG_ALPHA_MIN,
@@ -67,8 +68,9 @@ from dsprune.methods.hard_concrete import (
 )
 from dsprune.methods.landing import land
 from dsprune.methods.noise import uniform_noise
+from dsprune.methods.parts import Learned
 from dsprune.methods.schedules import linear_target
-from dsprune.methods.size_constraints import SizeConstraints, SizeProjection, rows
+from dsprune.methods.size_constraints import SizeConstraints, SizeProjection, check_factored, rows
 from dsprune.structure import (
     Selection,
     Structure,
@@ -112,7 +114,7 @@ class CoFiOptions(Section):
     """Granularities that take part."""
 
 
-class CoFi(Method):
+class CoFi(Learned[Structure]):
     """Learned masks at five granularities under a sparsity constraint; see the module for formulas and sources."""
 
     Options = CoFiOptions
@@ -135,9 +137,11 @@ class CoFi(Method):
                 f"method.distill_phase ({self._start} steps) and method.warmup ({self._warmup}) leave no step of "
                 f"prune.duration ({plan.total_steps}): shorten them or prune for longer"
             )
+        check_factored(structure, plan.shape)
         check_shape(structure, plan.shape.sizes, options.gates)
         self._groups = self._learned_groups()
-        self.check_target()
+        self.kinds = tuple(self._by_kind(dict.fromkeys(self._groups, torch.ones(()))))
+        self._check_target()
         shapes = gate_shapes(structure.sizes) | {LAYER: (structure.sizes.num_layers,)}
         noise = uniform_noise({kind: shapes[kind] for kind in self._groups}, plan.seed, -1)
         # A little spread, so that units with equal gradients do not all cross a threshold at once.
@@ -173,10 +177,6 @@ class CoFi(Method):
     @classmethod
     def kinds_of(cls, options: CoFiOptions) -> tuple[str, ...]:
         return options.gates
-
-    @property
-    def kinds(self) -> tuple[str, ...]:
-        return tuple(self._by_kind(dict.fromkeys(self._groups, torch.ones(()))))
 
     def _by_kind(self, gates: dict[str, Tensor]) -> dict[str, Tensor]:
         """Gates by kind, from those by learned group: that of a layer stands for both its sublayers, and in a shape
@@ -263,8 +263,8 @@ class CoFi(Method):
     def target_at(self, step: int) -> float:
         return linear_target(step - self._start, target=self.budget.target, warmup_steps=self._warmup)
 
-    def signal(self, step: int) -> GateSignal:
-        return "training"
+    def evidence(self, step: int) -> Evidence:
+        return "gradient"
 
     def penalty(self, step: int) -> Tensor | None:
         if step < self._start:
@@ -274,8 +274,8 @@ class CoFi(Method):
     def _progress_at(self, step: int) -> float:
         return linear_target(step - self._start, target=1.0, warmup_steps=self._warmup)
 
-    def learn(self, step: int, gates: Mapping[str, Tensor], gradients: Mapping[str, Tensor]) -> None:
-        super().learn(step, gates, gradients)
+    def learn(self, step: int, gates: Mapping[str, Tensor], seen: Mapping[str, Tensor]) -> None:
+        super().learn(step, gates, seen)
         self.constraint.steer()
         self._learned = step + 1
 

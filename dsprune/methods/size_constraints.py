@@ -20,7 +20,7 @@ from dsprune.methods.hard_concrete import LOG_ALPHA_MAX, LOG_ALPHA_MIN
 from dsprune.methods.lagrangian import lagrangian
 from dsprune.structure import Budget, Structure, shape_gates
 
-__all__ = ["SizeConstraints", "SizeProjection", "aimed", "rows"]
+__all__ = ["SizeConstraints", "SizeProjection", "aimed", "check_factored", "rows"]
 
 CONTRADICTION = 0.005
 """Difference of sparsity from which a target and a shape that are both given contradict each other."""
@@ -49,6 +49,16 @@ def aimed(budget: Budget, structure: Structure, shape: ShapeConfig, *, is_set: b
             "the two"
         )
     return replace(budget, target=implied)
+
+
+def check_factored(structure: Structure, shape: ShapeConfig) -> None:
+    """See that what is to have the same sizes in every layer can be a stock model.
+
+    Raises:
+        ConfigError: its word embedding is factored.
+    """
+    if (shape.uniform or shape.sizes) and structure.embedding_rank is not None:
+        raise ConfigError("shape: no stock class has a factored embedding: leave out prune.embedding_rank")
 
 
 class SizeConstraints:

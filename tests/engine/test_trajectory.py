@@ -6,7 +6,7 @@ from functools import cache
 import numpy as np
 import pytest
 
-from dsprune.methods import METHODS
+from dsprune.methods import METHODS, state_of
 from tests.helpers.settings import BLOCKS, ROWS
 from tests.helpers.training import Setup, build_trainer, spoiled, trajectory, under_autocast
 from tests.helpers.world import run_world
@@ -144,7 +144,7 @@ def test_the_method_learns(row_index):
 
 
 def _initial_state(setup):
-    return {name: value.numpy() for name, value in build_trainer(setup).replica.method.state_dict().items()}
+    return {name: value.numpy() for name, value in state_of(build_trainer(setup).replica.method).items()}
 
 
 def test_bf16_follows_fp32():
