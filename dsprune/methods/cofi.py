@@ -102,8 +102,8 @@ class CoFiOptions(Section):
     lr: float = Field(0.01, gt=0)
     """Learning rate of the log-alphas (AdamW, constant)."""
     constraint: ConstraintName = "project"
-    """How the expected sparsity is held to the target: "project" shifts all log-alphas onto it after each step,
-    "ascent" (the published one) lets Lagrange multipliers learn."""
+    """How the expected sparsity is held to the target: "project" moves the log-alphas back onto it after each
+    step, "ascent" (the published one) lets Lagrange multipliers learn."""
     multiplier_lr: float | None = Field(None, gt=0)
     """With constraint = "ascent": learning rate of the multipliers; by default 0.01."""
     init: float = Field(LOG_ALPHA_MAX, ge=LOG_ALPHA_MIN, le=LOG_ALPHA_MAX)
@@ -149,12 +149,10 @@ class CoFi(Learned[Structure]):
             kind: (options.init - 0.01 * noise[kind]).clamp(LOG_ALPHA_MIN, LOG_ALPHA_MAX).requires_grad_()
             for kind in self._groups
         }
-        self.constraint = self._constraint()
+        optimizer = torch.optim.AdamW(self.log_alpha.values(), lr=options.lr, weight_decay=0.0)
+        self.constraint = self._constraint(optimizer)
         self.multipliers = self.constraint.multipliers
-        self._optimizers: list[torch.optim.Optimizer] = [
-            torch.optim.AdamW(self.log_alpha.values(), lr=options.lr, weight_decay=0.0),
-            *self.constraint.optimizers(),
-        ]
+        self._optimizers: list[torch.optim.Optimizer] = [optimizer, *self.constraint.optimizers()]
 
     def _check_options(self) -> None:
         """See that the options go together.
@@ -199,7 +197,7 @@ class CoFi(Learned[Structure]):
             )
         return groups
 
-    def _constraint(self) -> Constraint:
+    def _constraint(self, optimizer: torch.optim.AdamW) -> Constraint:
         """What holds the log-alphas to the target, or to the sizes of a shape."""
         shape, options = self.plan.shape, self.options
         expected = None if shape.sizes else self.expected_sparsity
@@ -209,7 +207,7 @@ class CoFi(Learned[Structure]):
             shares = {kind: counts[kind] / alpha.shape[-1] for kind, alpha in self.log_alpha.items()}
         if options.constraint == "project":
             projected = SizeProjection(self._keep, shares) if self.plan.is_shaped else None
-            return Projection(self.log_alpha, expected, sizes=projected)
+            return Projection(self.log_alpha, expected, optimizer=optimizer, sizes=projected)
         groups = {kind: len(share) for kind, share in self._expected_shares().items()}
         sizes = SizeConstraints(groups, shares) if self.plan.is_shaped else None
         lr = 0.01 if options.multiplier_lr is None else options.multiplier_lr
@@ -276,7 +274,6 @@ class CoFi(Learned[Structure]):
 
     def learn(self, step: int, gates: Mapping[str, Tensor], seen: Mapping[str, Tensor]) -> None:
         super().learn(step, gates, seen)
-        self.constraint.steer()
         self._learned = step + 1
 
     def after_step(self) -> None:
