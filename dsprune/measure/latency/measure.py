@@ -76,13 +76,13 @@ class Setting:
         return device
 
     def conditions(self, device: torch.device) -> Conditions:
-        """What a table measured now holds for; within `limit_threads`."""
+        """What a table measured now holds for."""
         return Conditions(
             device=device_name(device),
             dtype=self.dtype,
             batch=self.batch,
             length=self.length,
-            threads=torch.get_num_threads() if device.type == "cpu" else 0,
+            threads=(self.threads or torch.get_num_threads()) if device.type == "cpu" else 0,
             runtime=self.runtime,
             torch=torch.__version__,
         )

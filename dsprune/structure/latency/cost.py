@@ -22,8 +22,8 @@ from dsprune.structure.spaces import Empty, Structure, Sublayer, gate_shapes
 
 __all__ = ["LatencyCost"]
 
-PRICE_STEPS = 16
-"""Places on the way from no unit to all at which a price looks at the slope."""
+PRICED_FROM, PRICE_STEPS = 0.25, 12
+"""Share of the units from which on a price looks at the slope, and at how many places up to all of them."""
 
 
 class LatencyCost:
@@ -97,13 +97,15 @@ class LatencyCost:
     def price(self, kind: str) -> Tensor:
         """Milliseconds that a unit of a kind is worth, all other kinds kept: of the shape of its gates, float64.
 
-        The mean of its slope on the way from no unit of the kind to all of them (Aumann and Shapley's price, Values
-        of Non-Atomic Games, 1974): at the dense model itself a slope may be that of a plateau.
+        The mean slope on the way from a quarter of the kind's units to all of them, as Aumann and Shapley price
+        (Values of Non-Atomic Games, 1974): at the dense model itself the slope may be that of a plateau, and what
+        the last units save besides belongs to their sublayer.
         """
         shape = self.shapes[kind]
         price = torch.zeros(shape, dtype=torch.float64)
         for step in range(PRICE_STEPS):
-            gate = torch.full(shape, (step + 0.5) / PRICE_STEPS, dtype=torch.float64, requires_grad=True)
+            share = PRICED_FROM + (1 - PRICED_FROM) * (step + 0.5) / PRICE_STEPS
+            gate = torch.full(shape, share, dtype=torch.float64, requires_grad=True)
             with torch.enable_grad():
                 (slope,) = torch.autograd.grad(self.milliseconds({kind: gate}), gate, materialize_grads=True)
             price += slope / PRICE_STEPS
