@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -170,6 +170,19 @@ class Method(ABC):
     @abstractmethod
     def select(self) -> Selection:
         """The final choice, landed on the target as nearly as the units allow."""
+
+    def select_at(self, target: float) -> Selection:
+        """What `select` would choose for another target; training stays held to its own.
+
+        Args:
+            target: share to remove of what the budget counts.
+        """
+        plan = self.plan
+        self.plan = replace(plan, budget=replace(plan.budget, target=target))
+        try:
+            return self.select()
+        finally:
+            self.plan = plan
 
     def gates_of(self, selection: Any) -> Mapping[str, Tensor]:
         """Gates of a choice that `select` made, of at least the kinds that `evaluation_gates` gives."""

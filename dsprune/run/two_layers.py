@@ -153,7 +153,8 @@ def _reduced_config(context: RunContext, stage: StageName, folder: Path, run: Ru
 def _reduced_target(prune: PruneConfig, shape: ShapeConfig) -> PruneConfig:
     """What two layers can lose, from the pretrained model; where sizes are given, these are the target."""
     gentle = {} if shape.sizes else {"target": min(prune.target, TARGET)}
-    return prune.model_copy(update={"start": "pretrained", "target_of": "encoder", **gentle})
+    # Nothing is measured for two layers: instead of a speedup, parameters.
+    return prune.model_copy(update={"start": "pretrained", "target_of": "encoder", "speedup": None, **gentle})
 
 
 def _reduced_shape(shape: ShapeConfig, num_layers: int) -> ShapeConfig:
@@ -173,6 +174,7 @@ def _reduced_findings(context: RunContext, config: RunConfig) -> Preflight:
     structure = analyze(dense_skeleton(config, task))
     return replace(
         found,
+        latency=None,
         batch=replace(found.batch, size=size, accumulation=accumulation),
         structure=structure,
         student_ds=student_ds,
