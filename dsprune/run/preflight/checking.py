@@ -34,7 +34,8 @@ from dsprune.pretrained import resolve_source
 from dsprune.run.preflight.teacher_fit import check_positions, check_start, check_teacher
 from dsprune.run.preflight.teaching import plan_teaching, teacher_shape
 from dsprune.run_folder import RunFolder
-from dsprune.structure import Budget, Selection, Structure, analyze, block_grid, budget_for, shape_gates
+from dsprune.structure import Budget, Empty, Selection, Structure, analyze, block_grid, budget_for, shape_gates
+from dsprune.structure.latency import LatencyTable, speedup_budget
 from dsprune.tasks import Task, build_task
 
 __all__ = ["Preflight", "check_output", "dense_skeleton", "preflight"]
@@ -58,6 +59,8 @@ class Preflight:
     vocab_size: int
     budget: Budget
     """What pruning is held to: what was asked for, or what the shape implies that was given instead."""
+    latency: LatencyTable | None = None
+    """Milliseconds that a speedup is counted in, once the session has them."""
 
 
 def dense_skeleton(config: RunConfig, task: Task) -> PreTrainedModel:
@@ -175,19 +178,45 @@ def _check_stock(config: RunConfig, model: PreTrainedModel, method: Method[Struc
         raise ConfigError(f"shape: {type(model).__name__} has no stock form with {sizes}")
 
 
+def _asked(config: RunConfig, structure: Structure, empty: Empty, table: LatencyTable | None) -> Budget:
+    """What the recipe asks of pruning."""
+    prune = config.prune
+    if prune.speedup is not None and table is not None:
+        return speedup_budget(structure, table, prune.speedup, empty=empty)
+    # Nothing is known to be out of a speedup's reach before there is a table.
+    target = prune.target if prune.speedup is None else 0.0
+    return budget_for(structure, target, of=prune.target_of, empty=empty, length=config.task.max_length)
+
+
 def build_method(
-    config: RunConfig, structure: Structure, *, total_steps: int, steps_per_epoch: int
+    config: RunConfig,
+    structure: Structure,
+    *,
+    total_steps: int,
+    steps_per_epoch: int,
+    table: LatencyTable | None = None,
 ) -> Method[Structure]:
     """The configured method on this structure.
+
+    Args:
+        config: of the run.
+        structure: of the dense model.
+        total_steps: of the pruning stage.
+        steps_per_epoch: of it.
+        table: that a speedup is counted with; without one it is asked for nothing, and only its options are looked at.
 
     Raises:
         ConfigError: a target or a shape out of reach, or options that do not fit the length of the stage.
     """
     cls = method_class(config.method.name)
     prune = config.prune
-    asked = budget_for(structure, prune.target, of=prune.target_of, empty=cls.empty, length=config.task.max_length)
     plan = Plan(
-        budget=aimed(asked, structure, config.shape, is_set="target" in prune.model_fields_set),
+        budget=aimed(
+            _asked(config, structure, cls.empty, table),
+            structure,
+            config.shape,
+            is_set="target" in prune.model_fields_set,
+        ),
         total_steps=total_steps,
         steps_per_epoch=steps_per_epoch,
         seed=config.seed,
