@@ -23,7 +23,7 @@ from dsprune.pretrained import resolve_source
 from dsprune.run.context import RunContext
 from dsprune.run.training.given_teacher import recorded_teacher
 from dsprune.run.training.scoring import model_logits
-from dsprune.run_folder import StageName
+from dsprune.run_folder import DESCRIPTION, FIGURES, SELECTION, VERIFICATION, StageName
 from dsprune.tasks import TextTask
 
 __all__ = ["Origin", "Snapshots"]
@@ -91,12 +91,12 @@ class Snapshots:
         figures = self._figures(scores) | ({} if landing is None else {"landing": landing.to_dict()})
 
         def describe(folder: Path) -> None:
-            self._describe_model(folder / "model", trainer.engine.module.model)
-            save_verification_batch(folder / "verify.safetensors", batch)
+            self._describe_model(folder / DESCRIPTION, trainer.engine.module.model)
+            save_verification_batch(folder / VERIFICATION, batch)
             verify.record(folder, logits)
             if selection is not None:
-                selection.save(folder / "selection.safetensors")
-            write_json(folder / "figures.json", figures)
+                selection.save(folder / SELECTION)
+            write_json(folder / FIGURES, figures)
 
         return Snapshot(
             step=done,
