@@ -34,6 +34,7 @@ __all__ = [
     "DataConfig",
     "DistillConfig",
     "Duration",
+    "LatencyConfig",
     "OptimConfig",
     "RunConfig",
     "Section",
@@ -380,6 +381,29 @@ class EvalConfig(Section):
     """Length in tokens of the closing latency comparison; by default `task.max_length`."""
 
 
+class LatencyConfig(Section):
+    """Milliseconds of the model's parts, on the device that is to serve it."""
+
+    table: str | None = None
+    """File that `dsprune latency` wrote; by default a table is measured where it is needed."""
+    allow_foreign: bool = False
+    """Take a table of another device, dtype, batch, length, runtime or depth of the model."""
+    batch: int | None = Field(None, ge=1)
+    """Sequences of a forward pass; by default `eval.bench_batch`."""
+    length: int | None = Field(None, ge=8)
+    """Tokens of a sequence; by default `eval.bench_length`."""
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    """What the weights are when the model serves."""
+    device: str | None = None
+    """`cpu` or `cuda[:N]`; by default a GPU if there is one."""
+    threads: int | None = Field(None, ge=1)
+    """CPU threads of torch; by default as many as a process has."""
+    runtime: Literal["torch", "compile"] = "torch"
+    """What runs the model when it serves."""
+    minutes: float = Field(3.0, gt=0)
+    """How long measuring may take."""
+
+
 class CheckpointConfig(Section):
     """How often to save, and how much to keep."""
 
@@ -452,6 +476,7 @@ class RunConfig(Section):
     blocks: BlocksConfig = BlocksConfig()
     deepspeed: DeepSpeedConfig = DeepSpeedConfig()
     eval: EvalConfig = EvalConfig()
+    latency: LatencyConfig = LatencyConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     cluster: ClusterConfig = ClusterConfig()
     log: LogConfig = LogConfig()

@@ -38,6 +38,7 @@ __all__ = [
     "count_macs",
     "limit_threads",
     "num_positions",
+    "random_inputs",
     "wait",
 ]
 
@@ -106,7 +107,7 @@ def bench_models(
         rows = []
         with tqdm(total=len(batch_sizes) * (warmup + runs), desc="bench", disable=not progress) as bar:
             for size in batch_sizes:
-                inputs = _inputs(models[0], size, length, seed, place)
+                inputs = random_inputs(models[0], size, length, seed, place)
                 timings = _measure(models, inputs, runs, warmup, bar)
                 rows.append(BenchRow(size, *timings, facts[0].macs / facts[1].macs))
         return BenchReport(
@@ -142,7 +143,7 @@ def count_macs(model: nn.Module, length: int) -> int:
     hooks = [module.register_forward_pre_hook(note) for module in model.modules() if _is_block_sparse(module)]
     # With gradients, block-sparse linears run dense, which the counter knows.
     with torch.inference_mode(False), torch.enable_grad():
-        inputs = _inputs(model, 1, length, 0, next(model.parameters()).device)
+        inputs = random_inputs(model, 1, length, 0, next(model.parameters()).device)
         with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
             model(**inputs)
     for hook in hooks:
@@ -262,7 +263,7 @@ def num_positions(model: nn.Module) -> int | None:
     return None if positions is None else int(positions)
 
 
-def _inputs(model: nn.Module, size: int, length: int, seed: int, device: torch.device) -> dict[str, Tensor]:
+def random_inputs(model: nn.Module, size: int, length: int, seed: int, device: torch.device) -> dict[str, Tensor]:
     """Random ids [size, length] without the padding id, for a decoder beside an encoder as well, and a mask of ones."""
     vocabulary: int = model.get_input_embeddings().num_embeddings  # type: ignore[operator]
     ids = torch.randint(vocabulary, (size, length), generator=torch.Generator().manual_seed(seed))

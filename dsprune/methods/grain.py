@@ -39,7 +39,7 @@ Where paper and code differ, and where neither is followed:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Literal
 
 import torch
@@ -48,11 +48,14 @@ from torch import Tensor
 
 from dsprune.config import Section
 from dsprune.errors import ConfigError
-from dsprune.methods.base import GateSignal, Method, Plan
+from dsprune.methods.base import Method, Plan
+from dsprune.methods.evidence import Evidence
 from dsprune.methods.noise import uniform_noise
 from dsprune.methods.output_weights import Norm, output_scores
+from dsprune.methods.parts import Read, ReadsWeights
 from dsprune.methods.ranking import Ranking, UnitGroups
 from dsprune.methods.schedules import cubic_density
+from dsprune.methods.size_constraints import check_factored
 from dsprune.methods.topk import top_k_mask
 from dsprune.structure import (
     Selection,
@@ -106,7 +109,7 @@ class GrainOptions(Section):
     """Sizes of heads and FFNs to be multiples of this, as far as units remain; 8 or 16 suit most hardware."""
 
 
-class Grain(Method):
+class Grain(Method[Structure], ReadsWeights):
     """Moving averages of gate gradients and one global ranking; see the module for formulas and sources."""
 
     Options = GrainOptions
@@ -124,7 +127,7 @@ class Grain(Method):
                 f"({plan.total_steps} steps) with start < end < 1, and leave a step after the end"
             )
         self._check_options()
-        self.check_target()
+        self._check_target()
         self.counts = self._shape_counts()
         shapes = {kind: gate_shapes(structure.sizes)[kind] for kind in self.kinds}
         self.mask = {kind: torch.ones(shape) for kind, shape in shapes.items()}
@@ -137,10 +140,6 @@ class Grain(Method):
     @classmethod
     def kinds_of(cls, options: GrainOptions) -> tuple[str, ...]:
         return UNITS[options.units]
-
-    @property
-    def kinds(self) -> tuple[str, ...]:
-        return UNITS[self.options.units]
 
     def _check_options(self) -> None:
         """Options that single dimensions and whole heads do not both have.
@@ -163,10 +162,6 @@ class Grain(Method):
         if mistakes:
             raise ConfigError(*mistakes)
 
-    @property
-    def gates_from(self) -> int:
-        return 0
-
     def parameters(self) -> dict[str, Tensor]:
         masks = {f"mask.{kind}": value for kind, value in self.mask.items()}
         return masks | {f"importance.{kind}": value for kind, value in self.importance.items()}
@@ -177,17 +172,17 @@ class Grain(Method):
     def gates(self, step: int) -> dict[str, Tensor] | None:
         return self.mask
 
-    def signal(self, step: int) -> GateSignal:
+    def evidence(self, step: int) -> Evidence:
         if self.options.score != "gradient" or step > self._end or step % self.options.probe_every:
             return "none"
-        return "probe" if self.options.separation else "training"
+        return "probe" if self.options.separation else "gradient"
 
     # --- importance -------------------------------------------------------------------------
 
     @torch.no_grad()
-    def learn(self, step: int, gates: Mapping[str, Tensor], gradients: Mapping[str, Tensor]) -> None:
-        if gradients:
-            self._observe(gradients)
+    def learn(self, step: int, gates: Mapping[str, Tensor], seen: Mapping[str, Tensor]) -> None:
+        if seen:
+            self._observe(seen)
         if self._prunes(step):
             self.mask = self._pruned(self.sparsity_at(step))
 
@@ -199,7 +194,7 @@ class Grain(Method):
         return self.options.score.startswith("magnitude") and self._prunes(step) and step <= self._end
 
     @torch.no_grad()
-    def weigh(self, read: Callable[[str], Tensor]) -> None:
+    def weigh(self, read: Read) -> None:
         norm: Norm = self.options.score.removeprefix("magnitude_")  # type: ignore[assignment]
         self.importance = output_scores(self.structure, read, norm)
 
@@ -287,6 +282,7 @@ class Grain(Method):
             raise ConfigError('shape: a stock model has whole heads: GRAIN needs method.units = "heads" for it')
         if self.options.attention_density is not None:
             raise ConfigError("shape: method.attention_density says how many heads to keep as well: leave it out")
+        check_factored(self.structure, plan.shape)
         check_shape(self.structure, plan.shape.sizes, self.kinds)
         shape = plan.shape.sizes
         if plan.shape.uniform:
@@ -344,8 +340,3 @@ class Grain(Method):
             "structure/heads": float(head_alive(full).sum()),
             **{f"structure/{kind}": float(mask.sum()) for kind, mask in self.mask.items()},
         }
-
-    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        for kind in self.kinds:
-            self.mask[kind] = state[f"mask.{kind}"].clone()
-            self.importance[kind] = state[f"importance.{kind}"].clone()

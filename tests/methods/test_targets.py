@@ -8,6 +8,7 @@ from transformers import BertConfig, BertForSequenceClassification
 
 from dsprune.consolidate import apply_selection
 from dsprune.measure.bench import count_macs
+from dsprune.methods.parts import Learned
 from dsprune.methods.support import VARIANTS, refusal
 from dsprune.structure import CostModel
 from tests.helpers.models import tiny_model
@@ -38,13 +39,14 @@ def _moved(variant, model, target, of, seed):
         gates = method.gates(step)
         if gates is None:
             continue
-        gradients = {} if method.signal(step) == "none" else gates
+        gradients = {} if method.evidence(step) == "none" else gates
         noise = {kind: 0.01 * torch.randn(gates[kind].shape, generator=generator) for kind in gradients}
         method.learn(step, gates, noise)
-        for optimizer in method.optimizers():
-            optimizer.step()
-            optimizer.zero_grad()
-        method.after_step()
+        if isinstance(method, Learned):
+            for optimizer in method.optimizers():
+                optimizer.step()
+                optimizer.zero_grad()
+            method.after_step()
     return method
 
 

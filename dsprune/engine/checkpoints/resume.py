@@ -103,7 +103,9 @@ def restore(
     ours = (store.world.size, engine.zero_optimization_stage(), engine_precision(engine))
     state = json.loads((path / STATE).read_text(encoding="utf-8"))
     with store.world.together(f"loading {path}"):
-        if theirs == ours:
+        if engine.basic_optimizer is None:
+            pass  # weights that do not train are those that the stage began with, and no rank has a part of the rest
+        elif theirs == ours:
             with only_weights(engine):
                 engine.load_checkpoint(str(path), tag=TAG, load_lr_scheduler_states=False)
         elif reshard:

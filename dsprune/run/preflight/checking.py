@@ -167,7 +167,7 @@ def _check_blocks(config: RunConfig, structure: Structure) -> None:
             raise ConfigError(f"blocks.shape: {param.name}: {error}") from error
 
 
-def _check_stock(config: RunConfig, model: PreTrainedModel, method: Method) -> None:
+def _check_stock(config: RunConfig, model: PreTrainedModel, method: Method[Structure]) -> None:
     """A shape that is given is given for a stock model."""
     gates = shape_gates(method.structure, config.shape.sizes)
     if gates and not is_stock(model, Selection.from_gates(method.structure, gates, empty=method.empty)):
@@ -175,7 +175,9 @@ def _check_stock(config: RunConfig, model: PreTrainedModel, method: Method) -> N
         raise ConfigError(f"shape: {type(model).__name__} has no stock form with {sizes}")
 
 
-def build_method(config: RunConfig, structure: Structure, *, total_steps: int, steps_per_epoch: int) -> Method:
+def build_method(
+    config: RunConfig, structure: Structure, *, total_steps: int, steps_per_epoch: int
+) -> Method[Structure]:
     """The configured method on this structure.
 
     Raises:

@@ -44,7 +44,7 @@ def settle(
     facts = {**landing.to_dict(), "epsilon": epsilon, "missed": missed}
     if missed and checkpoint.name == checkpoint_name(trainer.total_steps):
         method = trainer.replica.method
-        after = evaluate(method.gates_of(method.select()))
+        after = evaluate(method.select().gates)
         facts |= {"metrics_before": figures["metric"], "metrics_after": after}
     if missed:
         say(f"warning: {trainer.stage}: {told(facts)}")

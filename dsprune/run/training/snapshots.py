@@ -85,7 +85,7 @@ class Snapshots:
         distances = trainer.matcher.distances if trainer.matcher else None
         batch = self._verification_batch()
         selection = method.select() if method is not None else None
-        gates = None if method is None else method.gates_of(selection)
+        gates = None if selection is None else selection.gates
         logits = model_logits(trainer, batch, gates)
         landing = None if method is None or gates is None else landing_of(method, done, gates)
         figures = self._figures(scores) | ({} if landing is None else {"landing": landing.to_dict()})
