@@ -25,9 +25,16 @@ from dsprune.files import read_json, write_json
 
 __all__ = [
     "CHECKPOINT_PREFIX",
+    "DESCRIPTION",
+    "FIGURES",
     "MANIFEST",
+    "REPLICA",
+    "SELECTION",
     "STAGES",
+    "STATE",
+    "STATE_TENSORS",
     "TRAINING_STAGES",
+    "VERIFICATION",
     "RunFolder",
     "StageName",
     "StageSpec",
@@ -42,6 +49,12 @@ CHECKPOINT_PREFIX = "step-"
 """Of a committed checkpoint's name."""
 MANIFEST = "MANIFEST.json"
 """Written last into a checkpoint: with it, the checkpoint is complete."""
+DESCRIPTION = "model"
+"""Folder in a checkpoint that describes the model whose weights it holds: configuration, tokenizer, code."""
+STATE, STATE_TENSORS, REPLICA = "state.json", "state.safetensors", "replica.safetensors"
+"""In a checkpoint: where training stood, as values and as tensors, and what every rank holds alike (gates)."""
+SELECTION, FIGURES, VERIFICATION = "selection.safetensors", "figures.json", "verify.safetensors"
+"""In a checkpoint: the final gates, what is said of them, and a batch on which the exported model is compared."""
 
 
 @dataclass(frozen=True)

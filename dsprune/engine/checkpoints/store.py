@@ -30,7 +30,7 @@ from dsprune.engine.zero.config import engine_precision
 from dsprune.engine.zero.shard_files import staying_in_step
 from dsprune.errors import CheckpointError, OutputError
 from dsprune.files import first_line, write_json
-from dsprune.run_folder import MANIFEST, best_scored, checkpoint_name, is_checkpoint
+from dsprune.run_folder import MANIFEST, REPLICA, STATE, STATE_TENSORS, best_scored, checkpoint_name, is_checkpoint
 
 __all__ = [
     "BYTES_PER_PARAMETER",
@@ -237,11 +237,11 @@ class CheckpointStore:
 
     def _write_own(self, engine: Any, scratch: Path, snapshot: Snapshot, replica: Replica | None) -> None:
         state = {"step": snapshot.step, **snapshot.state, "engine": _engine_state(engine)}
-        write_json(scratch / "state.json", state)
+        write_json(scratch / STATE, state)
         if snapshot.tensors:
-            save_file({k: v.contiguous() for k, v in snapshot.tensors.items()}, str(scratch / "state.safetensors"))
+            save_file({k: v.contiguous() for k, v in snapshot.tensors.items()}, str(scratch / STATE_TENSORS))
         if replica is not None:
-            replica.save(str(scratch / "replica.safetensors"))
+            replica.save(str(scratch / REPLICA))
         # For people and for DeepSpeed's own tools; dsprune never reads it.
         (scratch / "latest").write_text(TAG, encoding="utf-8")
         snapshot.describe(scratch)

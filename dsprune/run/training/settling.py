@@ -11,7 +11,7 @@ from torch import Tensor
 
 from dsprune.engine.learning.trainer import Trainer
 from dsprune.methods.tracking import Landing
-from dsprune.run_folder import checkpoint_name
+from dsprune.run_folder import FIGURES, checkpoint_name
 
 __all__ = ["settle", "told"]
 
@@ -35,7 +35,7 @@ def settle(
         What the report repeats; empty where the checkpoint does not say how it landed.
     """
     assert trainer.replica is not None
-    read = json.loads((checkpoint / "figures.json").read_text(encoding="utf-8")) if trainer.world.is_main else None
+    read = json.loads((checkpoint / FIGURES).read_text(encoding="utf-8")) if trainer.world.is_main else None
     figures = trainer.world.broadcast(read)
     if figures.get("landing") is None:
         return {}

@@ -27,7 +27,7 @@ from dsprune.run.preflight import dense_model, measure_speedup
 from dsprune.run.training.given_teacher import recorded_teacher
 from dsprune.run.training.scoring import model_logits
 from dsprune.run.training.timed_landing import TimedLanding, land_on_speedup
-from dsprune.run_folder import StageName
+from dsprune.run_folder import DESCRIPTION, FIGURES, SELECTION, VERIFICATION, StageName
 from dsprune.structure import Selection
 from dsprune.tasks import TextTask
 
@@ -99,12 +99,12 @@ class Snapshots:
         figures |= {} if timed is None else {"speedup": timed.to_dict()}
 
         def describe(folder: Path) -> None:
-            self._describe_model(folder / "model", trainer.engine.module.model)
-            save_verification_batch(folder / "verify.safetensors", batch)
+            self._describe_model(folder / DESCRIPTION, trainer.engine.module.model)
+            save_verification_batch(folder / VERIFICATION, batch)
             verify.record(folder, logits)
             if selection is not None:
-                selection.save(folder / "selection.safetensors")
-            write_json(folder / "figures.json", figures)
+                selection.save(folder / SELECTION)
+            write_json(folder / FIGURES, figures)
 
         return Snapshot(
             step=done,
