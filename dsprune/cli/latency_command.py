@@ -7,10 +7,10 @@ import sys
 from pathlib import Path
 
 from dsprune.cli.parsing import Commands, add_command
+from dsprune.dtypes import DTYPES
 
 __all__ = ["add_latency"]
 
-DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 CASES = 30
 
 
@@ -22,14 +22,14 @@ def _latency(options: argparse.Namespace) -> int:
     setting = Setting(
         batch=options.batch,
         length=options.length,
-        dtype=DTYPES.get(options.dtype, options.dtype),
+        dtype=_dtype(options.dtype),
         device=options.device,
         threads=options.threads,
         runtime=options.runtime,
         minutes=options.minutes,
     )
     device = setting.place()
-    dense = DenseModel.read(_resolved(options.source), head=options.head)
+    dense = DenseModel.read(options.source, head=options.head)
     progress = sys.stderr.isatty()
     if options.table is None:
         table = measure_table(dense, setting, progress=progress)
@@ -45,11 +45,9 @@ def _latency(options: argparse.Namespace) -> int:
     return 0
 
 
-def _resolved(source: str) -> str:
-    """A model source as `transformers` understands it; that of an installed package is a folder."""
-    from dsprune.engine.models.load import resolve_source
-
-    return resolve_source(source)
+def _dtype(word: str) -> str:
+    """Torch's name of a number format, also of DeepSpeed's word for it; any other word as it is."""
+    return next((name for name, dtype in DTYPES.items() if dtype.precision == word), word)
 
 
 def _count(text: str) -> int:

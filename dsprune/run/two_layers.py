@@ -152,9 +152,12 @@ def _reduced_config(context: RunContext, stage: StageName, folder: Path, run: Ru
 
 def _reduced_target(prune: PruneConfig, shape: ShapeConfig) -> PruneConfig:
     """What two layers can lose, from the pretrained model; where sizes are given, these are the target."""
-    gentle = {} if shape.sizes else {"target": min(prune.target, TARGET)}
     # Nothing is measured for two layers: instead of a speedup, parameters.
-    return prune.model_copy(update={"start": "pretrained", "target_of": "encoder", "speedup": None, **gentle})
+    gentle: dict[str, Any] = {"start": "pretrained", "target_of": "encoder", "speedup": None}
+    if not shape.sizes:
+        return prune.model_copy(update={**gentle, "target": min(prune.target, TARGET)})
+    # A target beside them is that of the whole model, and is left out: two layers of these sizes have another.
+    return PruneConfig(**prune.model_dump(exclude={"target"}) | gentle)
 
 
 def _reduced_shape(shape: ShapeConfig, num_layers: int) -> ShapeConfig:

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from dsprune.measure.bench import DTYPES, limit_threads
+from dsprune.dtypes import torch_dtype
+from dsprune.measure.bench import limit_threads
 from dsprune.measure.latency.measure import Setting, Stopwatch, check_length, compiling
 from dsprune.measure.latency.models import DenseModel
 from dsprune.measure.tables import render_table
@@ -147,7 +148,7 @@ def check_table(
     device, structure = setting.place(), dense.structure
     kinds = [style for style in STYLES if _has(structure, style)]
     with limit_threads(setting.threads), torch.inference_mode(), compiling(setting):
-        whole = dense.compact(Selection.from_gates(structure, ones(structure)), device, DTYPES[setting.dtype])
+        whole = dense.compact(Selection.from_gates(structure, ones(structure)), device, torch_dtype(setting.dtype))
         check_length(whole, setting.length)
         watch = Stopwatch(setting, device, whole)
         whole = watch.ready(whole)
@@ -159,7 +160,7 @@ def check_table(
                 selection = Selection.from_gates(structure, gates, empty=STYLES[style])
                 cost = LatencyCost(structure, table, empty=STYLES[style])
                 kept = 1 - float(CostModel(structure, empty=STYLES[style]).sparsity(gates))
-                model = watch.ready(dense.compact(selection, device, DTYPES[setting.dtype]))
+                model = watch.ready(dense.compact(selection, device, torch_dtype(setting.dtype)))
                 measured = float(np.median(list(_ratios(watch, model, whole, rounds))))
                 found.append(Case(style, kept, float(cost.milliseconds(gates)) / cost.dense, measured))
                 bar.update()

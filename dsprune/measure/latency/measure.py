@@ -16,8 +16,9 @@ from tqdm import tqdm
 
 from dsprune.consolidate.compact import HEAD_MULTIPLE
 from dsprune.consolidate.modeling_dsprune import device_name
+from dsprune.dtypes import torch_dtype
 from dsprune.errors import ConfigError
-from dsprune.measure.bench import DTYPES, check_options, limit_threads, num_positions, random_inputs, wait
+from dsprune.measure.bench import check_options, limit_threads, num_positions, random_inputs, wait
 from dsprune.measure.latency.models import DenseModel
 from dsprune.measure.latency.points import Point, make_selection, plan_points
 from dsprune.structure import Selection, Structure, ones
@@ -135,7 +136,7 @@ def measure_table(dense: DenseModel, setting: Setting, *, progress: bool = False
     """
     device, structure = setting.place(), dense.structure
     with limit_threads(setting.threads), torch.inference_mode(), compiling(setting):
-        whole = dense.compact(Selection.from_gates(structure, ones(structure)), device, DTYPES[setting.dtype])
+        whole = dense.compact(Selection.from_gates(structure, ones(structure)), device, torch_dtype(setting.dtype))
         check_length(whole, setting.length)
         watch = Stopwatch(setting, device, whole)
         whole = watch.ready(whole)
@@ -145,7 +146,7 @@ def measure_table(dense: DenseModel, setting: Setting, *, progress: bool = False
             models = {}
             for point in points:
                 selection = make_selection(structure, point, depth)
-                models[point] = watch.ready(dense.compact(selection, device, DTYPES[setting.dtype]))
+                models[point] = watch.ready(dense.compact(selection, device, torch_dtype(setting.dtype)))
                 bar.update()
         samples = _rounds(watch, {None: whole, **models}, progress)
         return _table(dense, setting.conditions(device), samples, depth)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from dsprune.consolidate.compact import compact_config, without_weights
 from dsprune.errors import ConfigError
-from dsprune.files import first_line
+from dsprune.pretrained import read_model_config
 from dsprune.structure import Selection, Structure, analyze
 
 __all__ = ["DenseModel"]
@@ -45,10 +45,7 @@ class DenseModel:
             ConfigError: no such model, one that is compact already, or no such head.
             ArchitectureError: no family covers it.
         """
-        try:
-            config = transformers.AutoConfig.from_pretrained(source)
-        except (OSError, ValueError) as error:
-            raise ConfigError(f"cannot load model '{source}': {first_line(error)}") from error
+        config = read_model_config(source)
         tree = config.to_dict()
         if "dsprune" in tree:
             raise ConfigError(f"{source} is a compact model: a latency table is that of the dense one")

@@ -43,7 +43,7 @@ class TrainingLoop:
             score.
         evaluate: metrics after so many steps; may raise `Preempted`.
         score: the one number of them that checkpoints compete by.
-        snapshot: what to save beside the engine, given steps done, metrics, score and the course's own state.
+        snapshot: what to save beside the engine, given steps done, metrics, score and the loop's own state.
     """
 
     def __init__(
