@@ -35,7 +35,7 @@ from dsprune.run.preflight.teacher_fit import check_positions, check_start, chec
 from dsprune.run.preflight.teaching import plan_teaching, teacher_shape
 from dsprune.run_folder import RunFolder
 from dsprune.structure import Budget, Empty, Selection, Structure, analyze, block_grid, budget_for, shape_gates
-from dsprune.structure.latency import LatencyTable, speedup_budget
+from dsprune.structure.latency import LatencyCost, LatencyTable, speedup_budget
 from dsprune.tasks import Task, build_task
 
 __all__ = ["Preflight", "check_output", "dense_skeleton", "preflight"]
@@ -182,7 +182,7 @@ def _asked(config: RunConfig, structure: Structure, empty: Empty, table: Latency
     """What the recipe asks of pruning."""
     prune = config.prune
     if prune.speedup is not None and table is not None:
-        return speedup_budget(structure, table, prune.speedup, empty=empty)
+        return speedup_budget(LatencyCost(structure, table, empty=empty), prune.speedup)
     # Nothing is known to be out of a speedup's reach before there is a table.
     target = prune.target if prune.speedup is None else 0.0
     return budget_for(structure, target, of=prune.target_of, empty=empty, length=config.task.max_length)
