@@ -25,7 +25,7 @@ from dsprune.engine.learning.teacher import Teacher
 from dsprune.engine.ranks.pulse import pulse
 from dsprune.engine.ranks.stop import Stop, describe
 from dsprune.engine.ranks.world import World
-from dsprune.engine.zero.gather import whole
+from dsprune.engine.zero.gather import let_go, whole
 from dsprune.engine.zero.refusals import refusals
 from dsprune.methods import Evidence
 from dsprune.methods.noise import stable_seed
@@ -248,6 +248,7 @@ class Trainer:
         found = {f"gate.{name}": value for name, value in seen.sums.items()}
         accumulation = self.batches.plan.accumulation
         if not self.trains_weights:
+            let_go(self.engine)
             parts = torch.zeros(len(PARTS)) if seen.parts is None else seen.parts
             return {"losses": parts / accumulation, **found}
         torch.manual_seed(seed)
