@@ -57,7 +57,7 @@ def recipes_page() -> str:
 
 def families_page() -> str:
     """The table of what prunes what, with the reasons for its gaps."""
-    from dsprune.methods.families import families_table
+    from dsprune.methods.support import families_table
 
     return f"# Families\n\n{HEAD}{ABOUT_FAMILIES}\n\n{families_table()}\n\n{BELOW_FAMILIES}\n"
 

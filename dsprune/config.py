@@ -7,10 +7,9 @@ the caller hands in: configuration knows no method by name.
 
 from __future__ import annotations
 
-import difflib
 import re
 import tomllib
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
@@ -27,6 +26,7 @@ from pydantic import (
 )
 
 from dsprune.errors import ConfigError
+from dsprune.files import did_you_mean
 from dsprune.run_folder import STAGES, StageName
 
 __all__ = [
@@ -34,6 +34,7 @@ __all__ = [
     "DataConfig",
     "DistillConfig",
     "Duration",
+    "LatencyConfig",
     "OptimConfig",
     "RunConfig",
     "Section",
@@ -227,9 +228,13 @@ class PruneConfig(OptimConfig):
     """The pruning stage: target and training."""
 
     target: float = Field(0.95, ge=0, lt=1)
-    """Share of parameters to remove, counted on the exported model."""
-    target_of: Literal["encoder", "total"] = "encoder"
-    """What `target` is a share of: the encoder's parameters, or all of the model's."""
+    """Share to remove of what `target_of` names, counted on the exported model."""
+    target_of: Literal["encoder", "total", "macs"] = "encoder"
+    """What `target` is a share of: the encoder's parameters, all parameters of the model, or the multiply-adds of a
+    sequence of `task.max_length` tokens."""
+    speedup: float | None = Field(None, gt=1)
+    """Instead of `target`: how many times as fast as the dense model the pruned one is to be, as measured where the run
+    takes place; `[latency]` says on what."""
     duration: DurationField = Duration(20, "epochs")
     """Length of the whole stage, the pre-pruning phase included."""
     start: Literal["pretrained", "teacher"] = "pretrained"
@@ -379,6 +384,29 @@ class EvalConfig(Section):
     """Length in tokens of the closing latency comparison; by default `task.max_length`."""
 
 
+class LatencyConfig(Section):
+    """Milliseconds of the model's parts, on the device that is to serve it."""
+
+    table: str | None = None
+    """File that `dsprune latency` wrote; by default a table is measured where it is needed."""
+    allow_foreign: bool = False
+    """Take a table of another device, dtype, batch, length, runtime or depth of the model."""
+    batch: int | None = Field(None, ge=1)
+    """Sequences of a forward pass; by default `eval.bench_batch`."""
+    length: int | None = Field(None, ge=8)
+    """Tokens of a sequence; by default `eval.bench_length`."""
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    """What the weights are when the model serves."""
+    device: str | None = None
+    """`cpu` or `cuda[:N]`; by default a GPU if there is one."""
+    threads: int | None = Field(None, ge=1)
+    """CPU threads of torch; by default as many as a process has."""
+    runtime: Literal["torch", "compile"] = "torch"
+    """What runs the model when it serves."""
+    minutes: float = Field(3.0, gt=0)
+    """How long measuring may take."""
+
+
 class CheckpointConfig(Section):
     """How often to save, and how much to keep."""
 
@@ -451,6 +479,7 @@ class RunConfig(Section):
     blocks: BlocksConfig = BlocksConfig()
     deepspeed: DeepSpeedConfig = DeepSpeedConfig()
     eval: EvalConfig = EvalConfig()
+    latency: LatencyConfig = LatencyConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     cluster: ClusterConfig = ClusterConfig()
     log: LogConfig = LogConfig()
@@ -460,6 +489,23 @@ class RunConfig(Section):
         positions = [tuple(STAGES).index(stage) for stage in self.stages]
         if not positions or positions != sorted(set(positions)):
             raise ValueError(f"stages: name each stage once and in this order: {', '.join(STAGES)}")
+        return self
+
+    @model_validator(mode="after")
+    def _one_target(self) -> RunConfig:
+        prune = self.prune
+        if prune.speedup is None:
+            return self
+        given = [f"prune.{name}" for name in ("target", "target_of") if name in prune.model_fields_set]
+        given += ["[shape]"] if self.shape.uniform or self.shape.sizes else []
+        given += ["prune.embedding_rank"] if prune.embedding_rank else []
+        if given:
+            raise ValueError(f"prune.speedup = {prune.speedup:g} does not go with {', '.join(given)}: leave out either")
+        if self.latency.runtime != "torch":
+            raise ValueError(
+                f"prune.speedup = {prune.speedup:g} is measured as the report measures, in plain torch: leave out "
+                f'latency.runtime = "{self.latency.runtime}"'
+            )
         return self
 
 
@@ -473,8 +519,8 @@ def _read_recipe(recipe: str) -> dict[str, Any]:
     path = Path(recipe)
     if path.suffix != ".toml" and not path.exists():
         if recipe not in list_recipes():
-            near = difflib.get_close_matches(recipe, list_recipes(), n=3)
-            hint = f"did you mean {' or '.join(near)}?" if near else f"there are {', '.join(list_recipes())}"
+            there = list_recipes()
+            hint = did_you_mean(recipe, there, otherwise=f"there are {', '.join(there)}", at_most=3)
             raise ConfigError(f"no recipe '{recipe}': {hint}")
         path = Path(str(resources.files("dsprune") / "recipes" / f"{recipe}.toml"))
     try:
@@ -503,6 +549,16 @@ def _apply_override(tree: dict[str, Any], override: str) -> str | None:
     return None
 
 
+def _give_way(prune: Any, overridden: Collection[str]) -> None:
+    """Where an override sets a target of one kind, that of the other kind which the recipe has no longer counts."""
+    if not isinstance(prune, dict):
+        return
+    for wins, loses in ((("speedup",), ("target", "target_of")), (("target", "target_of"), ("speedup",))):
+        if any(f"prune.{name}" in overridden for name in wins):
+            for name in loses:
+                prune.pop(name, None)
+
+
 def _mistakes(error: ValidationError, schema: type[BaseModel], prefix: str = "") -> Iterable[str]:
     for item in error.errors():
         path = [str(part) for part in item["loc"]]
@@ -522,8 +578,9 @@ def _suggestion(schema: type[BaseModel], path: Sequence[str]) -> str:
         if field is None or not (isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel)):
             return ""
         schema = field.annotation
-    near = difflib.get_close_matches(path[-1], schema.model_fields, n=1)
-    return f": did you mean '{near[0]}'?" if near else f": known here are {', '.join(schema.model_fields)}"
+    known = schema.model_fields
+    hint = did_you_mean(path[-1], known, otherwise=f"known here are {', '.join(known)}")
+    return f": {hint}"
 
 
 def parse_config(tree: Mapping[str, Any], method_options: Callable[[str], type[Section]]) -> RunConfig:
@@ -568,6 +625,7 @@ def load_config(
         ConfigError: unknown recipe, unreadable file, or any mistake in it, all told at once.
     """
     tree = _read_recipe(recipe)
+    _give_way(tree.get("prune"), {override.partition("=")[0] for override in overrides})
     mistakes = [mistake for override in overrides if (mistake := _apply_override(tree, override))]
     if mistakes:
         raise ConfigError(*mistakes)

@@ -45,14 +45,15 @@ def first_line(error: BaseException) -> str:
     return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 
-def did_you_mean(word: str, known: Iterable[str], *, otherwise: str = "", cutoff: float = 0.6) -> str:
-    """`did you mean 'x'?` for the known word that is nearest to a mistaken one.
+def did_you_mean(word: str, known: Iterable[str], *, otherwise: str = "", cutoff: float = 0.6, at_most: int = 1) -> str:
+    """A question about the known words that are nearest to a mistaken one: `did you mean 'x'?`.
 
     Args:
         word: that nobody knows.
         known: words that are known.
         otherwise: what to say where none is near.
         cutoff: how alike two words have to be, from 0 to 1.
+        at_most: how many to ask about.
     """
-    near = difflib.get_close_matches(word, sorted(known), n=1, cutoff=cutoff)
-    return f"did you mean '{near[0]}'?" if near else otherwise
+    near = difflib.get_close_matches(word, sorted(known), n=at_most, cutoff=cutoff)
+    return f"did you mean {' or '.join(map(repr, near))}?" if near else otherwise

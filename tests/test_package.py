@@ -22,7 +22,7 @@ def test_the_library_needs_no_deepspeed():
     code = (
         "import sys; sys.modules['deepspeed'] = None\n"
         "import dsprune, dsprune.structure, dsprune.consolidate, dsprune.methods, dsprune.distill, dsprune.tasks\n"
-        "import dsprune.measure.bench, dsprune.migrate, dsprune.run.scorecard"
+        "import dsprune.measure.bench, dsprune.migrate, dsprune.run.reporting.scorecard"
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT.parent, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr

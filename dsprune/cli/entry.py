@@ -10,7 +10,7 @@ import traceback
 import warnings
 from collections.abc import Callable, Sequence
 
-from dsprune.cli import model_commands, run_commands
+from dsprune.cli import latency_command, model_commands, run_commands
 from dsprune.errors import ConfigError, DspruneError
 
 __all__ = ["guarded", "main", "train_main"]
@@ -107,6 +107,7 @@ ADD = (
     run_commands.add_compare,
     model_commands.add_evaluate,
     model_commands.add_bench,
+    latency_command.add_latency,
     model_commands.add_inspect,
     model_commands.add_consolidate,
     model_commands.add_import,

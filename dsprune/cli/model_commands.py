@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 from dsprune.cli.parsing import Commands, add_command
+from dsprune.dtypes import DTYPES, names
 from dsprune.errors import ConfigError
 from dsprune.run_folder import TRAINING_STAGES
 
@@ -53,7 +54,7 @@ def add_consolidate(commands: Commands) -> None:
     consolidate.add_argument("source", help="a run folder, or one checkpoint of it (step-...)")
     consolidate.add_argument("out", help="folder to write; must not exist or be empty")
     consolidate.add_argument("--stage", choices=TRAINING_STAGES, default="prune", help="which stage of a run (prune)")
-    consolidate.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"])
+    consolidate.add_argument("--dtype", default="float32", choices=list(DTYPES))
     consolidate.add_argument(
         "--head-multiple",
         type=int,
@@ -66,7 +67,7 @@ def add_consolidate(commands: Commands) -> None:
 
 def _evaluate(options: argparse.Namespace) -> int:
     from dsprune.config import TaskConfig, parse_tables
-    from dsprune.run.scorecard import evaluate_folder
+    from dsprune.run.reporting.scorecard import evaluate_folder
     from dsprune.tasks.sources.readers import EvalData
 
     _without_bars()
@@ -112,7 +113,7 @@ def add_evaluate(commands: Commands) -> None:
     evaluate.add_argument("--split", help="one split, such as test (default: those that a run evaluates on)")
     evaluate.add_argument("--batch", type=int, default=64, help="examples of a forward pass (64)")
     evaluate.add_argument("--max-length", type=int, help="tokens of an example (128; SQuAD: 384)")
-    evaluate.add_argument("--dtype", default="float32", help="float32, bfloat16 or float16")
+    evaluate.add_argument("--dtype", default="float32", help=names())
     evaluate.add_argument("--device", help="cpu or cuda (default: cuda if there is one)")
     evaluate.add_argument("--seed", type=int, default=42, help="of generated data, as of the run (42)")
     evaluate.add_argument(
@@ -201,7 +202,7 @@ def add_bench(commands: Commands) -> None:
     bench.add_argument("--shape", type=_sides, nargs="+", default=[], metavar="RxC", help="matrices (the model's)")
     bench.add_argument("--batch", type=int, nargs="+", default=[1, 32, 128], help="batch sizes (1 32 128)")
     bench.add_argument("--length", type=int, default=128, help="tokens a sequence (128)")
-    bench.add_argument("--dtype", default="float32", help="float32, bfloat16 or float16")
+    bench.add_argument("--dtype", default="float32", help=names())
     bench.add_argument("--device", help="cpu or cuda (default: cuda if there is one)")
     bench.add_argument("--runs", type=int, default=20, help="timed runs of each model (20)")
     bench.add_argument("--warmup", type=int, default=3, help="untimed runs first (3)")
@@ -292,7 +293,7 @@ def add_import(commands: Commands) -> None:
     )
     adopt.add_argument("--first-step", metavar="FOLDER", help="of MLPruning's second step: what it began with")
     adopt.add_argument("--block", type=_sides, metavar="RxC", help="of MLPruning's second step: size of its blocks")
-    adopt.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"])
+    adopt.add_argument("--dtype", default="float32", choices=list(DTYPES))
     adopt.add_argument(
         "--head-multiple", type=int, default=8, help="heads of unequal size are padded, when they run, to this (8)"
     )
@@ -301,7 +302,7 @@ def add_import(commands: Commands) -> None:
 
 
 def _families(options: argparse.Namespace) -> int:
-    from dsprune.methods.families import families_table
+    from dsprune.methods.support import families_table
 
     print(families_table())
     return 0

@@ -108,6 +108,7 @@ def _plan(options: argparse.Namespace) -> int:
         batch=options.batch,
         length=options.length,
         chunk=options.chunk,
+        teacher_layers=options.teacher_layers,
     )
     print(text)
     return 0
@@ -127,6 +128,13 @@ def add_plan(commands: Commands) -> None:
     )
     plan.add_argument("model", help="config.json, model folder or hub id")
     plan.add_argument("--teacher", help="likewise (default: the same model)")
+    plan.add_argument(
+        "--teacher-layers",
+        type=int,
+        nargs="+",
+        metavar="LAYER",
+        help="those that teach, counted from 1, 0 being the embeddings (default: four of the teacher's)",
+    )
     plan.add_argument("--ranks", type=int, default=1, help="number of ranks (1)")
     plan.add_argument("--student-ds", default="zero3_bf16", help="DeepSpeed configuration, name or path (zero3_bf16)")
     plan.add_argument("--teacher-ds", default="teacher_zero3_bf16", help="of the teacher (teacher_zero3_bf16)")

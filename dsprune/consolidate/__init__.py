@@ -11,11 +11,11 @@ from dsprune.consolidate.compact import (
     without_weights,
 )
 from dsprune.consolidate.export import ConsolidationReport, consolidate, open_checkpoint
-from dsprune.consolidate.heads import auto_with_own_head, own_head_keys, with_own_head
 from dsprune.consolidate.manifest import FORMAT, check_files, find_checkpoint, read_manifest, render_manifest, sha256
 from dsprune.consolidate.modeling_dsprune import factor_embedding
 from dsprune.consolidate.shards import ShardedTensors, open_moments, open_shards
 from dsprune.consolidate.stored import check_stored_shapes
+from dsprune.consolidate.tied_heads import auto_with_own_head, own_head_keys, with_own_head
 
 # With dsprune imported, compact folders load through the Auto classes without `trust_remote_code`.
 modeling_dsprune.register()

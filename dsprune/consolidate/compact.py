@@ -17,7 +17,7 @@ from transformers.initialization import no_init_weights
 
 from dsprune.arch import family_for
 from dsprune.consolidate import modeling_dsprune
-from dsprune.consolidate.heads import with_own_head
+from dsprune.consolidate.tied_heads import with_own_head
 from dsprune.errors import ArchitectureError, CheckpointError
 from dsprune.structure import (
     BlockSelection,

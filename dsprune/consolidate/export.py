@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import shutil
@@ -20,23 +19,23 @@ from torch import Tensor
 
 from dsprune.arch import family_for
 from dsprune.consolidate import verify
-from dsprune.consolidate.card import render_card
+from dsprune.consolidate.allocator import give_back
 from dsprune.consolidate.compact import (
     BLOCK_PARTS,
     HEAD_MULTIPLE,
-    MODELING,
     block_config,
     compact_config,
     surviving,
     without_weights,
 )
-from dsprune.consolidate.heads import own_head_keys
 from dsprune.consolidate.manifest import check_files, find_checkpoint, read_manifest
-from dsprune.consolidate.memory import give_back
 from dsprune.consolidate.shards import ShardedTensors, open_shards
-from dsprune.consolidate.writer import DTYPES, SafetensorsStream
+from dsprune.consolidate.side_files import read_table, write_side_files
+from dsprune.consolidate.tied_heads import own_head_keys
+from dsprune.consolidate.writer import SafetensorsStream
+from dsprune.dtypes import DTYPES, torch_dtype
 from dsprune.errors import CheckpointError, ConfigError, OutputError
-from dsprune.run_folder import StageName
+from dsprune.run_folder import DESCRIPTION, SELECTION, VERIFICATION, StageName
 from dsprune.structure import (
     BlockGating,
     BlockSelection,
@@ -46,6 +45,7 @@ from dsprune.structure import (
     analyze,
     analyze_blocks,
     attach_gates,
+    compact_shape,
     cut,
     gate_shapes,
     to_blocks,
@@ -140,7 +140,7 @@ def consolidate(
     manifest = read_manifest(checkpoint)
     check_files(checkpoint, manifest, hashes=verify_hashes)
     with _written_aside(Path(out), force=force) as scratch:
-        export = _Export(checkpoint, manifest, scratch, DTYPES[dtype], progress, head_multiple)
+        export = _Export(checkpoint, manifest, scratch, torch_dtype(dtype), progress, head_multiple)
         difference = export.run()
     facts = export.facts["parameters"]
     return ConsolidationReport(
@@ -196,16 +196,6 @@ def _written_aside(out: Path, *, force: bool) -> Iterator[Path]:
         shutil.rmtree(scratch, ignore_errors=True)
 
 
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path} cannot be read: {error}") from error
-    if not isinstance(value, dict):
-        raise CheckpointError(f"{path} does not hold a table")
-    return value
-
-
 def _block_names(name: str, sparse: Mapping[str, Tensor]) -> list[str]:
     """What a parameter is written as: itself, or the parts of a block-sparse weight."""
     if name not in sparse:
@@ -233,7 +223,7 @@ class _Export:
         self.progress = progress
         self.head_multiple = head_multiple
         self.weights = open_checkpoint(checkpoint)
-        self.trained = _read_json(checkpoint / "model" / "config.json")
+        self.trained = read_table(checkpoint / DESCRIPTION / "config.json")
         self.model = self._build()
         if self._has_own_head():
             self.trained |= own_head_keys(self.trained["model_type"])
@@ -246,7 +236,9 @@ class _Export:
         try:
             return without_weights(self.trained)
         except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise CheckpointError(f"{self.checkpoint}/model/config.json does not describe a model: {error}") from error
+            raise CheckpointError(
+                f"{self.checkpoint / DESCRIPTION}/config.json does not describe a model: {error}"
+            ) from error
 
     def _has_own_head(self) -> bool:
         """Whether a weight that the configuration takes for another one was trained apart: what is live is right."""
@@ -284,7 +276,7 @@ class _Export:
 
     def run(self) -> float | None:
         """Write everything; returns the largest difference of logits, or None where nothing was cut."""
-        selection = self.checkpoint / "selection.safetensors"
+        selection = self.checkpoint / SELECTION
         difference: float | None
         if selection.exists() and BlockSelection.is_at(selection):
             difference = self._run_blocks(BlockSelection.load(selection))
@@ -294,7 +286,8 @@ class _Export:
             difference = None
             self._run_plain()
         self._verify_trained()
-        self._write_config()
+        config = {**self.config, **self.outputs, "dtype": str(self.dtype).removeprefix("torch.")}
+        write_side_files(self.checkpoint, self.scratch, config)
         return difference
 
     # --- weights ----------------------------------------------------------------------------
@@ -320,8 +313,6 @@ class _Export:
         return iter(tqdm(items, total=total, desc="consolidate", unit="tensor"))
 
     def _run_cut(self, selection: Selection) -> float:
-        from dsprune.structure import compact_shape
-
         structure = analyze(self.model)
         self._check_selection(structure, selection)
         self.config = compact_config(
@@ -401,7 +392,7 @@ class _Export:
     # --- verification -----------------------------------------------------------------------
 
     def _batch(self) -> dict[str, Tensor]:
-        path = self.checkpoint / "verify.safetensors"
+        path = self.checkpoint / VERIFICATION
         if not path.exists():
             raise CheckpointError(f"{path} is missing: nothing to verify the logits on")
         try:
@@ -452,28 +443,3 @@ class _Export:
         written = verify.sample(self._written_logits(verify.shortened(self._batch())))
         exact = self.dtype is torch.float32 and self.manifest.get("precision", "fp32") == "fp32"
         verify.compare_trained(written, trained, "fp32" if exact else "half")
-
-    # --- everything else --------------------------------------------------------------------
-
-    def _write_config(self) -> None:
-        for path in (self.checkpoint / "model").iterdir():
-            if path.is_dir():
-                shutil.copytree(path, self.scratch / path.name)
-            elif path.name != "config.json":
-                shutil.copy2(path, self.scratch / path.name)
-        config = {**self.config, **self.outputs, "dtype": str(self.dtype).removeprefix("torch.")}
-        text = json.dumps(config, indent=2, sort_keys=True)
-        (self.scratch / "config.json").write_text(text + "\n", encoding="utf-8")
-        if "auto_map" in config:
-            shutil.copy2(MODELING, self.scratch / MODELING.name)
-        if "dsprune" in config:
-            path = self.checkpoint / "figures.json"
-            figures = _read_json(path) if path.exists() else {}
-            path = self.scratch / "tokenizer_config.json"
-            tokenizer = _read_json(path).get("tokenizer_class") if path.exists() else None
-            card = render_card(config, figures, tokenizer=tokenizer)
-            (self.scratch / "README.md").write_text(card, encoding="utf-8")
-        for path in self.scratch.rglob("*"):
-            if path.is_file():
-                with path.open("rb") as file:
-                    os.fsync(file.fileno())

@@ -15,7 +15,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from dsprune.consolidate.memory import give_back
+from dsprune.consolidate.allocator import give_back
 from dsprune.consolidate.writer import names_in
 from dsprune.errors import CheckpointError
 from dsprune.structure.layout import position_table

@@ -17,10 +17,11 @@ from types import TracebackType
 import torch
 from torch import Tensor
 
-__all__ = ["DTYPES", "SafetensorsStream"]
+from dsprune.dtypes import DTYPES, torch_dtype
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-_CODES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.int32: "I32"}
+__all__ = ["SafetensorsStream"]
+
+_CODES = {torch_dtype(name): dtype.code for name, dtype in DTYPES.items()} | {torch.int32: "I32"}
 _ALIGNMENT = 8
 
 

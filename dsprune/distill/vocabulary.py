@@ -144,7 +144,7 @@ def divergence(student: Tensor, log_teacher: Tensor) -> Tensor:
 class TeacherLogits(Protocol):
     """What the teacher says about some tokens, in a form smaller than [tokens, vocabulary]."""
 
-    def ready(self) -> AbstractContextManager[Any]:
+    def gathering(self) -> AbstractContextManager[Any]:
         """Held while `divergence` is called. Collective where the teacher is sharded."""
 
     def divergence(self, logits: Tensor, rows: slice, temperature: float) -> Tensor:
@@ -173,7 +173,7 @@ class TeacherStates:
     bias: Tensor | None
     gather: Callable[[], AbstractContextManager[Any]] = nullcontext
 
-    def ready(self) -> AbstractContextManager[Any]:
+    def gathering(self) -> AbstractContextManager[Any]:
         return self.gather()
 
     def divergence(self, logits: Tensor, rows: slice, temperature: float) -> Tensor:
@@ -201,7 +201,7 @@ class TopLogits:
     indices: Tensor
     rest: Tensor
 
-    def ready(self) -> AbstractContextManager[Any]:
+    def gathering(self) -> AbstractContextManager[Any]:
         return nullcontext()
 
     def divergence(self, logits: Tensor, rows: slice, temperature: float) -> Tensor:

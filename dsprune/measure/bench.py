@@ -25,21 +25,23 @@ from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 from dsprune.consolidate.modeling_dsprune import device_name
+from dsprune.dtypes import DTYPES, torch_dtype
 from dsprune.errors import ConfigError
+from dsprune.files import first_line
 from dsprune.measure.bench_report import BenchReport, BenchRow, Measurement, ModelFacts
+from dsprune.pretrained import read_model_config
 
 __all__ = [
-    "DTYPES",
     "BenchReport",
     "bench_models",
     "check_options",
     "count_macs",
     "limit_threads",
     "num_positions",
+    "random_inputs",
     "wait",
 ]
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 AUTO_CLASSES = {
     "ForSequenceClassification": "AutoModelForSequenceClassification",
     "ForTokenClassification": "AutoModelForTokenClassification",
@@ -97,7 +99,7 @@ def bench_models(
     """
     place = check_options(batch_sizes, length, dtype, device, runs, warmup, threads)
     sources = [source[0] if isinstance(source, tuple) else str(source) for source in (dense, compact)]
-    models = [_load(source, DTYPES[dtype]) for source in (dense, compact)]
+    models = [_load(source, torch_dtype(dtype)) for source in (dense, compact)]
     _check_fit(sources, models, length)
     models = [model.to(place) for model in models]
     with limit_threads(threads), torch.inference_mode():
@@ -105,7 +107,7 @@ def bench_models(
         rows = []
         with tqdm(total=len(batch_sizes) * (warmup + runs), desc="bench", disable=not progress) as bar:
             for size in batch_sizes:
-                inputs = _inputs(models[0], size, length, seed, place)
+                inputs = random_inputs(models[0], size, length, seed, place)
                 timings = _measure(models, inputs, runs, warmup, bar)
                 rows.append(BenchRow(size, *timings, facts[0].macs / facts[1].macs))
         return BenchReport(
@@ -141,7 +143,7 @@ def count_macs(model: nn.Module, length: int) -> int:
     hooks = [module.register_forward_pre_hook(note) for module in model.modules() if _is_block_sparse(module)]
     # With gradients, block-sparse linears run dense, which the counter knows.
     with torch.inference_mode(False), torch.enable_grad():
-        inputs = _inputs(model, 1, length, 0, next(model.parameters()).device)
+        inputs = random_inputs(model, 1, length, 0, next(model.parameters()).device)
         with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
             model(**inputs)
     for hook in hooks:
@@ -218,12 +220,12 @@ def _load(source: Source, dtype: torch.dtype) -> nn.Module:
         raise ConfigError(f"{folder} is not a model folder: it has no config.json")
     try:
         own_code = local and "auto_map" in json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        config = transformers.AutoConfig.from_pretrained(str(source), trust_remote_code=own_code)
+        config = read_model_config(str(source), own_code=own_code)
         auto_class = _auto_class(str(source), config)
         model: nn.Module = auto_class.from_pretrained(str(source), dtype=dtype, trust_remote_code=own_code)
     except (OSError, ValueError, RuntimeError, ImportError, SafetensorError) as error:
         where = "" if local else ", no folder here and not to be had from the hub"
-        raise ConfigError(f"cannot load model '{source}'{where}: {str(error).splitlines()[0]}") from error
+        raise ConfigError(f"cannot load model '{source}'{where}: {first_line(error)}") from error
     return model.eval()
 
 
@@ -261,7 +263,7 @@ def num_positions(model: nn.Module) -> int | None:
     return None if positions is None else int(positions)
 
 
-def _inputs(model: nn.Module, size: int, length: int, seed: int, device: torch.device) -> dict[str, Tensor]:
+def random_inputs(model: nn.Module, size: int, length: int, seed: int, device: torch.device) -> dict[str, Tensor]:
     """Random ids [size, length] without the padding id, for a decoder beside an encoder as well, and a mask of ones."""
     vocabulary: int = model.get_input_embeddings().num_embeddings  # type: ignore[operator]
     ids = torch.randint(vocabulary, (size, length), generator=torch.Generator().manual_seed(seed))

@@ -21,8 +21,9 @@ from tqdm import tqdm
 
 from dsprune.consolidate.compact import without_weights
 from dsprune.consolidate.modeling_dsprune import BlockLinear, has_kernel, place, shape_class, use_calibration
+from dsprune.dtypes import torch_dtype
 from dsprune.errors import CheckpointError, ConfigError, OutputError
-from dsprune.measure.bench import DTYPES, check_options, limit_threads, wait
+from dsprune.measure.bench import check_options, limit_threads, wait
 from dsprune.measure.calibrate_report import Calibration, CurvePoint
 from dsprune.structure.blocks.grid import block_grid, to_blocks
 
@@ -86,7 +87,7 @@ def calibrate(
         ]
         for block, shapes in by_block.items()
     }
-    where = (spot, DTYPES[dtype])
+    where = (spot, torch_dtype(dtype))
     found = []
     bar = tqdm(total=sum(map(len, cases.values())), desc="calibrate", disable=not progress)
     with limit_threads(threads), torch.inference_mode(), bar:

@@ -128,10 +128,9 @@ def inspect_dense(source: str) -> Structure:
     import torch
     import transformers
 
-    try:
-        config = transformers.AutoConfig.from_pretrained(source)
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"cannot load model '{source}': {str(error).splitlines()[0]}") from error
+    from dsprune.pretrained import read_model_config
+
+    config = read_model_config(source)
     name = (config.architectures or [""])[0]
     cls = getattr(transformers, name, transformers.AutoModel)
     with torch.device("meta"):

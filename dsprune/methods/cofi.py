@@ -2,8 +2,8 @@
 
 Five kinds of gates (section 3.1): heads, FFN neurons, whole attention and FFN sublayers, and the
 hidden dimensions of the residual stream. Each has a log-alpha; gates are sampled from the
-hard-concrete distribution, and a Lagrangian holds the expected sparsity to a target that warms up
-linearly (section 3.2). A removed sublayer is the identity, its norm included.
+hard-concrete distribution, and the expected sparsity is held to a target that warms up linearly
+(section 3.2). A removed sublayer is the identity, its norm included.
 
 Where paper and code differ, and where neither is followed:
 
@@ -17,6 +17,8 @@ Where paper and code differ, and where neither is followed:
   apart in every process.
 - The learning rate of the weights is constant before pruning starts and decays over the rest. The
   code rebuilds optimizer and schedule at that point; here Adam's moments go on.
+- The expected sparsity is held to the target by projection (`constraint.py`); paper and code let two multipliers
+  ascend, which is `method.constraint = "ascent"`.
 - The final gates are landed on the target by their exact count. The code keeps whatever the expected
   value became, 94.3 to 94.5% for its published "95%".
 - `[shape]` (Sheared LLaMA, `shapes.py`) gives every layer the same sizes; the sublayers' own gates then take no
@@ -46,7 +48,6 @@ temperature 2 lay on padding, and the divergence of a disturbed copy was 14 time
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
 import torch
 from pydantic import Field
@@ -54,7 +55,9 @@ from torch import Tensor
 
 from dsprune.config import Duration, DurationField, Section
 from dsprune.errors import ConfigError
-from dsprune.methods.base import GateSignal, Method, Plan
+from dsprune.methods.base import Plan
+from dsprune.methods.constraint import Ascent, Constraint, ConstraintName, Projection
+from dsprune.methods.evidence import Evidence
 from dsprune.methods.hard_concrete import (
     LOG_ALPHA_MAX,
     LOG_ALPHA_MIN,
@@ -63,11 +66,11 @@ from dsprune.methods.hard_concrete import (
     keep_probability,
     sample_gate,
 )
-from dsprune.methods.lagrangian import lagrangian
 from dsprune.methods.landing import land
 from dsprune.methods.noise import uniform_noise
+from dsprune.methods.parts import Learned
 from dsprune.methods.schedules import linear_target
-from dsprune.methods.shapes import SizeConstraints
+from dsprune.methods.size_constraints import SizeConstraints, SizeProjection, check_factored, rows
 from dsprune.structure import (
     Selection,
     Structure,
@@ -84,7 +87,6 @@ KINDS = ("head", "attn", "ffn", "ffn_dim", "hidden")
 """The paper's five granularities."""
 COARSE = ("attn", "ffn")
 """Kinds whose every unit is a group of its own, kept or not by its own probability."""
-MULTIPLIERS = ("linear", "quadratic")
 LAYER = "layer"
 """One log-alpha for both sublayers of a layer, where the number of whole layers is given."""
 SIZE_OF = {"head": "heads", "ffn_dim": "ffn", "hidden": "hidden", LAYER: "layers"}
@@ -99,8 +101,11 @@ class CoFiOptions(Section):
     """How long the target takes from 0 to `prune.target`, from the moment when pruning begins."""
     lr: float = Field(0.01, gt=0)
     """Learning rate of the log-alphas (AdamW, constant)."""
-    multiplier_lr: float = Field(0.01, gt=0)
-    """Learning rate of the Lagrange multipliers (ascent)."""
+    constraint: ConstraintName = "project"
+    """How the expected sparsity is held to the target: "project" moves the log-alphas back onto it after each
+    step, "ascent" (the published one) lets Lagrange multipliers learn."""
+    multiplier_lr: float | None = Field(None, gt=0)
+    """With constraint = "ascent": learning rate of the multipliers; by default 0.01."""
     init: float = Field(LOG_ALPHA_MAX, ge=LOG_ALPHA_MIN, le=LOG_ALPHA_MAX)
     """Initial log-alpha of every gate; the default keeps each with probability 0.998."""
     temperature: float = Field(TEMPERATURE, gt=0)
@@ -109,30 +114,34 @@ class CoFiOptions(Section):
     """Granularities that take part."""
 
 
-class CoFi(Method):
+class CoFi(Learned[Structure]):
     """Learned masks at five granularities under a sparsity constraint; see the module for formulas and sources."""
 
     Options = CoFiOptions
     empty = "identity"
     takes_shapes = True
-    catching_up = "raise method.lr and method.multiplier_lr, or make method.warmup and prune.duration longer"
+    catching_up = (
+        'set method.constraint = "project", or raise method.lr and method.multiplier_lr, or make method.warmup and '
+        "prune.duration longer"
+    )
 
     def __init__(self, structure: Structure, options: CoFiOptions, plan: Plan) -> None:
         super().__init__(structure, options, plan)
         self.options = options
-        unknown = sorted(set(options.gates) - set(KINDS))
-        if unknown or not options.gates:
-            raise ConfigError(f"method.gates: unknown {unknown or 'empty list'}: CoFi has {', '.join(KINDS)}")
+        self._check_options()
         self._start = options.distill_phase.steps(plan.steps_per_epoch)
         self._warmup = options.warmup.steps(plan.steps_per_epoch)
+        self._learned = self._start
         if self._start + self._warmup >= plan.total_steps and plan.total_steps > 0:
             raise ConfigError(
                 f"method.distill_phase ({self._start} steps) and method.warmup ({self._warmup}) leave no step of "
                 f"prune.duration ({plan.total_steps}): shorten them or prune for longer"
             )
+        check_factored(structure, plan.shape)
         check_shape(structure, plan.shape.sizes, options.gates)
         self._groups = self._learned_groups()
-        self.check_target()
+        self.kinds = tuple(self._by_kind(dict.fromkeys(self._groups, torch.ones(()))))
+        self._check_target()
         shapes = gate_shapes(structure.sizes) | {LAYER: (structure.sizes.num_layers,)}
         noise = uniform_noise({kind: shapes[kind] for kind in self._groups}, plan.seed, -1)
         # A little spread, so that units with equal gradients do not all cross a threshold at once.
@@ -140,21 +149,32 @@ class CoFi(Method):
             kind: (options.init - 0.01 * noise[kind]).clamp(LOG_ALPHA_MIN, LOG_ALPHA_MAX).requires_grad_()
             for kind in self._groups
         }
-        self.sizes = self._size_constraints()
-        self.multipliers = {} if plan.shape.sizes else {n: torch.zeros((), requires_grad=True) for n in MULTIPLIERS}
-        self.multipliers |= {} if self.sizes is None else self.sizes.multipliers
-        self._optimizers: list[torch.optim.Optimizer] = [
-            torch.optim.AdamW(self.log_alpha.values(), lr=options.lr, weight_decay=0.0),
-            torch.optim.AdamW(self.multipliers.values(), lr=options.multiplier_lr, weight_decay=0.0, maximize=True),
-        ]
+        optimizer = torch.optim.AdamW(self.log_alpha.values(), lr=options.lr, weight_decay=0.0)
+        self.constraint = self._constraint(optimizer)
+        self.multipliers = self.constraint.multipliers
+        self._optimizers: list[torch.optim.Optimizer] = [optimizer, *self.constraint.optimizers()]
+
+    def _check_options(self) -> None:
+        """See that the options go together.
+
+        Raises:
+            ConfigError: naming all that do not.
+        """
+        options, mistakes = self.options, []
+        unknown = sorted(set(options.gates) - set(KINDS))
+        if unknown or not options.gates:
+            mistakes.append(f"method.gates: unknown {unknown or 'empty list'}: CoFi has {', '.join(KINDS)}")
+        if options.multiplier_lr is not None and options.constraint != "ascent":
+            mistakes.append(
+                'method.multiplier_lr is for method.constraint = "ascent": a projection has no multipliers that learn; '
+                "leave it out, or set that"
+            )
+        if mistakes:
+            raise ConfigError(*mistakes)
 
     @classmethod
     def kinds_of(cls, options: CoFiOptions) -> tuple[str, ...]:
         return options.gates
-
-    @property
-    def kinds(self) -> tuple[str, ...]:
-        return tuple(self._by_kind(dict.fromkeys(self._groups, torch.ones(()))))
 
     def _by_kind(self, gates: dict[str, Tensor]) -> dict[str, Tensor]:
         """Gates by kind, from those by learned group: that of a layer stands for both its sublayers, and in a shape
@@ -177,16 +197,21 @@ class CoFi(Method):
             )
         return groups
 
-    def _size_constraints(self) -> SizeConstraints | None:
-        if not self.plan.is_shaped:
-            return None
+    def _constraint(self, optimizer: torch.optim.AdamW) -> Constraint:
+        """What holds the log-alphas to the target, or to the sizes of a shape."""
+        shape, options = self.plan.shape, self.options
+        expected = None if shape.sizes else self.expected_sparsity
+        shares = None
+        if shape.sizes:
+            counts = self._counts(shape.sizes)
+            shares = {kind: counts[kind] / alpha.shape[-1] for kind, alpha in self.log_alpha.items()}
+        if options.constraint == "project":
+            projected = SizeProjection(self._keep, shares) if self.plan.is_shaped else None
+            return Projection(self.log_alpha, expected, optimizer=optimizer, sizes=projected)
         groups = {kind: len(share) for kind, share in self._expected_shares().items()}
-        if self.plan.shape.uniform:
-            return SizeConstraints(groups, None)
-        units = {kind: alpha.shape[-1] for kind, alpha in self.log_alpha.items()}
-        return SizeConstraints(
-            groups, {kind: self._counts(self.plan.shape.sizes)[kind] / units[kind] for kind in units}
-        )
+        sizes = SizeConstraints(groups, shares) if self.plan.is_shaped else None
+        lr = 0.01 if options.multiplier_lr is None else options.multiplier_lr
+        return Ascent(self.log_alpha, expected, sizes=sizes, shares=self._expected_shares, lr=lr)
 
     def _counts(self, shape: Mapping[str, int]) -> dict[str, int]:
         """Units to keep of each learned group; heads go in groups that share keys and values."""
@@ -197,10 +222,7 @@ class CoFi(Method):
 
     def _expected_shares(self) -> dict[str, Tensor]:
         """Share of its units that each layer expects to keep, by learned group: [L] or [1] float64."""
-        return {
-            kind: self._keep(alpha.double()).view(-1, alpha.shape[-1]).mean(-1)
-            for kind, alpha in self.log_alpha.items()
-        }
+        return {kind: self._keep(rows(alpha.double())).mean(-1) for kind, alpha in self.log_alpha.items()}
 
     @property
     def gates_from(self) -> int:
@@ -231,33 +253,31 @@ class CoFi(Method):
     def _gate(self, log_alpha: Tensor, keep: Tensor) -> Tensor:
         return deterministic_gate(log_alpha, keep, self.options.temperature)
 
-    def expected_sparsity(self) -> Tensor:
-        """Expected sparsity of what the target is a share of: [] float64."""
-        keep = {kind: self._keep(a.double()) for kind, a in self.log_alpha.items()}
-        return self.cost.sparsity(self._by_kind(keep), of=self.plan.target_of)
+    def expected_sparsity(self, log_alpha: Mapping[str, Tensor] | None = None) -> Tensor:
+        """Expected sparsity of what the budget counts, with the learned log-alphas or others: [] float64."""
+        keep = {kind: self._keep(a.double()) for kind, a in (log_alpha or self.log_alpha).items()}
+        return self.budget.sparsity(self._by_kind(keep))
 
     def target_at(self, step: int) -> float:
-        return linear_target(step - self._start, target=self.plan.target, warmup_steps=self._warmup)
+        return linear_target(step - self._start, target=self.budget.target, warmup_steps=self._warmup)
 
-    def signal(self, step: int) -> GateSignal:
-        return "training"
+    def evidence(self, step: int) -> Evidence:
+        return "gradient"
 
     def penalty(self, step: int) -> Tensor | None:
         if step < self._start:
             return None
-        penalty = torch.zeros((), dtype=torch.float64)
-        if not self.plan.shape.sizes:
-            multipliers = {name: self.multipliers[name] for name in MULTIPLIERS}
-            penalty = penalty + lagrangian(self.expected_sparsity(), self.target_at(step), **multipliers)
-        if self.sizes is not None:
-            progress = linear_target(step - self._start, target=1.0, warmup_steps=self._warmup)
-            penalty = penalty + self.sizes.penalty(self._expected_shares(), progress)
-        return penalty
+        return self.constraint.penalty(self.target_at(step), self._progress_at(step))
 
-    @torch.no_grad()
+    def _progress_at(self, step: int) -> float:
+        return linear_target(step - self._start, target=1.0, warmup_steps=self._warmup)
+
+    def learn(self, step: int, gates: Mapping[str, Tensor], seen: Mapping[str, Tensor]) -> None:
+        super().learn(step, gates, seen)
+        self._learned = step + 1
+
     def after_step(self) -> None:
-        for log_alpha in self.log_alpha.values():
-            log_alpha.clamp_(LOG_ALPHA_MIN, LOG_ALPHA_MAX)
+        self.constraint.restore(self.target_at(self._learned), self._progress_at(self._learned))
 
     @torch.no_grad()
     def hard_gates(self, shift: float = 0.0, reopen: int = 0) -> dict[str, Tensor]:
@@ -299,16 +319,12 @@ class CoFi(Method):
     def evaluation_gates(self, step: int) -> dict[str, Tensor] | None:
         return None if step < self._start else self.hard_gates()
 
-    def _hard_sparsity(self, gates: dict[str, Tensor] | Any) -> float:
-        kept = {kind: (gate != 0).double() for kind, gate in gates.items()}
-        return float(self.cost.sparsity(kept, of=self.plan.target_of))
-
     def _shaped_gates(self) -> dict[str, Tensor]:
         """Deterministic gates of the shape that is given, or of the one nearest to what was learned."""
         shape = self.plan.shape.sizes
         if not shape:
             wanted = {SIZE_OF[kind]: float(share.detach().mean()) for kind, share in self._expected_shares().items()}
-            shape = find_shape(self.cost, wanted, self.plan.target, of=self.plan.target_of)
+            shape = find_shape(self.structure, self.budget, wanted)
         counts = self._counts(shape)
         gates = {}
         for kind, log_alpha in self.log_alpha.items():
@@ -322,13 +338,12 @@ class CoFi(Method):
         # Sublayers are large. Where those that are left cannot fill what the target allows even with
         # all their units, the likeliest of the others come back.
         reopen, removed = 0, len(self._likeliest_removed())
-        while reopen < removed and self._hard_sparsity(self.hard_gates(reach, reopen)) > self.plan.target:
+        while reopen < removed and self.budget.removed(self.hard_gates(reach, reopen)) > self.budget.target:
             reopen += 1
         gates = land(
             lambda shift: self.hard_gates(shift, reopen),
-            self._hard_sparsity,
+            self.budget,
             {kind: a.detach() for kind, a in self.log_alpha.items()},
-            self.plan.target,
             reach=reach,
         )
         return Selection.from_gates(self.structure, gates, empty=self.empty)
@@ -339,7 +354,7 @@ class CoFi(Method):
             return {}
         return {
             "sparsity/expected": float(self.expected_sparsity()),
-            "sparsity/hard": self._hard_sparsity(self.hard_gates()),
+            "sparsity/hard": self.budget.removed(self.hard_gates()),
             "sparsity/target": self.target_at(step),
             **{f"multiplier/{name}": float(value.mean()) for name, value in self.multipliers.items()},
         }

@@ -22,8 +22,9 @@ Where paper and code differ, and where neither is followed:
   code scores are read from scaled gradients, and only NaNs are skipped.
 - They are averaged over ranks and accumulation steps before the absolute value: the score of a batch
   does not depend on how it was cut. The code demands one process and no accumulation.
-- Prices of units and the target are those of the exported model, biases and norms included. The code
-  leaves out output biases and norms.
+- Prices of units and the target are those of the exported model, biases and norms included, or whatever else the
+  budget counts; where units that go together save more or less than their prices say, the prefix is as long as the
+  exact cost asks. The code leaves out output biases and norms, and adds prices up.
 - The last masks are those of the full target. The code's last update is one step short of it.
 - Where units go, the shortest prefix of the ranking goes that meets the density, and steps count from 0. In the code
   it is the longest that does not, and steps count from 1: one unit fewer at the same density (of BERT-base at most
@@ -38,7 +39,7 @@ Where paper and code differ, and where neither is followed:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Literal
 
 import torch
@@ -47,11 +48,14 @@ from torch import Tensor
 
 from dsprune.config import Section
 from dsprune.errors import ConfigError
-from dsprune.methods.base import GateSignal, Method, Plan
+from dsprune.methods.base import Method, Plan
+from dsprune.methods.evidence import Evidence
 from dsprune.methods.noise import uniform_noise
 from dsprune.methods.output_weights import Norm, output_scores
-from dsprune.methods.ranking import UnitGroups, prune_lowest
+from dsprune.methods.parts import Read, ReadsWeights
+from dsprune.methods.ranking import Ranking, UnitGroups
 from dsprune.methods.schedules import cubic_density
+from dsprune.methods.size_constraints import check_factored
 from dsprune.methods.topk import top_k_mask
 from dsprune.structure import (
     Selection,
@@ -105,7 +109,7 @@ class GrainOptions(Section):
     """Sizes of heads and FFNs to be multiples of this, as far as units remain; 8 or 16 suit most hardware."""
 
 
-class Grain(Method):
+class Grain(Method[Structure], ReadsWeights):
     """Moving averages of gate gradients and one global ranking; see the module for formulas and sources."""
 
     Options = GrainOptions
@@ -117,29 +121,26 @@ class Grain(Method):
         self.options = options
         self._start = round(options.start * plan.total_steps)
         self._end = round(options.end * plan.total_steps)
+        self._target = plan.budget.target
         if options.start >= options.end or (plan.total_steps > 0 and self._end >= plan.total_steps):
             raise ConfigError(
                 f"method.start = {options.start:g} and method.end = {options.end:g} must be shares of prune.duration "
                 f"({plan.total_steps} steps) with start < end < 1, and leave a step after the end"
             )
         self._check_options()
-        self.check_target()
+        self._check_target()
         self.counts = self._shape_counts()
         shapes = {kind: gate_shapes(structure.sizes)[kind] for kind in self.kinds}
         self.mask = {kind: torch.ones(shape) for kind, shape in shapes.items()}
         self.importance = {kind: torch.zeros(shape) for kind, shape in shapes.items()}
         if options.score == "random":
             self.importance = uniform_noise(shapes, plan.seed, -1)
-        self._price = self._unit_prices()
+        self._price = self.budget.prices(self.kinds)
         self._check_split()
 
     @classmethod
     def kinds_of(cls, options: GrainOptions) -> tuple[str, ...]:
         return UNITS[options.units]
-
-    @property
-    def kinds(self) -> tuple[str, ...]:
-        return UNITS[self.options.units]
 
     def _check_options(self) -> None:
         """Options that single dimensions and whole heads do not both have.
@@ -162,10 +163,6 @@ class Grain(Method):
         if mistakes:
             raise ConfigError(*mistakes)
 
-    @property
-    def gates_from(self) -> int:
-        return 0
-
     def parameters(self) -> dict[str, Tensor]:
         masks = {f"mask.{kind}": value for kind, value in self.mask.items()}
         return masks | {f"importance.{kind}": value for kind, value in self.importance.items()}
@@ -176,17 +173,17 @@ class Grain(Method):
     def gates(self, step: int) -> dict[str, Tensor] | None:
         return self.mask
 
-    def signal(self, step: int) -> GateSignal:
+    def evidence(self, step: int) -> Evidence:
         if self.options.score != "gradient" or step > self._end or step % self.options.probe_every:
             return "none"
-        return "probe" if self.options.separation else "training"
+        return "probe" if self.options.separation else "gradient"
 
     # --- importance -------------------------------------------------------------------------
 
     @torch.no_grad()
-    def learn(self, step: int, gates: Mapping[str, Tensor], gradients: Mapping[str, Tensor]) -> None:
-        if gradients:
-            self._observe(gradients)
+    def learn(self, step: int, gates: Mapping[str, Tensor], seen: Mapping[str, Tensor]) -> None:
+        if seen:
+            self._observe(seen)
         if self._prunes(step):
             self.mask = self._pruned(self.sparsity_at(step))
 
@@ -198,7 +195,7 @@ class Grain(Method):
         return self.options.score.startswith("magnitude") and self._prunes(step) and step <= self._end
 
     @torch.no_grad()
-    def weigh(self, read: Callable[[str], Tensor]) -> None:
+    def weigh(self, read: Read) -> None:
         norm: Norm = self.options.score.removeprefix("magnitude_")  # type: ignore[assignment]
         self.importance = output_scores(self.structure, read, norm)
 
@@ -231,45 +228,62 @@ class Grain(Method):
 
     def sparsity_at(self, step: int) -> float:
         """Target sparsity at a step."""
-        density = cubic_density(step, start=self._start, end=self._end, final=1 - self.plan.target)
+        density = cubic_density(step, start=self._start, end=self._end, final=self.budget.share)
         return 1 - density
 
-    def _unit_prices(self) -> dict[str, Tensor]:
-        """Parameters that go with each unit: as `mask`, fp64."""
-        dims = self.cost.unit_prices(UNITS["dims"], of=self.plan.target_of)
-        groups = self.structure.sizes.num_groups
-        dims["head"] = by_head(dims["qk_dim"], groups).sum(-1) + by_head(dims["vo_dim"], groups).sum(-1)
-        return {kind: dims[kind] for kind in self.kinds}
+    def _reopened(self) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """Scores and masks with which units that are gone come back, by score, and none that is left goes."""
+        weight = {"ffn_dim": self.options.ffn_weight}
+        above = 2 * max(float(score.max()) * weight.get(kind, 1.0) for kind, score in self.importance.items())
+        above = above or 1.0  # nothing was scored yet
+        scores = {
+            kind: score + above / weight.get(kind, 1.0) * self.mask[kind] for kind, score in self.importance.items()
+        }
+        return scores, {kind: torch.ones_like(mask) for kind, mask in self.mask.items()}
 
-    def _groups(self) -> dict[str, UnitGroups]:
+    def _groups(self, *, reopen: bool = False) -> dict[str, UnitGroups]:
         """Units grouped by what is rounded together: dimensions by head, neurons by layer, heads alone."""
         groups, round_to = self.structure.sizes.num_groups, self.options.round_to
+        scores, masks = self._reopened() if reopen else (self.importance, self.mask)
 
         def grouped(kind: str, value: Tensor) -> Tensor:
             return by_head(value, groups).flatten(0, 1) if kind in ("qk_dim", "vo_dim") else value
 
         return {
             kind: UnitGroups(
-                grouped(kind, self.importance[kind] * (self.options.ffn_weight if kind == "ffn_dim" else 1.0)),
-                grouped(kind, self.mask[kind]),
+                grouped(kind, scores[kind] * (self.options.ffn_weight if kind == "ffn_dim" else 1.0)),
+                grouped(kind, masks[kind]),
                 grouped(kind, self._price[kind]),
                 1 if kind == "head" else round_to,
             )
             for kind in self.kinds
         }
 
-    def _pruned(self, sparsity: float) -> dict[str, Tensor]:
-        """Masks at a sparsity: what is gone, and the lowest-scored units beside it."""
+    def _pruned(self, sparsity: float, *, reopen: bool = False) -> dict[str, Tensor]:
+        """Masks at a sparsity: what is gone, and the lowest-scored units beside it.
+
+        Args:
+            sparsity: to come to.
+            reopen: less than what is gone already: the highest-scored of these units come back.
+        """
         if self.counts is not None:
-            return self._shaped(self.counts, sparsity / self.plan.target if self.plan.target > 0 else 1.0)
-        groups = self._groups()
-        budget = self._budget(sparsity)
-        if self.options.units == "dims" or self.options.ranking == "together":
-            masks = prune_lowest(groups, budget, tied=("qk_dim", "vo_dim"))
-        else:
-            masks = {}
-            for kind, share in self._split(budget).items():
-                masks |= prune_lowest({kind: groups[kind]}, share)
+            return self._shaped(self.counts, sparsity / self.budget.target if self.budget.target > 0 else 1.0)
+        groups, masks = self._groups(reopen=reopen), {}
+        excess = cost_to_go = self.budget.excess(sparsity)
+        if self.options.units == "heads" and self.options.ranking == "apart":
+            shares = self._split(excess)
+            heads = Ranking({"head": groups.pop("head")})
+            masks, cost_to_go = heads.masks(heads.prefix(shares["head"])), shares["ffn_dim"]
+        ranking = Ranking(groups, tied=("qk_dim", "vo_dim"))
+        dense = float(self.budget.spent({}))
+
+        def meets(chosen: Mapping[str, Tensor]) -> bool:
+            return dense - float(self.budget.spent(self._by_layer({**masks, **chosen}))) >= excess
+
+        return self._by_layer({**masks, **ranking.shortest(ranking.prefix(cost_to_go), meets)})
+
+    def _by_layer(self, masks: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Masks of groups of units, as gates."""
         return {kind: mask.view(self.mask[kind].shape) for kind, mask in masks.items()}
 
     def _shape_counts(self) -> dict[str, int] | None:
@@ -285,12 +299,15 @@ class Grain(Method):
             raise ConfigError('shape: a stock model has whole heads: GRAIN needs method.units = "heads" for it')
         if self.options.attention_density is not None:
             raise ConfigError("shape: method.attention_density says how many heads to keep as well: leave it out")
+        check_factored(self.structure, plan.shape)
         check_shape(self.structure, plan.shape.sizes, self.kinds)
         shape = plan.shape.sizes
         if plan.shape.uniform:
             sharable = sharable_kinds(self.structure, self.kinds)
-            even = {name: 1 - plan.target for name, kind in (("heads", "head"), ("ffn", "ffn_dim")) if kind in sharable}
-            shape = find_shape(self.cost, even, plan.target, of=plan.target_of)
+            even = {
+                name: self.budget.share for name, kind in (("heads", "head"), ("ffn", "ffn_dim")) if kind in sharable
+            }
+            shape = find_shape(self.structure, self.budget, even)
         heads = shape.get("heads", sizes.num_heads) // sizes.heads_per_group
         return {"head": heads, "ffn_dim": shape.get("ffn", sizes.ffn_dim)}
 
@@ -303,19 +320,13 @@ class Grain(Method):
             masks[kind] = top_k_mask(left, torch.full((len(mask),), count))
         return masks
 
-    def _budget(self, sparsity: float) -> float:
-        """Parameters to remove from the units for a sparsity of what the target is a share of."""
-        of = self.plan.target_of
-        budget = sparsity * self.cost.dense(of)
-        return budget - (self.structure.factored_away if of == "total" else 0)
-
     def _split(self, budget: float) -> dict[str, float]:
-        """Parameters to remove from heads and from neurons, which are ranked apart."""
+        """Cost to remove from heads and from neurons, which are ranked apart."""
         heads, neurons = (float(self._price[kind].sum()) for kind in ("head", "ffn_dim"))
         from_heads = budget * heads / (heads + neurons)
         if self.options.attention_density is not None:
             # On the way to the target both shrink in proportion.
-            final = self._budget(self.plan.target)
+            final = self.budget.excess(self.budget.target)
             from_heads = (1 - self.options.attention_density) * heads * min(1.0, budget / final if final > 0 else 0.0)
         return {"head": from_heads, "ffn_dim": budget - from_heads}
 
@@ -324,30 +335,27 @@ class Grain(Method):
             return
         if self.options.units != "heads":
             raise ConfigError('method.attention_density goes with method.units = "heads": dimensions share one ranking')
-        share = self._split(self._budget(self.plan.target))["ffn_dim"]
+        share = self._split(self.budget.excess(self.budget.target))["ffn_dim"]
         most = float(self._price["ffn_dim"].sum())
         if not 0 <= share <= most:
             raise ConfigError(
-                f"method.attention_density = {self.options.attention_density:g} does not go with prune.target = "
-                f"{self.plan.target:g}: {share:,.0f} parameters would have to go from FFNs that have {most:,.0f}"
+                f"method.attention_density = {self.options.attention_density:g} does not go with {self.budget.asked}: "
+                f"{share:,.0f} would have to go from FFNs that have {most:,.0f}"
             )
 
     def evaluation_gates(self, step: int) -> dict[str, Tensor] | None:
         return None if step <= self._start else self.mask
 
     def select(self) -> Selection:
-        return Selection.from_gates(self.structure, self._pruned(self.plan.target), empty=self.empty)
+        target = self.budget.target
+        reopen = target < self._target and self.budget.removed(self.mask) > target
+        return Selection.from_gates(self.structure, self._pruned(target, reopen=reopen), empty=self.empty)
 
     def metrics(self, step: int) -> dict[str, float]:
         full = {kind: torch.ones(shape) for kind, shape in gate_shapes(self.structure.sizes).items()} | self.mask
         return {
-            "sparsity/hard": float(self.cost.sparsity(self.mask, of=self.plan.target_of)),
+            "sparsity/hard": self.budget.removed(self.mask),
             "sparsity/target": self.sparsity_at(step),
             "structure/heads": float(head_alive(full).sum()),
             **{f"structure/{kind}": float(mask.sum()) for kind, mask in self.mask.items()},
         }
-
-    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        for kind in self.kinds:
-            self.mask[kind] = state[f"mask.{kind}"].clone()
-            self.importance[kind] = state[f"importance.{kind}"].clone()

@@ -12,7 +12,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from dsprune.structure import Gates
+from dsprune.structure import Budget, Gates
 
 __all__ = ["land"]
 
@@ -24,20 +24,18 @@ MOST = 500
 
 def land(
     hard_gates: Callable[[float], Gates],
-    sparsity: Callable[[Gates], float],
+    budget: Budget,
     scores: Gates,
-    target: float,
     *,
     reach: float,
 ) -> dict[str, Tensor]:
-    """Gates whose sparsity is the lowest one at or above `target` that this ordering of units gives.
+    """Gates whose sparsity is the lowest one at or above the target that this ordering of units gives.
 
     Args:
         hard_gates: gates (zero: removed) for a shift of the threshold; a higher shift keeps a
             superset of units.
-        sparsity: of a set of gates, by exact count.
+        budget: says what gates remove, and what they are to.
         scores: per kind, the order in which units between two neighbouring shifts are given back.
-        target: sparsity to land on.
         reach: largest shift to try, either way.
 
     Returns:
@@ -46,25 +44,23 @@ def land(
     """
     low, high = -reach, reach
     sparse, dense = hard_gates(low), hard_gates(high)
-    if sparsity(dense) >= target:
+    if budget.removed(dense) >= budget.target:
         return dict(dense)
-    if sparsity(sparse) <= target:
+    if budget.removed(sparse) <= budget.target:
         return dict(sparse)
     for _ in range(40):
         middle = (low + high) / 2
         gates = hard_gates(middle)
-        if sparsity(gates) >= target:
+        if budget.removed(gates) >= budget.target:
             low, sparse = middle, gates
         else:
             high, dense = middle, gates
-    gates = _fill(sparse, dense, sparsity, scores, target)
+    gates = _fill(sparse, dense, budget, scores)
     # What separates the two may be one large unit, a head. Smaller ones fill the rest of the room.
-    return _fill(gates, hard_gates(high + ROOM), sparsity, scores, target)
+    return _fill(gates, hard_gates(high + ROOM), budget, scores)
 
 
-def _fill(
-    sparse: Gates, dense: Gates, sparsity: Callable[[Gates], float], scores: Gates, target: float
-) -> dict[str, Tensor]:
+def _fill(sparse: Gates, dense: Gates, budget: Budget, scores: Gates) -> dict[str, Tensor]:
     """Give back units of `dense` that `sparse` lacks, best first, as long as the target still holds."""
     missing = [
         (float(scores[kind][tuple(index)]), kind, tuple(index))
@@ -74,6 +70,6 @@ def _fill(
     gates = {kind: gate.clone() for kind, gate in sparse.items()}
     for _, kind, index in sorted(missing, reverse=True)[:MOST]:
         gates[kind][index] = dense[kind][index]
-        if sparsity(gates) < target:
+        if budget.removed(gates) < budget.target:
             gates[kind][index] = torch.zeros(())
     return gates

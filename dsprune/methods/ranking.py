@@ -1,4 +1,4 @@
-"""One global ranking of units by score, cut where enough parameters are gone.
+"""One global ranking of units by score, cut where enough is gone.
 
 Selection by GRAIN (arXiv 2212.07634, section 3): all units of all kinds and layers in one list, the
 lowest scores first, and the shortest prefix that meets the budget is removed. What is removed stays
@@ -7,13 +7,13 @@ removed. Extra here: units may be taken in packs, so that what is kept has sizes
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-__all__ = ["UnitGroups", "prune_lowest"]
+__all__ = ["Ranking", "UnitGroups", "prune_lowest"]
 
 
 @dataclass(frozen=True)
@@ -23,7 +23,7 @@ class UnitGroups:
     Attributes:
         score: [groups, units]; higher is kept longer.
         mask: [groups, units] 1 where the unit is kept, 0 where it is gone already.
-        price: [groups, units] parameters that go with a unit, fp64.
+        price: [groups, units] cost that goes with a unit, all else kept, fp64.
         round_to: units of a group go in packs of so many.
     """
 
@@ -54,36 +54,95 @@ def _packs(group: UnitGroups) -> _Packs:
     return _Packs(zeros.scatter_add(1, of_unit, score) / count, zeros.scatter_add(1, of_unit, group.price), of_unit)
 
 
-def prune_lowest(
-    groups: Mapping[str, UnitGroups], budget: float, *, tied: tuple[str, str] | None = None
-) -> dict[str, Tensor]:
-    """Masks that leave out the lowest-scored packs of units until `budget` parameters are gone.
+class Ranking:
+    """All packs of some groups in one order, the lowest scores first.
 
     Args:
         groups: by kind.
-        budget: parameters to remove, those that are gone already included.
         tied: (follower, leader) kinds with the same groups, the follower first among `groups`: where a
             group of the leader loses its last unit, the follower's units are gone, and count (GRAIN:
             queries of a head without values).
+    """
+
+    def __init__(self, groups: Mapping[str, UnitGroups], *, tied: tuple[str, str] | None = None) -> None:
+        packs = {kind: _packs(group) for kind, group in groups.items()}
+        if tied is not None and all(kind in packs for kind in tied):
+            follower, leader = (packs[kind] for kind in tied)
+            # The leader's best pack is the last to go, and no unit of the follower outlives it. Between equals the
+            # follower goes first: once the leader's last unit is gone all of the follower is, and has to be counted.
+            follower.score = torch.minimum(follower.score, leader.score.max(dim=1, keepdim=True).values)
+        score = torch.cat([pack.score.flatten() for pack in packs.values()])
+        price = torch.cat([pack.price.flatten() for pack in packs.values()])
+        self._packs = packs
+        self._order = score.argsort(stable=True)
+        self._gone = price[self._order].cumsum(0)
+        self.least = int((score == -torch.inf).sum())
+        """How many packs are gone already."""
+
+    def prefix(self, price: float) -> int:
+        """How many packs go where units of so large a price are to go, those that are gone already included."""
+        before = torch.cat([self._gone.new_zeros(1), self._gone[:-1]])
+        return max(self.least, int((before < price).sum()))
+
+    def masks(self, count: int) -> dict[str, Tensor]:
+        """Masks without the first packs of the order: by kind, [groups, units] fp32."""
+        removed = torch.zeros(len(self._order), dtype=torch.bool)
+        removed[self._order[:count]] = True
+        sizes = [pack.score.numel() for pack in self._packs.values()]
+        parts = torch.split(removed, sizes)  # type: ignore[no-untyped-call]
+        return {
+            kind: (~part.view(pack.score.shape).gather(1, pack.of_unit)).float()
+            for (kind, pack), part in zip(self._packs.items(), parts, strict=True)
+        }
+
+    def shortest(self, guess: int, meets: Callable[[dict[str, Tensor]], bool]) -> dict[str, Tensor]:
+        """Masks without the shortest prefix that meets a condition, which holds for every longer one too.
+
+        Prices hold while all else is kept. What has gone together may save more or less than their sum, so that the
+        prefix that they give is where the search begins.
+
+        Args:
+            guess: a prefix to begin with.
+            meets: whether masks do.
+        """
+        most = len(self._order)
+        return self.masks(_first(lambda count: meets(self.masks(count)), guess, self.least, most))
+
+
+def _first(holds: Callable[[int], bool], guess: int, least: int, most: int) -> int:
+    """The least number for which something holds that holds for all larger ones; `most` where it does for none.
+
+    It is looked for around the guess, in steps that double, and then by halving.
+    """
+    lacks, enough, step = least - 1, most, 1
+    if holds(guess):
+        enough = guess
+        while enough > least and holds(nearer := max(least, enough - step)):
+            enough, step = nearer, 2 * step
+        lacks = max(lacks, enough - step)
+    else:
+        lacks = guess
+        while lacks < most and not holds(further := min(most, lacks + step)):
+            lacks, step = further, 2 * step
+        enough = min(most, lacks + step)
+    while enough - lacks > 1:
+        middle = (lacks + enough) // 2
+        lacks, enough = (lacks, middle) if holds(middle) else (middle, enough)
+    return enough
+
+
+def prune_lowest(
+    groups: Mapping[str, UnitGroups], budget: float, *, tied: tuple[str, str] | None = None
+) -> dict[str, Tensor]:
+    """Masks that leave out the lowest-scored packs of units until units of a price of `budget` are gone.
+
+    Args:
+        groups: by kind.
+        budget: price to remove, that of units that are gone already included.
+        tied: see `Ranking`.
 
     Returns:
         New masks by kind, [groups, units] fp32.
     """
-    packs = {kind: _packs(group) for kind, group in groups.items()}
-    if tied is not None and all(kind in packs for kind in tied):
-        follower, leader = (packs[kind] for kind in tied)
-        # The leader's best pack is the last to go, and no unit of the follower outlives it. Between equals the
-        # follower goes first: once the leader's last unit is gone all of the follower is, and has to be counted.
-        follower.score = torch.minimum(follower.score, leader.score.max(dim=1, keepdim=True).values)
-    score = torch.cat([pack.score.flatten() for pack in packs.values()])
-    price = torch.cat([pack.price.flatten() for pack in packs.values()])
-    order = score.argsort(stable=True)
-    gone_before = price[order].cumsum(0) - price[order]
-    # Prices are sums of a few thousand whole numbers, so that equality is exact.
-    removed = torch.zeros_like(score, dtype=torch.bool)
-    removed[order] = (gone_before < budget) | (score[order] == -torch.inf)
-    parts = torch.split(removed, [pack.score.numel() for pack in packs.values()])  # type: ignore[no-untyped-call]
-    return {
-        kind: (~part.view(pack.score.shape).gather(1, pack.of_unit)).float()
-        for (kind, pack), part in zip(packs.items(), parts, strict=True)
-    }
+    ranking = Ranking(groups, tied=tied)
+    return ranking.masks(ranking.prefix(budget))

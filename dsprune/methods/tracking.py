@@ -1,7 +1,8 @@
 """Whether a learned sparsity follows its target, and what landing on the target took where it did not.
 
-Gates that are learned meet a target as far as penalties and multipliers bring them. What is missing at the last
-step is cut away at once when the choice is landed on the target (`landing.py`), and nothing has trained for that.
+Gates that are learned meet a target as far as penalties and multipliers bring them, or exactly where they are
+projected onto it (`constraint.py`). What is missing at the last step is cut away at once when the choice is landed on
+the target (`landing.py`), and nothing has trained for that.
 """
 
 from __future__ import annotations
@@ -13,13 +14,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dsprune.methods.base import Method
+from dsprune.methods.base import AnyMethod
+from dsprune.methods.parts import Learned
 
 __all__ = ["LAG", "Landing", "has_reached", "landing_of", "report_lag"]
 
 LAG = 0.05
 """How far the expected sparsity may trail the target when that has warmed up, or pass it by the end, before that is
 said. Passing it costs little: landing gives units back, where falling short cuts some away."""
+ROUNDING = 1e-7
+"""What single precision takes from a sparsity that was set exactly."""
 WORDS = {
     "head": "heads",
     "attn": "attention sublayers",
@@ -85,7 +89,7 @@ def _counted(units: Mapping[str, int]) -> str:
 
 
 @torch.no_grad()
-def landing_of(method: Method, step: int, choice: Mapping[str, Tensor]) -> Landing | None:
+def landing_of(method: AnyMethod, step: int, choice: Mapping[str, Tensor]) -> Landing | None:
     """What landing does to a method's choice at a step; None while gates are not on.
 
     Args:
@@ -100,14 +104,14 @@ def landing_of(method: Method, step: int, choice: Mapping[str, Tensor]) -> Landi
     cut: dict[str, int] = {}
     given_back: dict[str, int] = {}
     for kind in before:
-        unit = method.unit_of(kind)
+        unit = method.structure.unit_of(kind)
         cut[unit] = cut.get(unit, 0) + int((had[kind] & ~has[kind]).sum())
         given_back[unit] = given_back.get(unit, 0) + int((has[kind] & ~had[kind]).sum())
     return Landing(
-        target=method.plan.target,
+        target=method.budget.target,
         expected=method.metrics(step).get("sparsity/expected"),
-        before=method.sparsity_of(before),
-        after=method.sparsity_of(choice),
+        before=method.budget.removed(before),
+        after=method.budget.removed(choice),
         cut=cut,
         given_back=given_back,
     )
@@ -122,7 +126,7 @@ def _effective(gates: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return on
 
 
-def has_reached(method: Method, step: int, epsilon: float) -> bool:
+def has_reached(method: AnyMethod, step: int, epsilon: float) -> bool:
     """Whether the learned sparsity (or the set one) has come to the whole target, but for so much.
 
     CoFi's code, `sparsity_epsilon`, which asks once and never again; here each evaluation is asked for itself.
@@ -130,23 +134,24 @@ def has_reached(method: Method, step: int, epsilon: float) -> bool:
     if method.evaluation_gates(step) is None:
         return False
     metrics = method.metrics(step)
-    return metrics.get("sparsity/expected", metrics["sparsity/hard"]) >= method.plan.target - epsilon
+    reached = metrics.get("sparsity/expected", metrics["sparsity/hard"]) + ROUNDING
+    return reached >= method.budget.target - epsilon
 
 
-def report_lag(method: Method, step: int) -> str | None:
+def report_lag(method: AnyMethod, step: int) -> str | None:
     """What is to be said when the target has warmed up and the gates have not followed; None where all is well.
 
     Args:
         method: as it stands now.
         step: optimizer steps done; only the one at which the warm-up ends is looked at.
     """
-    if method.full_target_step is None or step != method.full_target_step:
+    if not isinstance(method, Learned) or method.full_target_step is None or step != method.full_target_step:
         return None
     expected = method.metrics(step).get("sparsity/expected")
-    if expected is None or method.plan.target - expected <= LAG:
+    if expected is None or method.budget.target - expected <= LAG:
         return None
     return (
-        f"the target has warmed up to {method.plan.target:.1%} and the expected sparsity is {expected:.1%}, "
-        f"{100 * (method.plan.target - expected):.1f} points behind: {method.catching_up}; what is missing at the last "
-        "step is cut away untrained"
+        f"the target has warmed up to {method.budget.target:.1%} and the expected sparsity is {expected:.1%}, "
+        f"{100 * (method.budget.target - expected):.1f} points behind: {method.catching_up}; what is missing at the "
+        "last step is cut away untrained"
     )

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from dsprune.errors import CheckpointError
 from dsprune.migrate.dense import Dense
-from dsprune.migrate.files import Foreign, listed, read_tensors
+from dsprune.migrate.foreign import Foreign, listed, read_tensors
 from dsprune.structure import Selection, Structure, compact_shape, gate_shapes, is_removed
 
 __all__ = ["read_cofi"]

@@ -13,7 +13,7 @@ from dsprune.consolidate import EMBEDDING_RANK, without_weights
 from dsprune.consolidate.modeling_dsprune import FAMILIES
 from dsprune.errors import ArchitectureError, CheckpointError
 from dsprune.files import first_line
-from dsprune.migrate.files import Foreign, listed
+from dsprune.migrate.foreign import Foreign, listed
 from dsprune.structure import Structure, analyze
 
 __all__ = ["Dense", "dense_model", "parameters"]

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from dsprune.errors import CheckpointError
 from dsprune.migrate.dense import Dense
-from dsprune.migrate.files import Foreign
+from dsprune.migrate.foreign import Foreign
 from dsprune.structure import Selection, Structure, Sublayer, gate_shapes
 
 __all__ = ["embedding_rank", "read_grain", "unmasked"]

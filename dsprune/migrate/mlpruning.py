@@ -22,7 +22,7 @@ from transformers.activations import ACT2FN
 
 from dsprune.errors import ArchitectureError, CheckpointError
 from dsprune.migrate.dense import Dense, parameters
-from dsprune.migrate.files import Foreign
+from dsprune.migrate.foreign import Foreign
 from dsprune.structure import BlockSelection, Selection, analyze_blocks, gate_shapes
 
 __all__ = ["read_blocks", "read_mlpruning", "unscored"]

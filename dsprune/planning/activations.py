@@ -6,9 +6,8 @@ is counted until it is freed. So the peak is that of the model's own code, its r
 
 from __future__ import annotations
 
-import math
 import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -23,10 +22,10 @@ from torch.utils._pytree import tree_leaves
 from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from dsprune.distill import Question, TeacherStates, VocabularyHead, chunked_losses, default_teacher_layers, layer_loss
+from dsprune.distill import Question, TeacherStates, VocabularyHead, chunked_losses, layer_loss
 from dsprune.engine.models.load import checkpoint_activations
 
-__all__ = ["Build", "MicroStep", "TeacherPass", "layers_of", "trace_step", "trace_teacher"]
+__all__ = ["Build", "MicroStep", "TeacherPass", "layers_of", "stacks_of", "trace_step", "trace_teacher"]
 
 
 class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -126,12 +125,13 @@ class TeacherPass:
 
     Attributes:
         width: of its hidden states.
-        depth: its layers, four of which teach.
+        partners: for each of its layers that teach, the layer of the student that learns from it, counted from 1 over
+            all stacks; 0 stands for the embeddings.
         gathers_head: its head is sharded, and whole while the losses are made.
     """
 
     width: int
-    depth: int
+    partners: tuple[int, ...]
     gathers_head: bool
 
 
@@ -145,7 +145,7 @@ def trace_step(build: Build, micro: MicroStep, lecture: TeacherPass | None) -> i
     Args:
         build: makes the student.
         micro: what goes through it.
-        lecture: with the losses of distillation, default layers; None for the task's loss alone.
+        lecture: with the losses of distillation; None for the task's loss alone.
     """
     with torch.device("meta"):
         model = build().to(micro.dtype).train()
@@ -154,29 +154,41 @@ def trace_step(build: Build, micro: MicroStep, lecture: TeacherPass | None) -> i
     for param in model.parameters():
         # ZeRO takes a weight's gradient as soon as it is there: states count it, not the activations.
         param.register_post_accumulate_grad_hook(_drop_gradient)
-    learners = [] if lecture is None else _learners(model, lecture.depth)
-    caught: list[Tensor] = []
-    for layer in learners:
-        layer.register_forward_hook(lambda _module, _args, out: caught.append(_first(out)))
+    caught = _caught(model, () if lecture is None else range(len(layers_of(model)) + 1))
     with _tracing() as live:
         if lecture is None:
             _loss(model, micro, None).backward()  # type: ignore[no-untyped-call]
             return live.peak
-        taught = torch.empty((len(learners), micro.batch * micro.length, lecture.width), dtype=micro.dtype)
+        tokens = micro.batch * micro.length
+        taught = torch.empty((len(lecture.partners), tokens, lecture.width), dtype=micro.dtype)
         loss = _loss(model, micro, lecture)
-        states = torch.stack([state.flatten(0, 1) for state in caught])
-        projection = torch.empty((lecture.width, states.shape[-1]), dtype=micro.dtype, requires_grad=True)
+        # Of every layer the real tokens are taken, whichever learn.
+        index = torch.zeros(tokens, dtype=torch.int64)
+        states = {layer: torch.index_select(state.flatten(0, 1), 0, index) for layer, state in caught.items()}
         caught.clear()
-        loss = loss + layer_loss(F.linear(states, projection), taught, num_tokens=torch.ones(()))
-        del states
+        learned = torch.stack([states[layer] for layer in lecture.partners])
+        projection = torch.empty((lecture.width, learned.shape[-1]), dtype=micro.dtype, requires_grad=True)
+        target = torch.stack(list(taught))
+        loss = loss + layer_loss(F.linear(learned, projection), target, num_tokens=torch.ones(()))
+        del states, learned, target
         loss.backward()  # type: ignore[no-untyped-call]
         return live.peak
 
 
-def _learners(model: nn.Module, depth: int) -> list[nn.Module]:
-    """For each layer that teaches, of so many, the student's at the same height."""
-    layers = layers_of(model)
-    return [layers[math.ceil(number * len(layers) / depth) - 1] for number in default_teacher_layers(depth)]
+def _caught(model: PreTrainedModel, numbers: Iterable[int]) -> dict[int, Tensor]:
+    """Where the outputs of layers, counted from 1, come with every forward pass; 0 stands for the embeddings."""
+    caught: dict[int, Tensor] = {}
+    modules = [model.get_input_embeddings(), *layers_of(model)]
+
+    def hook(number: int) -> Any:
+        def catch(_module: nn.Module, _args: Any, output: Any) -> None:
+            caught[number] = output[0] if isinstance(output, tuple) else output
+
+        return catch
+
+    for number in numbers:
+        modules[number].register_forward_hook(hook(number))
+    return caught
 
 
 def layers_of(model: nn.Module) -> list[nn.Module]:
@@ -184,26 +196,37 @@ def layers_of(model: nn.Module) -> list[nn.Module]:
     return [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
 
 
-def trace_teacher(build: Build, micro: MicroStep) -> int:
-    """Peak bytes of a teacher's forward pass; its logits over a vocabulary are never made."""
+def stacks_of(model: nn.Module) -> tuple[int, ...]:
+    """For each of these layers, the stack that it stands in."""
+    names = {module: name for name, module in model.named_modules()}
+    places = [names[layer].rpartition(".")[0] for layer in layers_of(model)]
+    return tuple(list(dict.fromkeys(places)).index(place) for place in places)
+
+
+def trace_teacher(build: Build, micro: MicroStep, layers: Sequence[int]) -> int:
+    """Peak bytes of a teacher's forward pass; its logits over a vocabulary are never made.
+
+    Args:
+        build: makes the teacher.
+        micro: what goes through it.
+        layers: that teach, counted from 1, whose outputs are held; 0 stands for the embeddings.
+    """
     with torch.device("meta"):
         model = build().to(micro.dtype).eval()
+    caught = _caught(model, layers)
     head = model.get_output_embeddings()
     with _tracing() as live, torch.no_grad():
         if head is None:
             model(**micro.inputs(model))
         else:
             VocabularyHead(head).ask(lambda hidden, *_: hidden, model, **micro.inputs(model))
+        held = [state.flatten(0, 1).clone() for state in caught.values()]  # of the real tokens
+        del held
         return live.peak
 
 
 def _drop_gradient(param: Tensor) -> None:
     param.grad = None
-
-
-def _first(output: Any) -> Tensor:
-    found: Tensor = output[0] if isinstance(output, tuple) else output
-    return found
 
 
 def _loss(model: PreTrainedModel, micro: MicroStep, lecture: TeacherPass | None) -> Tensor:

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
-from dsprune.engine.models.load import AUTO_CLASSES, from_config, resolve_source
+from dsprune.config import DistillConfig
+from dsprune.distill import LayerPlan, plan_layers
+from dsprune.engine.models.load import AUTO_CLASSES, from_config
 from dsprune.engine.zero.config import (
     check_student,
     check_teacher_stage,
@@ -22,9 +23,11 @@ from dsprune.engine.zero.config import (
     zero_stage,
 )
 from dsprune.errors import ArchitectureError, ConfigError
+from dsprune.files import first_line
 from dsprune.measure.tables import render_table
-from dsprune.planning.activations import Build, MicroStep, TeacherPass, layers_of, trace_step, trace_teacher
+from dsprune.planning.activations import Build, MicroStep, TeacherPass, stacks_of, trace_step, trace_teacher
 from dsprune.planning.states import States, engine_states
+from dsprune.pretrained import read_model_config
 
 __all__ = [
     "GIB",
@@ -57,6 +60,7 @@ class Scenario:
         batch: sequences of a micro-batch.
         length: tokens of each.
         chunk: tokens whose logits exist at a time.
+        teacher_layers: that teach, as `distill.teacher_layers`; None for the default.
     """
 
     student: str
@@ -67,6 +71,7 @@ class Scenario:
     batch: int
     length: int
     chunk: int
+    teacher_layers: tuple[int, ...] | None = None
 
 
 @dataclass(frozen=True)
@@ -77,6 +82,7 @@ class Forecast:
         parameters: of student and teacher, elements.
         student: its states.
         teacher: its states.
+        plan: which layers of the teacher teach which of the student.
         teaching: the teacher's forward pass.
         activations: the student's pass with the task's loss alone; the second number with checkpointing.
         distilling: what distillation adds to that; likewise.
@@ -85,6 +91,7 @@ class Forecast:
     parameters: tuple[int, int]
     student: States
     teacher: States
+    plan: LayerPlan
     teaching: float
     activations: tuple[float, float]
     distilling: tuple[float, float]
@@ -104,14 +111,6 @@ class Forecast:
         return 16 * student + 4 * teacher + self.activations[index] + self.distilling[index]
 
 
-def _config(source: str) -> PretrainedConfig:
-    try:
-        # A single file will do, whatever its name.
-        return AutoConfig.from_pretrained(source if Path(source).is_file() else resolve_source(source))
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"cannot load model '{source}': {str(error).strip().splitlines()[0]}") from error
-
-
 def head_of(config: PretrainedConfig) -> str:
     """The head that the configuration names, or the one that its kind of model is trained with."""
     for head in AUTO_CLASSES:
@@ -124,44 +123,45 @@ def head_of(config: PretrainedConfig) -> str:
 
 
 def _builder(source: str) -> Build:
-    config = _config(source)
+    config = read_model_config(source)
 
     def build() -> PreTrainedModel:
         try:
             return from_config(head_of(config), config)
         except ValueError as error:
-            raise ArchitectureError(f"model '{source}': {str(error).splitlines()[0]}") from error
+            raise ArchitectureError(f"model '{source}': {first_line(error)}") from error
 
     return build
 
 
 @dataclass(frozen=True)
 class _Extent:
-    """Elements of each parameter of a model, its width, and the number of its layers."""
+    """Elements of each parameter of a model, its width, and for each of its layers the stack that it stands in."""
 
     elements: list[int]
     width: int
-    depth: int
+    stacks: tuple[int, ...]
 
 
 def _extent(build: Build) -> _Extent:
     with torch.device("meta"):
         model = build()
     elements = [param.numel() for param in model.parameters()]
-    return _Extent(elements, int(model.config.hidden_size), len(layers_of(model)))
+    return _Extent(elements, int(model.config.hidden_size), stacks_of(model))
 
 
 def forecast(scenario: Scenario) -> Forecast:
     """Memory of a training step with a teacher. Nothing but configurations is read.
 
     Raises:
-        ConfigError: a source that cannot be read.
+        ConfigError: a source that cannot be read, or layers that the teacher has not.
         ArchitectureError: a model that cannot be trained so.
     """
     student, teacher = _builder(scenario.student), _builder(scenario.teacher)
     ours, theirs = _extent(student), _extent(teacher)
     micro = MicroStep(scenario.batch, scenario.length, dtype_of(scenario.student_ds), scenario.chunk)
-    lecture = TeacherPass(theirs.width, theirs.depth, gathers_head=zero_stage(scenario.teacher_ds) == 3)
+    plan = plan_layers(DistillConfig(teacher_layers=scenario.teacher_layers), ours.stacks, theirs.stacks)
+    lecture = TeacherPass(theirs.width, plan.partners, gathers_head=zero_stage(scenario.teacher_ds) == 3)
     pairs = []
     for checkpointing in (False, True):
         step = MicroStep(**{**vars(micro), "checkpointing": checkpointing})
@@ -173,7 +173,8 @@ def forecast(scenario: Scenario) -> Forecast:
         parameters=(sum(ours.elements), sum(theirs.elements)),
         student=engine_states(ours.elements, scenario.student_ds, scenario.ranks, trained=True),
         teacher=engine_states(theirs.elements, scenario.teacher_ds, scenario.ranks, trained=False),
-        teaching=float(trace_teacher(teacher, asked)),
+        plan=plan,
+        teaching=float(trace_teacher(teacher, asked, plan.layers)),
         activations=(plain, plain_again),
         distilling=(adds, adds_again),
     )
@@ -240,13 +241,19 @@ def _step(found: Forecast) -> str:
     return render_table(headers, rows)
 
 
+def _listed(layers: Iterable[int]) -> str:
+    return ", ".join(map(str, layers))
+
+
 def describe_forecast(scenario: Scenario) -> str:
     """The whole forecast as text."""
     found = forecast(scenario)
     student, teacher = found.parameters
     sections = {
         "models": f"student {scenario.student}: {student:,} parameters\n"
-        f"teacher {scenario.teacher}: {teacher:,} parameters",
+        f"teacher {scenario.teacher}: {teacher:,} parameters\n"
+        f"layers {_listed(found.plan.layers)} of the teacher teach, beside layers {_listed(found.plan.partners)} of "
+        "the student",
         f"the student's states on {scenario.ranks} rank(s), stage by stage": _overview(scenario),
         "both engines as configured": _engines(scenario, found),
         f"a step of {scenario.batch} x {scenario.length} tokens a rank": _step(found),
@@ -270,6 +277,7 @@ def plan_model(
     batch: int,
     length: int,
     chunk: int,
+    teacher_layers: Sequence[int] | None = None,
 ) -> str:
     """What `dsprune plan` prints.
 
@@ -291,8 +299,18 @@ def plan_model(
         check_teacher_stage(found[1])
     if mistakes:
         raise ConfigError(*mistakes)
-    widths = (int(_config(source).hidden_size) for source in (student, teacher or student))
+    widths = (int(read_model_config(source).hidden_size) for source in (student, teacher or student))
     student_filled, teacher_filled = (fill_widths(ds, width) for ds, width in zip(found, widths, strict=True))
     return describe_forecast(
-        Scenario(student, teacher or student, student_filled, teacher_filled, ranks, batch, length, chunk)
+        Scenario(
+            student,
+            teacher or student,
+            student_filled,
+            teacher_filled,
+            ranks,
+            batch,
+            length,
+            chunk,
+            None if teacher_layers is None else tuple(teacher_layers),
+        )
     )

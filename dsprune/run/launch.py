@@ -33,8 +33,8 @@ def plan_text(recipe: str, overrides: Sequence[str]) -> str:
     """
     config = load(recipe, overrides)
     check_requirements()
-    from dsprune.run.plan import describe_plan
     from dsprune.run.preflight import preflight
+    from dsprune.run.preflight.plan import describe_plan
 
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
     return describe_plan(config, preflight(config, world_size), world_size)
@@ -59,9 +59,9 @@ def execute(recipe: str, overrides: Sequence[str]) -> None:
     from dsprune.run.session import Session
 
     transformers.utils.logging.disable_progress_bar()
-    ready = preflight(config, int(os.environ.get("WORLD_SIZE", "1")))
+    findings = preflight(config, int(os.environ.get("WORLD_SIZE", "1")))
     with Session(config, start_world(config.cluster.timeout_minutes), stop) as session:
-        session.run_stages(ready)
+        session.run_stages(findings)
 
 
 def _free_port() -> int:

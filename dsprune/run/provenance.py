@@ -10,12 +10,11 @@ from typing import Any
 
 import torch
 import transformers
-from transformers import AutoConfig
 
 import dsprune
 from dsprune.config import RunConfig
 from dsprune.consolidate import sha256
-from dsprune.engine.models.load import resolve_source
+from dsprune.pretrained import read_model_config, resolve_source
 from dsprune.tasks import Encoded, TaskData
 
 __all__ = ["Provenance", "collect_provenance"]
@@ -63,7 +62,7 @@ def _source(name: str, revision: str | None) -> dict[str, Any]:
     if folder.is_dir():
         files = sorted(path for path in folder.iterdir() if path.suffix in (".safetensors", ".bin", ".json"))
         return {"source": source, "sha256": {path.name: sha256(path) for path in files}}
-    config = AutoConfig.from_pretrained(source, revision=revision)
+    config = read_model_config(source, revision)
     return {"source": source, "asked": revision, "commit": getattr(config, "_commit_hash", None)}
 
 

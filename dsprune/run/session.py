@@ -7,17 +7,20 @@ from types import TracebackType
 
 import dsprune
 from dsprune.config import RunConfig
+from dsprune.engine.learning.batches import Batches
 from dsprune.engine.ranks.pulse import Heartbeat, ask_for_stacks
 from dsprune.engine.ranks.stop import Stop, seconds_left
 from dsprune.engine.ranks.world import World
 from dsprune.engine.zero.operators import build_operators
 from dsprune.errors import OutputError, Preempted
 from dsprune.files import write_json
+from dsprune.run.context import RunContext
 from dsprune.run.journal import Journal
-from dsprune.run.preflight import Preflight
+from dsprune.run.models import StoredModels
+from dsprune.run.preflight import Preflight, hold_to_time
 from dsprune.run.provenance import collect_provenance
 from dsprune.run.rehearsal import rehearse
-from dsprune.run.run import Run
+from dsprune.run.stages.table import STAGE_CLASSES, run_stage
 from dsprune.run.status import Failures, RunLock, Status, lost_a_peer
 from dsprune.run_folder import RunFolder
 
@@ -69,15 +72,35 @@ class Session:
         self._heartbeat.__enter__()
         return self
 
-    def run_stages(self, ready: Preflight) -> None:
+    def run_stages(self, findings: Preflight) -> None:
         """Load the data and run the stages of this launch. Collective: all ranks must call.
+
+        Args:
+            findings: of `preflight`.
 
         Raises:
             DspruneError: on every rank, whichever rank it happened on.
         """
+        context = self._open(hold_to_time(self.config, findings, self.world))
+        for stage in self.config.stages:
+            STAGE_CLASSES[stage](context).check()
+        journal = context.journal
+        journal.say(
+            f"dsprune {dsprune.__version__}: {self.world.size} rank(s) on {self.world.device.type}, run folder "
+            f"{self.folder}"
+        )
+        for note in dict.fromkeys((*findings.student_ds.notes, *findings.teacher_ds.notes)):
+            journal.say(note)
+        rehearse(context)
+        for stage in self.config.stages:
+            run_stage(context, stage)
+        journal.close()
+
+    def _open(self, findings: Preflight) -> RunContext:
+        """Load the data, and write down what is about to run. Collective: all ranks must call."""
         world, config = self.world, self.config
         with world.together("loading the data"):
-            data = ready.task.load(ready.tokenizer, vocab_size=ready.vocab_size, progress=world.is_main)
+            data = findings.task.load(findings.tokenizer, vocab_size=findings.vocab_size, progress=world.is_main)
         with world.together("opening the journal"):
             journal = Journal(config, active=world.is_main)
             if world.is_main:
@@ -87,18 +110,20 @@ class Session:
             if world.is_main:
                 write_json(self.folder.provenance, provenance.facts)
         with world.together("compiling DeepSpeed's operators"):
-            build_operators(ready.student_ds, ready.teacher_ds, say=journal.say)
-        run = Run(config, ready, data, world, journal, self.stop, provenance)
-        self.status = run.status
-        journal.say(
-            f"dsprune {dsprune.__version__}: {world.size} rank(s) on {world.device.type}, run folder {run.folder}"
+            build_operators(findings.student_ds, findings.teacher_ds, say=journal.say)
+        return RunContext(
+            config=config,
+            findings=findings,
+            data=data,
+            batches=Batches(data.train, findings.batch, world, config.seed),
+            models=StoredModels(config, findings),
+            world=world,
+            folder=self.folder,
+            status=self.status,
+            journal=journal,
+            stop=self.stop,
+            provenance=provenance,
         )
-        for note in dict.fromkeys((*ready.student_ds.notes, *ready.teacher_ds.notes)):
-            journal.say(note)
-        rehearse(run)
-        for stage in config.stages:
-            run.run_stage(stage)
-        journal.close()
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, _trace: TracebackType | None

@@ -5,6 +5,7 @@ from dsprune.structure.blocks.block_gating import BlockGating
 from dsprune.structure.blocks.block_selection import BlockSelection
 from dsprune.structure.blocks.block_spaces import BlockMatrix, BlockStructure, analyze_blocks, block_magnitudes
 from dsprune.structure.blocks.grid import block_grid, to_blocks
+from dsprune.structure.budget import Budget, Counted, block_budget, budget_for
 from dsprune.structure.cost import CostModel, Scope
 from dsprune.structure.gating import (
     Gates,
@@ -19,6 +20,7 @@ from dsprune.structure.gating import (
     unit_gates,
 )
 from dsprune.structure.magnitude import unit_magnitudes
+from dsprune.structure.prunable import Choice, Prunable
 from dsprune.structure.selection import Selection
 from dsprune.structure.shapes import (
     check_shape,
@@ -50,11 +52,15 @@ __all__ = [
     "BlockMatrix",
     "BlockSelection",
     "BlockStructure",
+    "Budget",
+    "Choice",
     "CostModel",
+    "Counted",
     "Empty",
     "Gates",
     "Gating",
     "ParamSpec",
+    "Prunable",
     "Scope",
     "Segment",
     "Selection",
@@ -65,8 +71,10 @@ __all__ = [
     "analyze",
     "analyze_blocks",
     "attach_gates",
+    "block_budget",
     "block_grid",
     "block_magnitudes",
+    "budget_for",
     "by_head",
     "check_shape",
     "compact_shape",

@@ -70,35 +70,124 @@ def _check_config(family: FamilySpec, config: object) -> None:
         raise ArchitectureError(f"layers of several types ({', '.join(kinds)}) in one model are not supported")
 
 
-class _Analysis:
-    """Walks a family spec over the parameters of one model; used once, by `analyze`."""
+class _Placement:
+    """Where the parts of one model are, read off the names and shapes of its parameters.
 
-    def __init__(self, family: FamilySpec, shapes: Mapping[str, tuple[int, ...]], class_name: str, config: object):
+    Args:
+        family: its spec.
+        shapes: of all parameters, by name.
+        class_name: of the model: it tells the head.
+        config: of the model.
+    """
+
+    def __init__(
+        self, family: FamilySpec, shapes: Mapping[str, tuple[int, ...]], class_name: str, config: object
+    ) -> None:
         _check_config(family, config)
         self.family = family
         self.config = config
         self.shapes = dict(shapes)
         self.class_name = class_name
-        self.may_tie = bool(getattr(config, "tie_word_embeddings", False))
-        self.scales_head = family.scaled_head is not None and bool(getattr(config, family.scaled_head, True))
-        self.tied = False
         self.base = family.base if any(name.startswith(f"{family.base}.") for name in shapes) else ""
         stacks = tuple(stack for stack in family.stacks if self._is_there(join(self.base, stack.layers)))
         sizes, counts = _read_sizes(family, stacks or family.stacks, config)
         self.sizes = replace(sizes, pooler=(sizes.pooler or sizes.hidden) if self._has_pooler() else 0)
         self.stacks = self._place_stacks(stacks or family.stacks, counts)
-        self.hidden = Space("hidden", None, self.sizes.hidden)
-        self.pooler = Space("pooler", None, self.sizes.pooler) if self.sizes.pooler else None
         projection = family.embedding_projection
         self.projected = projection is not None and join(self.base, projection, "weight") in self.shapes
         self.table = join(self.base, family.word_embeddings, "table")
         self.factored = f"{self.table}.weight" in self.shapes
         self.positions = self._find_positions()
+        self.tied = self._is_tied()
+
+    @property
+    def embedding_rank(self) -> int | None:
+        """Width of a factored word embedding."""
+        return self.shapes[f"{self.table}.weight"][1] if self.factored else None
+
+    @property
+    def scales_head(self) -> bool:
+        """Whether a head that is the word embedding is scaled."""
+        name = self.family.scaled_head
+        return name is not None and bool(getattr(self.config, name, True)) and bool(self.heads)
+
+    @property
+    def heads(self) -> Mapping[str, tuple[str, ...]]:
+        """The modules beside the base, by path: their axes."""
+        tables = (table for kind, table in self.family.heads.items() if self.class_name.endswith(kind))
+        return next(tables, {}) if self.base or not self.family.base else {}
+
+    @property
+    def embedding_norm(self) -> str | None:
+        """The first norm whose axis lives in the hidden space."""
+        wide = (("hidden",),) if self.projected else (("hidden",), ("embedding",))
+        norms = [path for path, axes in self.family.embeddings.items() if axes in wide]
+        return join(self.base, norms[0]) if norms else None
+
+    def _is_there(self, path: str) -> bool:
+        return any(name.startswith(f"{path}.") for name in self.shapes)
+
+    def _has_pooler(self) -> bool:
+        """Whether a head reads what a linear pools of each sequence; that of a bare model is given out as it is."""
+        return any("pooler" in axes[1:] for axes in self.heads.values())
+
+    def _is_tied(self) -> bool:
+        """Whether the head is the word embedding: it has no weight of its own, and the configuration says so."""
+        may_tie = bool(getattr(self.config, "tie_word_embeddings", False))
+        return may_tie and any(f"{path}.weight" not in self.shapes for path in self.heads)
+
+    def _place_stacks(self, stacks: tuple[StackSpec, ...], counts: tuple[int, ...]) -> tuple[Stack, ...]:
+        placed, start = [], 0
+        for stack, count in zip(stacks, counts, strict=True):
+            layers = tuple(join(self.base, stack.layers, str(i)) for i in range(count))
+            norm, words = (path and join(self.base, path) for path in (stack.final_norm, stack.embedding))
+            placed.append(Stack(stack, layers, start, norm, words))
+            start += count
+        return tuple(placed)
+
+    def _find_positions(self) -> Positions | None:
+        spec = self.family.positions
+        table = self.shapes.get(join(self.base, spec.table, "weight")) if spec is not None else None
+        if spec is None or table is None:
+            return None
+        norm = join(self.base, spec.norm)
+        normed = f"{norm}.weight" in self.shapes
+        layers = (path for stack in self.stacks for path in stack.layers)
+        readers = () if normed else tuple(join(layer, spec.reader) for layer in layers)
+        return Positions(table[0], spec.count_products(self.config), norm if normed else None, readers)
+
+    def table_use(self, path: str, axes: tuple[str, ...]) -> dict[str, Any]:
+        """Whether a linear of a layer multiplies the table of positions, and whether it multiplies tokens."""
+        spec = self.family.positions
+        if spec is None or self.positions is None or axes[0] != "qk_dim":
+            return {}
+        if path in (spec.query, spec.key):
+            return {"positions": self.positions.rows, "per_sequence": True}
+        return {"positions": self.positions.rows} if getattr(self.config, spec.shared, False) else {}
+
+    def position_query(self, root: str) -> str | None:
+        """Linear of the layer at `root` that makes queries of the table of positions and of nothing else."""
+        path = join(root, self.family.positions.query) if self.family.positions else ""
+        return path if f"{path}.weight" in self.shapes else None
+
+
+class _Analysis:
+    """Walks a family spec over the parameters of one model; used once, by `analyze`."""
+
+    def __init__(self, place: _Placement) -> None:
+        self.place = place
+        self.family = place.family
+        self.shapes = place.shapes
+        self.sizes = place.sizes
+        self.stacks = place.stacks
+        self.base = place.base
+        self.hidden = Space("hidden", None, self.sizes.hidden)
+        self.pooler = Space("pooler", None, self.sizes.pooler) if self.sizes.pooler else None
         self.params: dict[str, ParamSpec] = {}
         self.mistakes: list[str] = []
 
     def run(self) -> Structure:
-        self.tied = self._is_tied()
+        place = self.place
         self._walk_embeddings()
         sublayers = self._walk_stacks()
         self._walk_biases(sublayers)
@@ -113,68 +202,17 @@ class _Analysis:
             sublayers=tuple(sublayers),
             hidden=self.hidden,
             pooler=self.pooler,
-            embedding_norm=self._embedding_norm(),
-            embedding_rank=self.shapes[f"{self.table}.weight"][1] if self.factored else None,
-            tied=self.tied,
-            has_head=bool(self._heads()),
-            scales_head=self.scales_head and bool(self._heads()),
-            positions=self.positions,
+            embedding_norm=place.embedding_norm,
+            embedding_rank=place.embedding_rank,
+            tied=place.tied,
+            has_head=bool(place.heads),
+            scales_head=place.scales_head,
+            positions=place.positions,
         )
-
-    def _is_there(self, path: str) -> bool:
-        return any(name.startswith(f"{path}.") for name in self.shapes)
-
-    def _has_pooler(self) -> bool:
-        """Whether a head reads what a linear pools of each sequence; that of a bare model is given out as it is."""
-        return any("pooler" in axes[1:] for axes in self._heads().values())
-
-    def _place_stacks(self, stacks: tuple[StackSpec, ...], counts: tuple[int, ...]) -> tuple[Stack, ...]:
-        placed, start = [], 0
-        for stack, count in zip(stacks, counts, strict=True):
-            layers = tuple(join(self.base, stack.layers, str(i)) for i in range(count))
-            norm, words = (path and join(self.base, path) for path in (stack.final_norm, stack.embedding))
-            placed.append(Stack(stack, layers, start, norm, words))
-            start += count
-        return tuple(placed)
-
-    def _heads(self) -> Mapping[str, tuple[str, ...]]:
-        """The modules beside the base, by path: their axes."""
-        tables = (table for kind, table in self.family.heads.items() if self.class_name.endswith(kind))
-        return next(tables, {}) if self.base or not self.family.base else {}
-
-    def _is_tied(self) -> bool:
-        """Whether the head is the word embedding: it has no weight of its own, and the configuration says so."""
-        return self.may_tie and any(f"{path}.weight" not in self.shapes for path in self._heads())
-
-    def _embedding_norm(self) -> str | None:
-        """The first norm whose axis lives in the hidden space."""
-        wide = (("hidden",),) if self.projected else (("hidden",), ("embedding",))
-        norms = [path for path, axes in self.family.embeddings.items() if axes in wide]
-        return join(self.base, norms[0]) if norms else None
-
-    def _find_positions(self) -> Positions | None:
-        spec = self.family.positions
-        table = self.shapes.get(join(self.base, spec.table, "weight")) if spec is not None else None
-        if spec is None or table is None:
-            return None
-        norm = join(self.base, spec.norm)
-        normed = f"{norm}.weight" in self.shapes
-        layers = (path for stack in self.stacks for path in stack.layers)
-        readers = () if normed else tuple(join(layer, spec.reader) for layer in layers)
-        return Positions(table[0], spec.count_products(self.config), norm if normed else None, readers)
-
-    def _table_use(self, path: str, axes: tuple[str, ...]) -> dict[str, Any]:
-        """Whether a linear of a layer multiplies the table of positions, and whether it multiplies tokens."""
-        spec = self.family.positions
-        if spec is None or self.positions is None or axes[0] != "qk_dim":
-            return {}
-        if path in (spec.query, spec.key):
-            return {"positions": self.positions.rows, "per_sequence": True}
-        return {"positions": self.positions.rows} if getattr(self.config, spec.shared, False) else {}
 
     def _segments(self, axis: str, extent: int, units: Mapping[str, tuple[Space, int]], gated: bool) -> Axis:
         """What an axis is made of; of a shared axis the first part is gated. Extents are those that the spec says."""
-        if axis == "hidden" or (axis == "embedding" and not self.projected):
+        if axis == "hidden" or (axis == "embedding" and not self.place.projected):
             return (Segment(self.hidden, self.hidden.size, gated),)
         if axis == "pooler" and self.pooler is not None:
             return (Segment(self.pooler, self.pooler.size, gated),)
@@ -233,25 +271,25 @@ class _Analysis:
 
     def _walk_embeddings(self) -> None:
         for path, axes in self.family.embeddings.items():
-            if path == self.family.word_embeddings and self.factored:
+            if path == self.family.word_embeddings and self.place.factored:
                 self._add_factored(join(self.base, path), axes[1])
                 continue
             lookup = len(axes) == 2 and axes[0] == "-"
-            multiplied = self.tied and path == self.family.word_embeddings
+            multiplied = self.place.tied and path == self.family.word_embeddings
             # What writes the residual stream is gated where it writes: a table's columns, a norm, or
             # the rows of the projection.
             gated = tuple(
                 axis in ("hidden", "embedding") and not (len(axes) == 2 and i == 1 and not lookup)
                 for i, axis in enumerate(axes)
             )
-            if self.projected:
+            if self.place.projected:
                 gated = tuple(axis == "hidden" for axis in axes)
             self._add(join(self.base, path), axes, "embeddings", gated=gated, lookup=lookup and not multiplied)
 
     def _add_factored(self, path: str, axis: str) -> None:
         """A word embedding as the product of a narrow table and a projection, which writes what the table wrote."""
         self._add(f"{path}.table", ("-", "-"), "embeddings", lookup=True)
-        self._add(f"{path}.projection", (axis, "-"), "embeddings", gated=(not self.projected, False))
+        self._add(f"{path}.projection", (axis, "-"), "embeddings", gated=(not self.place.projected, False))
 
     def _walk_stacks(self) -> list[Sublayer]:
         sublayers: list[Sublayer] = []
@@ -270,7 +308,7 @@ class _Analysis:
         if spec.kind == "attn":
             query = join(root, spec.query)
             values, queries = spaces["vo_dim"], spaces["qk_dim"]
-            sublayer = Sublayer(*place, values, rows, output, norm, query, queries, self._position_query(root))
+            sublayer = Sublayer(*place, values, rows, output, norm, query, queries, self.place.position_query(root))
         else:
             sublayer = Sublayer(*place, spaces["ffn_dim"], rows, output, norm)
         for path, axes in stack.layer.items():
@@ -293,7 +331,7 @@ class _Analysis:
                 gated=gated[: len(axes)],
                 transposed=path in self.family.transposed,
                 inner=path in spec.members or (path == spec.norm and self.family.pre_norm),
-                **self._table_use(path, axes),
+                **self.place.table_use(path, axes),
             )
         return sublayer
 
@@ -306,11 +344,6 @@ class _Analysis:
                     users = tuple(sub for sub in sublayers if sub.name == spec.name and sub.layer in of_stack)
                     path = join(stack.layers[0], spec.bias["table"])
                     self._add(path, ("-", "-"), "encoder", lookup=True, users=users)
-
-    def _position_query(self, root: str) -> str | None:
-        """Linear of the layer at `root` that makes queries of the table of positions and of nothing else."""
-        path = join(root, self.family.positions.query) if self.family.positions else ""
-        return path if f"{path}.weight" in self.shapes else None
 
     def _unit_spaces(self, spec: SublayerSpec, index: int) -> dict[str, Space]:
         if spec.kind == "ffn":
@@ -329,12 +362,12 @@ class _Analysis:
                 self._add(stack.final_norm, ("hidden",), "head", gated=(True,))
         for path, axes in self.family.pooler.items():
             self._add(join(self.base, path), axes, "head", per_sequence=True)
-        by_sequence = self.class_name.endswith("ForSequenceClassification") and not self.family.every_token
-        for path, axes in self._heads().items():
+        by_sequence = self.place.class_name.endswith("ForSequenceClassification") and not self.family.every_token
+        for path, axes in self.place.heads.items():
             # What is pooled is gated where it is read: behind the activation, whatever that makes of a zero.
             gated = tuple(i == 1 and axis == "pooler" for i, axis in enumerate(axes))
             self._add(path, axes, "head", per_sequence=by_sequence, gated=gated)
-            if f"{path}.weight" not in self.shapes and not self.tied:
+            if f"{path}.weight" not in self.shapes and not self.place.tied:
                 self.mistakes.append(f"{path}.weight is missing")
 
     def _check(self) -> None:
@@ -350,7 +383,7 @@ class _Analysis:
                         self.mistakes.append(f"{join(root, part)}.weight is missing")
         if self.mistakes:
             raise ArchitectureError(
-                f"{self.class_name} does not match family '{self.family.name}': " + "; ".join(self.mistakes)
+                f"{self.place.class_name} does not match family '{self.family.name}': " + "; ".join(self.mistakes)
             )
 
 
@@ -367,4 +400,4 @@ def analyze(model: nn.Module, family: FamilySpec | None = None) -> Structure:
     config = model.config
     shapes = {name: param_shape(param) for name, param in model.named_parameters()}
     family = family or family_for(str(getattr(config, "model_type", "")))
-    return _Analysis(family, shapes, type(model).__name__, config).run()
+    return _Analysis(_Placement(family, shapes, type(model).__name__, config)).run()

@@ -17,8 +17,9 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from dsprune.structure.gating import Gates, by_head, complete
-from dsprune.structure.spaces import Empty, ParamSpec, Space, Structure, gate_shapes
+from dsprune.structure.expected import expected_alive, expected_rows, expected_units
+from dsprune.structure.gating import Gates, complete
+from dsprune.structure.spaces import Empty, ParamSpec, Space, Structure
 
 __all__ = ["CostModel", "Scope"]
 
@@ -88,8 +89,8 @@ class CostModel:
 
     def _sum(self, terms: Mapping[_Term, Tensor], gates: Gates) -> Tensor:
         full = {kind: gate.double() for kind, gate in complete(self.structure, gates).items()}
-        hidden, units, alive = full["hidden"].sum(), _expected_units(full), _expected_alive(full)
-        rows = _expected_rows(full)
+        hidden, units, alive = full["hidden"].sum(), expected_units(full), expected_alive(full)
+        rows = expected_rows(full)
         total = hidden.new_zeros(())
         for term, weights in terms.items():
             count = weights.to(hidden.device) * hidden**term.num_hidden
@@ -125,76 +126,17 @@ class CostModel:
         count = sum(p.numel for p in self.structure.params.values() if of == "total" or p.part == "encoder")
         return count + (self.structure.factored_away if of == "total" else 0)
 
-    def unit_prices(self, kinds: tuple[str, ...], *, of: Scope = "encoder") -> dict[str, Tensor]:
-        """Parameters that go with one unit, all else kept: [L, units] float64 for each kind of space."""
-        sizes = gate_shapes(self.structure.sizes)
-        prices = {kind: torch.zeros(sizes[kind], dtype=torch.float64) for kind in kinds}
-        for param in self.structure.params.values():
-            if of == "encoder" and param.part != "encoder":
-                continue
-            for numel, spaces in param.tiles():
-                for space in spaces:
-                    if space.kind in prices:
-                        index = slice(None) if space.index is None else space.index
-                        prices[space.kind][index] += numel / space.size
-        return prices
-
     def macs(self, gates: Gates, *, length: int) -> Tensor:
         """Multiply-adds of one sequence of `length` tokens: linears, attention scores and their sums; [] float64.
 
         An encoder-decoder reads so many tokens, and writes as many.
         """
         full = {kind: gate.double() for kind, gate in complete(self.structure, gates).items()}
-        units, sizes, positions = _expected_units(full), self.structure.sizes, self.structure.positions
+        units, sizes, positions = expected_units(full), self.structure.sizes, self.structure.positions
         table = 0 if positions is None else positions.products * positions.rows
         products = units["qk_dim"] * sizes.pair * (length + table) + units["vo_dim"] * length
         attention = length * sizes.heads_per_group * products.sum()
         return length * self._sum(self._token_macs, full) + self._sum(self._sequence_macs, full) + attention
-
-    def floor(self, kinds: tuple[str, ...], *, of: Scope = "encoder") -> float:
-        """Highest sparsity that gates of these kinds can reach, all of them closed but one unit of each space
-        that must not be empty (`hidden`, `pooler`)."""
-        gates = {kind: torch.zeros_like(gate) for kind, gate in complete(self.structure, {}).items() if kind in kinds}
-        for kind in gates.keys() & {"hidden", "pooler"}:
-            gates[kind][0] = 1
-        return float(self.sparsity(gates, of=of))
-
-
-def _expected_rows(full: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Chance that an output row is written, the sublayer being there: [L, d] for `attn` and `ffn`."""
-    return {kind: full[f"{kind}_row"] * full["hidden"] for kind in ("attn", "ffn")}
-
-
-def _expected_writes(full: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Chance that a sublayer is there and has a row to write: [L] for `attn` and `ffn`."""
-    return {kind: full[kind] * (1 - (1 - rows).prod(-1)) for kind, rows in _expected_rows(full).items()}
-
-
-def _expected_units(full: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Expected number of units by kind and layer, coarse gates included: [L] each."""
-    num_heads = full["head"].shape[-1]
-    per_head = {kind: by_head(full[kind], num_heads).sum(-1) for kind in ("qk_dim", "vo_dim")}
-    writes = _expected_writes(full)
-    return {
-        "qk_dim": writes["attn"] * (_expected_heads(full) * per_head["qk_dim"]).sum(-1),
-        "vo_dim": writes["attn"] * (full["head"] * per_head["vo_dim"]).sum(-1),
-        "ffn_dim": writes["ffn"] * full["ffn_dim"].sum(-1),
-    }
-
-
-def _expected_heads(full: Mapping[str, Tensor]) -> Tensor:
-    """Chance that a head (or group) has a value dimension: [L, heads]."""
-    head = full["head"]
-    return head * (1 - (1 - by_head(full["vo_dim"], head.shape[-1])).prod(-1))
-
-
-def _expected_alive(full: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Chance that a sublayer has a unit and a row: [L] each."""
-    writes = _expected_writes(full)
-    return {
-        "attn": writes["attn"] * (1 - (1 - _expected_heads(full)).prod(-1)),
-        "ffn": writes["ffn"] * (1 - (1 - full["ffn_dim"]).prod(-1)),
-    }
 
 
 def _is_matmul(param: ParamSpec) -> bool:

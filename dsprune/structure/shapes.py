@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from dsprune.errors import ConfigError
-from dsprune.structure.cost import CostModel, Scope
+from dsprune.structure.budget import Budget
 from dsprune.structure.spaces import Structure, gate_shapes
 
 __all__ = [
@@ -126,33 +126,31 @@ def shape_gates(structure: Structure, shape: Mapping[str, int]) -> dict[str, Ten
     return follow_hidden(structure, gates)
 
 
-def find_shape(cost: CostModel, wanted: Mapping[str, float], target: float, *, of: Scope) -> dict[str, int]:
-    """The shape at a target sparsity that is nearest to what is wanted, and that a stock class can have.
+def find_shape(structure: Structure, budget: Budget, wanted: Mapping[str, float]) -> dict[str, int]:
+    """The shape at a budget's target that is nearest to what is wanted, and that a stock class can have.
 
     Args:
-        cost: of the model.
+        structure: of the dense model.
+        budget: of it, with the sparsity to land on.
         wanted: share to keep of `hidden`, `ffn` and `heads`; a size that is not named stays.
-        target: sparsity to land on.
-        of: what the target is a share of.
 
     Returns:
         Sizes by name, sparse enough for the target wherever any are.
     """
-    structure = cost.structure
 
     def rank(shape: dict[str, int]) -> tuple[float, float]:
-        miss = target - float(cost.sparsity(shape_gates(structure, shape), of=of))
+        miss = budget.target - budget.removed(shape_gates(structure, shape))
         dense = _dense(structure)
         distance = sum(abs(size / dense[name] - wanted[name]) for name, size in shape.items())
         # Too dense is worse than anything; too sparse counts once it is more than what invariant 7 allows.
         return (1 + miss if miss > EXACT else max(0.0, -miss - LEEWAY)), distance
 
-    return min(_candidates(cost, wanted, target, of), key=rank)
+    return min(_candidates(structure, budget, wanted), key=rank)
 
 
-def _candidates(cost: CostModel, wanted: Mapping[str, float], target: float, of: Scope) -> Iterator[dict[str, int]]:
+def _candidates(structure: Structure, budget: Budget, wanted: Mapping[str, float]) -> Iterator[dict[str, int]]:
     """Shapes of all numbers of heads, each with the widths nearest to what is wanted and the FFN size that lands."""
-    structure, dense = cost.structure, _dense(cost.structure)
+    dense = _dense(structure)
     step = structure.sizes.heads_per_group
     for heads in range(step, dense["heads"] + 1, step) if "heads" in wanted else (dense["heads"],):
         for hidden in _widths(structure, heads, wanted):
@@ -160,12 +158,20 @@ def _candidates(cost: CostModel, wanted: Mapping[str, float], target: float, of:
             if "ffn" not in wanted:
                 yield shape
                 continue
-            removed = [
-                float(cost.sparsity(shape_gates(structure, {**shape, "ffn": ffn}), of=of)) for ffn in (1, dense["ffn"])
-            ]
-            slope = (removed[0] - removed[1]) / max(1, dense["ffn"] - 1)
-            room = int((removed[0] - target) / slope + 1e-6) if slope > 0 else 0
-            yield {**shape, "ffn": min(dense["ffn"], max(1, 1 + room))}
+            yield {**shape, "ffn": _landing_size(structure, budget, shape)}
+
+
+def _landing_size(structure: Structure, budget: Budget, shape: Mapping[str, int]) -> int:
+    """The largest FFN size that leaves no more than the budget beside the other sizes; 1 where none does.
+
+    What a model costs rises with its FFNs, whatever is counted, so that this is found by halving.
+    """
+    low, high = 1, structure.sizes.ffn_dim
+    while low < high:
+        middle = (low + high + 1) // 2
+        fits = budget.removed(shape_gates(structure, {**shape, "ffn": middle})) >= budget.target - EXACT
+        low, high = (middle, high) if fits else (low, middle - 1)
+    return low
 
 
 def _widths(structure: Structure, heads: int, wanted: Mapping[str, float]) -> list[int]:

@@ -7,7 +7,7 @@ it holds no tensor, and is the same for a model on the meta device, under ZeRO-3
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import product
 from typing import Literal
@@ -244,6 +244,19 @@ class Structure:
     positions: Positions | None = None
 
     @property
+    def gate_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Shape of the gates, by kind."""
+        return gate_shapes(self.sizes)
+
+    def refusal(self, kinds: Iterable[str]) -> str | None:
+        """Why units of these kinds cannot be lost exactly; None where they can."""
+        return self.family.refusal(kinds)
+
+    def unit_of(self, kind: str) -> str:
+        """What kind of unit gates of a kind decide over."""
+        return kind
+
+    @property
     def final_norms(self) -> tuple[str, ...]:
         """Norms of the residual stream after the last layer of each stack, in a pre-norm model."""
         return tuple(stack.final_norm for stack in self.stacks if stack.final_norm is not None)
@@ -256,6 +269,13 @@ class Structure:
         path = join(self.base, self.family.word_embeddings)
         table, projection = (self.params[f"{path}.{part}.weight"] for part in ("table", "projection"))
         return table.shape[0] * projection.shape[0] - table.numel - projection.numel
+
+    @property
+    def factoring_macs(self) -> int:
+        """Multiply-adds of a token that factoring the word embedding has added: those of its projection."""
+        if self.embedding_rank is None:
+            return 0
+        return self.params[f"{join(self.base, self.family.word_embeddings)}.projection.weight"].numel
 
     @property
     def layer_paths(self) -> tuple[str, ...]:

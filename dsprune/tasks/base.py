@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import logging
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
@@ -13,6 +12,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from dsprune.errors import ArchitectureError, ConfigError
+from dsprune.files import did_you_mean
 from dsprune.tasks.batching import Encoded, Tokeniser
 from dsprune.tasks.sources.splits import Split, Splits
 
@@ -219,7 +219,6 @@ def choose_metric(task: str, official: tuple[str, ...], asked: str | None) -> st
     if asked is None:
         return official[0]
     if asked not in official:
-        near = difflib.get_close_matches(asked, official, n=1, cutoff=0.4)
-        hint = f"did you mean '{near[0]}'?" if near else f"it has {', '.join(official)}"
+        hint = did_you_mean(asked, official, otherwise=f"it has {', '.join(official)}", cutoff=0.4)
         raise ConfigError(f"task.metric = '{asked}': task '{task}' has no such metric; {hint}")
     return asked

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Callable
 
 from dsprune.config import DataConfig, TaskConfig
 from dsprune.errors import ConfigError
+from dsprune.files import did_you_mean
 from dsprune.tasks.base import Task
 from dsprune.tasks.benchmarks.conll import build_conll
 from dsprune.tasks.benchmarks.glue import GLUE, build_glue
@@ -60,8 +60,8 @@ def build_task(task: TaskConfig, data: DataConfig, *, seed: int) -> Task:
         DataError: `data.path` without the files of the task, or training examples without labels.
     """
     if task.name not in TASKS:
-        near = difflib.get_close_matches(task.name.lower().replace("-", ""), TASKS, n=1)
-        hint = f"did you mean '{near[0]}'?" if near else f"there are {', '.join(TASKS)}"
+        plain = task.name.lower().replace("-", "")
+        hint = did_you_mean(plain, TASKS, otherwise=f"there are {', '.join(TASKS)}")
         raise ConfigError(f"task.name = '{task.name}': no such task; {hint}")
     if task.name not in ANY_DATA:
         _refuse_other_data(task.name, data)

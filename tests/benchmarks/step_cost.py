@@ -24,13 +24,15 @@ from dsprune.engine.learning.replica import Replica
 from dsprune.engine.learning.student import Student, build_student_engine
 from dsprune.engine.learning.teacher import Teacher
 from dsprune.engine.learning.trainer import LayerMatcher, Trainer
-from dsprune.engine.models.load import load_model, load_tokenizer, resolve_source
+from dsprune.engine.models.load import load_model, load_tokenizer
 from dsprune.engine.ranks.world import World, start_world
 from dsprune.engine.zero.config import load_ds_config, plan_batch, student_config, teacher_config
 from dsprune.measure.tables import render_table
-from dsprune.methods import Plan, method_class
+from dsprune.methods import method_class
+from dsprune.pretrained import resolve_source
 from dsprune.structure import analyze, attach_gates
 from dsprune.tasks import build_task
+from tests.helpers.plans import plan_for
 
 GRAIN_DISTILLATION = {"match": "fixed", "projection": "separate", "logit_scale": "none", "temperature": 8.0}
 
@@ -80,7 +82,7 @@ def pruning_trainer(options: argparse.Namespace, world: World, stage: int, name:
     model = load_model(options.model, task, ds_config, fresh_head=True)
     structure = analyze(model)
     cls = method_class(method)
-    made = cls(structure, cls.Options(**method_options), Plan(0.6, "encoder", 10**6, 100, 0))
+    made = cls(structure, cls.Options(**method_options), plan_for(structure, method, 0.6, total=10**6, per_epoch=100))
     distill, layers = DistillConfig(**distillation), _teacher_layers(options.model)
     student = Student(
         model,

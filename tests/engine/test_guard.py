@@ -13,7 +13,7 @@ def _spoil(padding):
     """Put NaN into the last value that this rank holds of the classifier's bias: 9 values, two shares of 5."""
     import torch
 
-    from dsprune.engine.learning.guard import check_before_commit
+    from dsprune.engine.learning.commit_guard import check_before_commit
     from dsprune.errors import NumericsError
 
     trainer = build_trainer(Setup(ROWS[0], stage=3, family="token", task="conll2003"))

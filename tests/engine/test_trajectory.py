@@ -6,7 +6,7 @@ from functools import cache
 import numpy as np
 import pytest
 
-from dsprune.methods import METHODS
+from dsprune.methods import METHODS, state_of
 from tests.helpers.settings import BLOCKS, ROWS
 from tests.helpers.training import Setup, build_trainer, spoiled, trajectory, under_autocast
 from tests.helpers.world import run_world
@@ -101,6 +101,17 @@ def test_selection_and_distillation_combine_freely(selects, teaches):
     assert reference["losses"][-1]["layers"] > 0
 
 
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_layers_that_do_not_teach_in_a_step_leave_their_projections_alone(stage):
+    """ZeRO-3 would apply the last gradient once more to what a step does not reach; and moments go on everywhere."""
+    grain = ROWS[1]
+    assert grain.distill["projection"] == "separate"
+    row = replace(grain, distill=grain.distill | {"teacher_draw": "random"}, teacher_layers=(1, 2))
+    reference = run_world(trajectory, 1, Setup(row))[0]
+    results = run_world(trajectory, 2, Setup(row, stage=stage, accumulation=2))
+    _assert_same(results[0], reference, rtol=2e-5)
+
+
 def test_blocks_follow_one_trajectory_too():
     reference = run_world(trajectory, 1, Setup(BLOCKS))[0]
     for changes in ({"stage": 2}, {"stage": 3, "accumulation": 2}):
@@ -144,7 +155,7 @@ def test_the_method_learns(row_index):
 
 
 def _initial_state(setup):
-    return {name: value.numpy() for name, value in build_trainer(setup).replica.method.state_dict().items()}
+    return {name: value.numpy() for name, value in state_of(build_trainer(setup).replica.method).items()}
 
 
 def test_bf16_follows_fp32():

@@ -83,7 +83,7 @@ def _by_all_logits(setup):
     loss, _, _ = student(batch.inputs, batch.labels, batch.num_targets, None, teacher_signal)
     weights = [p for p in student.parameters() if p.requires_grad]
     got = torch.autograd.grad(loss, weights)
-    arguments = student.scorer.task.arguments(student.model, batch.inputs, batch.labels)
+    arguments = student.objective.task.arguments(student.model, batch.inputs, batch.labels)
     where = batch.labels != -100
     ours = student.model(**arguments).logits[where]
     with torch.no_grad():

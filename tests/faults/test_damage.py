@@ -189,7 +189,7 @@ class _Evil:
 
 def _load_evil(trap, checkpoint):
     """Plant a shard that runs code when it is unpickled, and load it past the hashes."""
-    from dsprune.engine.zero.files import only_weights
+    from dsprune.engine.zero.shard_files import only_weights
     from tests.helpers.settings import ROWS
     from tests.helpers.training import Setup, build_trainer
 

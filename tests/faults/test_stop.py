@@ -29,7 +29,8 @@ def _asked_while(place, how, ranks, run, *words):
     """A run that is asked to stop while it trains, evaluates, saves, or starts."""
     from dsprune.engine.checkpoints import store as checkpoint
     from dsprune.engine.learning.trainer import Trainer
-    from dsprune.run import run as stages
+    from dsprune.run import session
+    from dsprune.run.training import scoring
 
     def before(owner, name, when):
         real = getattr(owner, name)
@@ -44,11 +45,11 @@ def _asked_while(place, how, ranks, run, *words):
     if place == "training":
         before(Trainer, "_micro_step", lambda self, step, *_: step == 2)
     elif place == "evaluating":
-        before(stages, "evaluate_all", lambda *_: True)
+        before(scoring, "evaluate_all", lambda *_: True)
     elif place == "saving":
         before(checkpoint, "reached", lambda point: point == "hashed")
     elif place == "starting":
-        before(stages.Run, "run_stage", lambda *_: True)
+        before(session, "run_stage", lambda *_: True)
     return execute(*words)
 
 
@@ -91,9 +92,9 @@ def test_f19_stop(place, undisturbed, tmp_path, how, ranks, where):
 
 def _asked_in_every_stage(stage, how, run, *words):
     from dsprune.engine.learning.trainer import Trainer
-    from dsprune.run import run as stages
+    from dsprune.run import exporting
 
-    real_step, real_poll = Trainer.step, stages.Run._start_export
+    real_step, real_poll = Trainer.step, exporting.start_export
 
     def step(self, number):
         if self.stage == stage and number == 1:
@@ -106,7 +107,7 @@ def _asked_in_every_stage(stage, how, run, *words):
 
     Trainer.step = step
     if stage == "consolidate":
-        stages.Run._start_export = staticmethod(start_export)
+        exporting.start_export = start_export
     return execute(*words)
 
 

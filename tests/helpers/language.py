@@ -17,7 +17,6 @@ from transformers import (
 )
 
 from dsprune.config import DistillConfig, OptimConfig, TaskConfig
-from dsprune.methods import Plan
 from dsprune.tasks.batching import Encoded, Tokens
 from dsprune.tasks.kinds.causal import PackedText
 from dsprune.tasks.kinds.corruption import CorruptedText, Noise
@@ -138,7 +137,7 @@ def build_language_trainer(setup: Language, *, steps: int = 4) -> Any:
         checkpoint_activations(model)
     method, gating = None, None
     if row:
-        method, gating = pruning(row.name, row.options, Plan(row.target, "encoder", row.steps, 4, 0), model)
+        method, gating = pruning(row.name, row.options, row.target, model, total=row.steps)
     student = Student(
         model, task, distill=distill if setup.taught else None, teacher=(32, layers) if row else None, gating=gating
     )

@@ -25,7 +25,7 @@ BLOCKS = MethodRow("blocks", {"scores_lr": 0.3, "init": 2.0, "penalty": 200.0}, 
 ROWS = [
     MethodRow(
         "cofi",
-        {"distill_phase": "1 steps", "warmup": "3 steps", "lr": 0.05, "multiplier_lr": 0.05},
+        {"distill_phase": "1 steps", "warmup": "3 steps", "lr": 0.05},
         distill={"match": "monotone"},
     ),
     MethodRow(
@@ -40,4 +40,5 @@ ROWS = [
         distill={"match": "fixed", "projection": "none", "attentions": 0.9},
         teacher_layers=(0, 1, 2),
     ),
+    MethodRow("fisher", steps=3),
 ]

@@ -36,7 +36,7 @@ def preload() -> None:
     import torch._dynamo
     from deepspeed.runtime.zero.muon import muon_optimizer  # noqa: F401 (imported lazily at engine start)
 
-    import dsprune.run.run  # noqa: F401
+    import dsprune.run.session  # noqa: F401
 
     torch.set_num_threads(1)
 

@@ -6,20 +6,24 @@ import pytest
 import torch
 
 from dsprune.errors import ConfigError
-from dsprune.methods import Plan, method_class
+from dsprune.methods import load_state, method_class, state_of
 from dsprune.methods.hard_concrete import LOG_ALPHA_MAX, LOG_ALPHA_MIN, keep_probability
 from dsprune.methods.lagrangian import lagrangian
 from dsprune.methods.schedules import linear_target
 from dsprune.structure import analyze
 from tests.helpers.models import tiny_model
+from tests.helpers.plans import plan_for
 
 CoFi = method_class("cofi")
 
 
 def _cofi(*, target=0.6, of="encoder", total=400, seed=0, **options):
-    options = {"distill_phase": "0 steps", "warmup": "50 steps", "lr": 0.05, "multiplier_lr": 0.05, **options}
-    plan = Plan(target=target, target_of=of, total_steps=total, steps_per_epoch=10, seed=seed)
-    return CoFi(analyze(tiny_model("bert")), CoFi.Options(**options), plan)
+    options = {"distill_phase": "0 steps", "warmup": "50 steps", "lr": 0.05, **options}
+    if options.setdefault("constraint", "ascent") == "ascent":
+        options.setdefault("multiplier_lr", 0.05)
+    structure = analyze(tiny_model("bert"))
+    plan = plan_for(structure, "cofi", target, of=of, total=total, per_epoch=10, seed=seed)
+    return CoFi(structure, CoFi.Options(**options), plan)
 
 
 def _train(method, steps):
@@ -88,7 +92,7 @@ def test_the_selection_lands_on_the_target(target, of):
     method = _cofi(target=target, of=of)
     _train(method, 400)
     selection = method.select()
-    landed = float(method.cost.sparsity(selection.hard(), of=of))
+    landed = method.budget.removed(selection.hard())
     # The tiny model's hidden dimensions are 3% of it each, so half a point is not always to be had.
     largest_unit = 1 / 32
     assert target - 1e-9 <= landed <= target + largest_unit
@@ -120,8 +124,8 @@ def test_state_survives_a_round_trip():
     method = _cofi()
     _train(method, 20)
     other = _cofi(seed=5)
-    other.load_state_dict(method.state_dict())
-    assert all(torch.equal(value, other.state_dict()[name]) for name, value in method.state_dict().items())
+    load_state(other, state_of(method))
+    assert all(torch.equal(value, other.parameters()[name]) for name, value in method.parameters().items())
 
 
 def test_lagrangian_formula():
@@ -136,6 +140,7 @@ def test_lagrangian_formula():
         ({"target": 0.9, "of": "total", "gates": ("head", "ffn_dim")}, "out of reach: .* at most 0.8"),
         ({"gates": ("heads",)}, "unknown"),
         ({"distill_phase": "30 epochs", "warmup": "10 epochs"}, "leave no step"),
+        ({"constraint": "project", "multiplier_lr": 0.1}, r'method.multiplier_lr is for method.constraint = "ascent"'),
     ],
 )
 def test_what_cannot_work_is_refused(options, message):

@@ -6,25 +6,31 @@ import pytest
 import torch
 
 from dsprune.errors import ConfigError
-from dsprune.methods import Plan, method_class
+from dsprune.methods import method_class
 from dsprune.methods.schedules import warmup_and_decay
 from dsprune.methods.topk import count_kept, top_k
 from dsprune.structure import CostModel, analyze, attach_gates, ones, unit_magnitudes
 from tests.helpers.models import tiny_model
+from tests.helpers.plans import plan_for
 from tests.helpers.training import block_pruning, without_some_units
 
 MLPruning = method_class("mlpruning")
 
 
 def _method(*, target=0.5, of="encoder", total=200, **options):
-    plan = Plan(target=target, target_of=of, total_steps=total, steps_per_epoch=10, seed=0)
     options = {"lr": 0.1, "init": 4.0, "penalty": 2000.0, **options}
-    return MLPruning(analyze(tiny_model("bert")), MLPruning.Options(**options), plan)
+    structure = analyze(tiny_model("bert"))
+    plan = plan_for(structure, "mlpruning", target, of=of, total=total, per_epoch=10)
+    return MLPruning(structure, MLPruning.Options(**options), plan)
 
 
 def _magnitudes(method):
     model = tiny_model("bert")
     return unit_magnitudes(method.structure, lambda name: model.get_parameter(name))
+
+
+def _unread(name):
+    raise AssertionError(f"{name} was read for nothing")
 
 
 def _train(method, steps, pull=0.0):
@@ -58,11 +64,13 @@ def test_scores_start_from_the_magnitude_of_weights():
     """Pitfall 9: with equal scores the first units to go are arbitrary."""
     method = _method()
     magnitudes = _magnitudes(method)
-    method.begin(magnitudes)
+    method.begin(tiny_model("bert").get_parameter)
     for kind, score in method.groups.score.items():
         assert torch.equal(score.argsort(-1), magnitudes[kind].float().argsort(-1)), kind
         torch.testing.assert_close(score.detach().std(-1, correction=0), torch.ones(2))
-    assert _method(scores="zero").wants_magnitudes is False
+    zero = _method(scores="zero")
+    zero.begin(_unread)
+    assert not any(score.any() for score in zero.groups.score.values())
     model = tiny_model("bert")
     layer = model.bert.encoder.layer[1]
     dense, output = layer.intermediate.dense, layer.output.dense
@@ -106,7 +114,7 @@ def test_only_the_two_sided_rule_pulls_sizes_back_up(two_sided, returns):
 @pytest.mark.parametrize("target", [0.3, 0.5, 0.7])
 def test_the_exported_model_lands_on_the_target(target):
     method = _method(target=target)
-    method.begin(_magnitudes(method))
+    method.begin(tiny_model("bert").get_parameter)
     _train(method, 200)
     sparsity = float(CostModel(method.structure, empty="bias").sparsity(method.select().gates))
     assert target <= sparsity < target + 0.005
@@ -141,7 +149,7 @@ def test_scores_may_start_as_in_the_authors_code(scores, scale, bound):
     torch.nn.init.kaiming_uniform_(literal, a=math.sqrt(5))
     assert literal.abs().max() == pytest.approx(1.0, abs=1e-3)
     method, again = (_method(scores=scores, scores_scale=scale) for _ in range(2))
-    assert method.wants_magnitudes is False
+    method.begin(_unread)
     for kind, score in method.groups.score.items():
         assert torch.equal(score, again.groups.score[kind])
         assert bool((score.abs() <= bound).all())
@@ -149,9 +157,9 @@ def test_scores_may_start_as_in_the_authors_code(scores, scale, bound):
     assert drawn.abs().max() > 0.9 * bound
     assert abs(float(drawn.mean())) < 0.2 * bound
     blocks = block_pruning(
-        {"scores": scores, "scores_scale": scale}, method.plan, without_some_units(tiny_model("bert"))
+        {"scores": scores, "scores_scale": scale}, 0.5, without_some_units(tiny_model("bert")), total=200
     )
-    assert not blocks[0].wants_magnitudes
+    blocks[0].begin(_unread)
     assert all(0 < value.abs().max() <= bound for value in blocks[0].groups.score.values())
 
 

@@ -3,17 +3,18 @@
 import pytest
 import torch
 
-from dsprune.methods import Plan, method_class
+from dsprune.methods import method_class
 from dsprune.methods.tracking import Landing, has_reached, landing_of, report_lag
 from dsprune.structure import analyze
 from tests.helpers.models import tiny_model
+from tests.helpers.plans import plan_for
 from tests.helpers.training import block_pruning, without_some_units
 
 
 def _method(name, target=0.9, **options):
     cls = method_class(name)
-    plan = Plan(target=target, target_of="encoder", total_steps=100, steps_per_epoch=10, seed=0)
-    return cls(analyze(tiny_model("bert")), cls.Options(**options), plan)
+    structure = analyze(tiny_model("bert"))
+    return cls(structure, cls.Options(**options), plan_for(structure, name, target, total=100, per_epoch=10))
 
 
 def _cofi(**options):
@@ -45,7 +46,7 @@ def test_what_landing_cuts_away_is_counted_by_kind():
     choice = method.select().gates
     landing = landing_of(method, 100, choice)
     assert landing.before == 0
-    assert landing.after == pytest.approx(method.sparsity_of(choice))
+    assert landing.after == pytest.approx(method.budget.removed(choice))
     assert landing.after >= 0.9
     assert landing.gap == pytest.approx(0.9 - float(method.expected_sparsity().detach()))
     for kind in ("head", "ffn_dim", "hidden"):
@@ -92,10 +93,9 @@ def test_a_sparsity_that_is_set_is_only_missed_when_it_falls_short():
 
 
 def test_blocks_are_counted_as_blocks():
-    plan = Plan(target=0.5, target_of="encoder", total_steps=100, steps_per_epoch=10, seed=0)
-    method, _ = block_pruning({}, plan, without_some_units(tiny_model("bert")))
+    method, _ = block_pruning({}, 0.5, without_some_units(tiny_model("bert")), total=100)
     selection = method.select()
-    landing = landing_of(method, 100, method.gates_of(selection))
+    landing = landing_of(method, 100, selection.gates)
     assert landing.cut == {"block": sum(int((mask == 0).sum()) for mask in selection.masks.values())}
     assert landing.after >= 0.5
     assert f"{landing.cut['block']:,} blocks" in landing.describe()

@@ -384,4 +384,4 @@ def test_all_mistakes_are_told_at_once(tmp_path):
 def test_unknown_recipe_suggests_a_known_one():
     ((code, said),) = run_world(_run_all, 1, [("cofi_sst", ())])[0]
     assert code == 64
-    assert "did you mean cofi_sst2" in said
+    assert "did you mean 'cofi_sst2'" in said

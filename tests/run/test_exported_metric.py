@@ -47,14 +47,14 @@ def _execute(recipe, *overrides):
     """A launch on this rank that exports in this process: starting another takes as long as everything else."""
     from dsprune.cli import guarded
     from dsprune.consolidate import consolidate
+    from dsprune.run import exporting
     from dsprune.run.launch import execute
-    from dsprune.run.run import Run
 
     def export(checkpoint, out):
         consolidate(checkpoint, out, force=True)
         return _Finished()
 
-    Run._start_export = staticmethod(export)
+    exporting.start_export = export
     return guarded(lambda: execute(str(recipe), overrides))
 
 
@@ -121,7 +121,7 @@ def _write_model(folder, family, task):
     labels = [label.upper() for label in reversed(task.labels)] or ["LABEL_0"]
     config.id2label = dict(enumerate(labels))
     config.label2id = {label: i for i, label in config.id2label.items()}
-    from dsprune.engine.models.loading import AUTO_CLASSES
+    from dsprune.engine.models.loading_plan import AUTO_CLASSES
 
     torch.manual_seed(0)
     AUTO_CLASSES[task.head].from_config(config).save_pretrained(folder)
@@ -172,7 +172,7 @@ def _score_here(folder, task, data):
     model = load_model(str(folder), built, {}).eval()
     evals = built.load(load_tokenizer(str(folder))).evals
     forward = lambda inputs, labels: built.outputs(model(**inputs))  # noqa: E731
-    return evaluate_all(forward, built, evals, start_world(), batch_size=8, pulse=lambda: None)
+    return evaluate_all(forward, built, evals, start_world(), batch_size=8, before_batch=lambda: None)
 
 
 def _compare(task, families, tmp_path):

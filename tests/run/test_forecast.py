@@ -4,11 +4,12 @@ import json
 
 import pytest
 import torch
-from transformers import LlamaForCausalLM
+from transformers import BertConfig, BertForSequenceClassification, LlamaForCausalLM
 
+from dsprune.cli import main
 from dsprune.engine.zero.config import load_ds_config
 from dsprune.errors import ConfigError
-from dsprune.planning.activations import MicroStep, TeacherPass, trace_step
+from dsprune.planning.activations import MicroStep, TeacherPass, trace_step, trace_teacher
 from dsprune.planning.forecast import plan_model
 from dsprune.planning.states import engine_states
 from tests.helpers.language import tiny_gpt2, tiny_llama, tiny_t5
@@ -61,7 +62,49 @@ def test_activations_grow_with_tokens_and_shrink_with_checkpointing(build):
     assert 1.8 < many / few < 2.1
     again = _trace(build, batch=16, checkpointing=True)
     assert again < 0.8 * many
-    assert _trace(build, TeacherPass(32, depth=2, gathers_head=True), batch=16) > many
+    assert _trace(build, TeacherPass(32, (1, 2), gathers_head=True), batch=16) > many
+
+
+def _bert(depth, width):
+    config = BertConfig(
+        vocab_size=50, hidden_size=width, num_hidden_layers=depth, num_attention_heads=4, intermediate_size=2 * width
+    )
+    return BertForSequenceClassification(config)
+
+
+def test_states_of_the_layers_that_teach_are_held_while_the_teacher_answers():
+    micro = MicroStep(batch=2, length=16, dtype=torch.float32, chunk=8)
+    state = 2 * 16 * 64 * 4
+    few, many = (trace_teacher(lambda: _bert(8, 64), micro, layers) for layers in ((1, 8), tuple(range(1, 9))))
+    # The first is held while the others are made; with all of them, their real tokens are taken beside them.
+    assert few == trace_teacher(lambda: _bert(8, 64), micro, ()) + state
+    assert 6 * state <= many - few <= 8 * state
+
+
+def test_each_layer_that_teaches_has_its_pair_of_states():
+    build, wide = (lambda: _bert(2, 32)), 64
+    few, many = (_trace(build, TeacherPass(wide, partners, gathers_head=False)) for partners in ((1, 2), (1, 1, 2, 2)))
+    taught, learned = 2 * 16 * wide * 4, 2 * 16 * 32 * 4
+    # The teacher's, once more stacked, and the projected ones, with their gradient; the student's, stacked.
+    assert many - few >= 2 * (3 * taught + learned)
+    assert many - few <= 2 * (6 * taught + 2 * learned)
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        ([], "layers 2, 3, 4, 6 of the teacher teach, beside layers 1, 1, 1, 2 of the student"),
+        (["--teacher-layers", "0", "4"], "layers 0, 4 of the teacher teach, beside layers 0, 1 of the student"),
+    ],
+)
+def test_layers_that_teach_are_the_teachers(tmp_path, capsys, words, told):
+    for name, depth in (("student", 2), ("teacher", 6)):
+        _bert(depth, 32).config.save_pretrained(tmp_path / name)
+    models = [str(tmp_path / "student"), "--teacher", str(tmp_path / "teacher"), "--length", "16"]
+    assert main(["plan", *models, *words]) == 0
+    assert told in capsys.readouterr().out
+    assert main(["plan", *models, "--teacher-layers", "7"]) == 64
+    assert "name layers from 1 to 6" in capsys.readouterr().err
 
 
 def test_activations_of_a_linear_layer_by_hand():

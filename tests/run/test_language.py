@@ -9,6 +9,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelF
 
 from dsprune.config import load_config
 from dsprune.errors import ArchitectureError, ConfigError, DspruneError
+from dsprune.measure.bench import count_macs
 from dsprune.methods import method_options
 from tests.helpers.folders import encoder_decoder_recipe, language_recipe, tiny_recipe
 from tests.helpers.world import run_world
@@ -24,8 +25,9 @@ def _execute(recipe, *overrides):
 
 
 def test_a_decoder_is_trained_pruned_and_exported(tmp_path):
+    """Held to multiply-adds: what is exported multiplies as little as was asked, counted on a forward pass."""
     recipe = language_recipe(tmp_path)
-    assert run_world(_execute, 2, recipe) == [0, 0]
+    assert run_world(_execute, 2, recipe, "prune.target_of=macs") == [0, 0]
     run = tmp_path / "run"
     report = json.loads((run / "report.json").read_text())
     dense, compact = report["dense"], report["compact"]
@@ -33,7 +35,11 @@ def test_a_decoder_is_trained_pruned_and_exported(tmp_path):
     assert 1 < dense["metrics"]["perplexity"] < vocabulary
     assert dense["metrics"]["word_perplexity"] > dense["metrics"]["perplexity"]
     assert report["landing"]["measured"] >= 0.5
+    length = load_config(str(recipe), method_options=method_options).task.max_length
+    assert report["landing"]["of"] == f"the multiply-adds at length {length}"
     model = AutoModelForCausalLM.from_pretrained(run / "recovered")
+    whole = AutoModelForCausalLM.from_pretrained(run / "teacher" / "model")
+    assert report["landing"]["measured"] == pytest.approx(1 - count_macs(model, length) / count_macs(whole, length))
     assert sum(p.numel() for p in model.parameters()) == compact["parameters"]["total"]
     best = json.loads((run / "teacher" / "done.json").read_text())["metrics"]
     assert best["perplexity"] == pytest.approx(dense["metrics"]["perplexity"], rel=1e-4)

@@ -13,6 +13,8 @@ import pytest
 import torch
 from transformers import BertConfig, BertForSequenceClassification
 
+from dsprune.run.launch import load
+from dsprune.run.preflight import preflight
 from tests.helpers.folders import encoder_decoder_recipe, language_recipe, tiny_folder, tiny_recipe
 from tests.helpers.runs import assert_same, execute, ground, words
 from tests.helpers.world import run_to_the_end, run_world
@@ -68,6 +70,12 @@ def _shape(folder: Path) -> tuple[str, ...]:
     return "shape.layers=2", "shape.ffn=32"
 
 
+def _and_target(folder: Path, *overrides: str) -> tuple[str, ...]:
+    """And the target that these sizes imply, which two layers of such sizes do not meet."""
+    findings = preflight(load(str(folder / "tiny.toml"), overrides), 1)
+    return *overrides, f"prune.target={findings.budget.target:.4f}"
+
+
 def _wide_teacher(folder: Path) -> str:
     """A teacher of other depth and width than the student."""
     path = Path(shutil.copytree(folder / "dense", folder / "wide"))
@@ -89,7 +97,9 @@ FOUR_LAYERS = ("model.from_scratch=true", "prune.start=teacher")
 WAYS = {
     "cofi, four layers of which two stay": (
         "cofi",
-        lambda f: (_deep(f), *FOUR_LAYERS, *_shape(f), "deepspeed.student=zero2"),
+        lambda f: _and_target(
+            f, _deep(f), *FOUR_LAYERS, *_shape(f), "prune.target_of=total", "deepspeed.student=zero2"
+        ),
         "teacher, prune, recover",
     ),
     "cofi, 95% of what two layers have not": (

@@ -12,7 +12,7 @@ from dsprune.consolidate import load_compact
 from dsprune.measure.comparison import read_point
 from dsprune.measure.summary import render_report
 from dsprune.run.launch import plan_text
-from dsprune.run.scorecard import evaluate_folder
+from dsprune.run.reporting.scorecard import evaluate_folder
 from dsprune.tasks.benchmarks.order import LABELS
 from dsprune.tasks.sources.readers import EvalData
 from tests.helpers.folders import tiny_recipe

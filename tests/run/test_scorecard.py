@@ -20,7 +20,7 @@ from transformers import (
 from dsprune.cli import main
 from dsprune.config import TaskConfig
 from dsprune.consolidate import apply_selection
-from dsprune.run.scorecard import evaluate_folder
+from dsprune.run.reporting.scorecard import evaluate_folder
 from dsprune.structure import CostModel, Selection, analyze
 from dsprune.tasks.benchmarks.glue import GLUE
 from dsprune.tasks.benchmarks.order import generate

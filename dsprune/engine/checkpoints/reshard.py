@@ -18,13 +18,13 @@ from dsprune.consolidate import ShardedTensors, open_moments, open_shards
 from dsprune.engine.zero.gather import gathered
 from dsprune.errors import CheckpointError
 
-__all__ = ["load_elastic"]
+__all__ = ["load_resharded"]
 
 Sources = Mapping[str, ShardedTensors]
 """Masters under `weights`, and each of Adam's moments under its name."""
 
 
-def load_elastic(engine: Any, folder: Path, saved: Mapping[str, Any]) -> None:
+def load_resharded(engine: Any, folder: Path, saved: Mapping[str, Any]) -> None:
     """Fill a fresh engine from the shards of another. Collective under ZeRO: all ranks must call.
 
     Args:

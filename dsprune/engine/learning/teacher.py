@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 
 from dsprune.config import DistillConfig
 from dsprune.distill import AttentionTap, HiddenTap
-from dsprune.engine.learning.losses import TeacherOutputs, make_scorer
+from dsprune.engine.learning.objective import TeacherOutputs, objective_for
 from dsprune.engine.models.load import announce_tables, load_model
 from dsprune.engine.zero.config import dtype_of
 from dsprune.engine.zero.engines import answering_engine
@@ -61,7 +61,7 @@ class Teacher:
     ) -> None:
         model = load_model(source, task, ds_config, from_scratch=from_scratch)
         self.width = int(model.config.hidden_size)
-        self.scorer = make_scorer(task, model)
+        self.objective = objective_for(task, model)
         model.to(dtype_of(ds_config))
         self.layer_stacks = layer_stacks(model)
         self.stacks = tuple(self.layer_stacks[i - 1] if i > 0 else 0 for i in layers)
@@ -78,7 +78,13 @@ class Teacher:
     @torch.no_grad()
     def predict(self, inputs: Mapping[str, Tensor], labels: Tensor) -> Tensor:
         """What the task's metrics are made of: [batch, ...]. Collective under ZeRO-3."""
-        return self.scorer.predict(self.engine, inputs, labels)
+        return self.objective.predict(self.engine, inputs, labels)
+
+    def answer(self, inputs: Mapping[str, Tensor], labels: Tensor) -> Tensor:
+        """What `predict` gives, with nothing held of the pass."""
+        outputs = self.predict(inputs, labels)
+        self.let_go()
+        return outputs
 
     @torch.no_grad()
     def teach(
@@ -90,7 +96,7 @@ class Teacher:
             What it says of the outputs; the hidden states of the chosen layers, [tokens, width] each, or None; their
             attention maps (embeddings have none), [batch, heads, length, length] each, or None.
         """
-        taught = self.scorer.teach(self.engine, inputs, labels, distill)
+        taught = self.objective.teacher_outputs(self.engine, inputs, labels, distill)
         hidden = self.tap.take(*token_index) if self.has_taps else None
         return taught, hidden, self.attention_tap.take() if self.attention_tap else None
 

@@ -10,9 +10,9 @@ from torch import nn
 
 from dsprune.config import RunConfig
 from dsprune.consolidate import without_weights
-from dsprune.engine.models.load import resolve_source
 from dsprune.engine.models.skeleton import compact_facts, skeleton
 from dsprune.files import read_json
+from dsprune.pretrained import resolve_source
 from dsprune.structure import CostModel, analyze
 from dsprune.tasks import Task
 

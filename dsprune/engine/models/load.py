@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import (
-    AutoConfig,
     AutoTokenizer,
     GenerationConfig,
     PretrainedConfig,
@@ -22,12 +20,13 @@ from transformers.utils import GENERATION_CONFIG_NAME, cached_file
 from dsprune.arch import family_for
 from dsprune.consolidate import auto_with_own_head
 from dsprune.engine.models.labelling import label_config, name_labels
-from dsprune.engine.models.loading import AUTO_CLASSES
+from dsprune.engine.models.loading_plan import AUTO_CLASSES
 from dsprune.engine.models.source_check import plan_loading
 from dsprune.engine.zero.config import dtype_of, zero_stage
 from dsprune.engine.zero.gather import gathered, partitioned_loading, register_external
 from dsprune.errors import ArchitectureError, ConfigError
 from dsprune.files import first_line
+from dsprune.pretrained import read_model_config, resolve_source
 from dsprune.structure.layout import output_path, position_table
 from dsprune.tasks import Task
 
@@ -40,38 +39,13 @@ __all__ = [
     "label_config",
     "load_model",
     "load_tokenizer",
-    "resolve_source",
 ]
 
-PACKAGE_PREFIX = "package:"
 NO_COMPLAINTS = {
     "_raise_exceptions_for_missing_entries": False,
     "_raise_exceptions_for_connection_errors": False,
 }
 """For `cached_file`, of a file that need not be there."""
-
-
-def resolve_source(name: str) -> str:
-    """A model source that `from_pretrained` understands.
-
-    `package:NAME/SUBFOLDER` is a folder inside an installed Python package; anything else is passed
-    through: a folder, or a hub id.
-
-    Raises:
-        ConfigError: the package or the folder is not there.
-    """
-    if name.startswith(PACKAGE_PREFIX):
-        package, _, subfolder = name.removeprefix(PACKAGE_PREFIX).partition("/")
-        spec = importlib.util.find_spec(package)
-        if spec is None or not spec.submodule_search_locations:
-            raise ConfigError(
-                f"model '{name}': package '{package}' is not installed (pip install {package.replace('_', '-')})"
-            )
-        name = str(Path(next(iter(spec.submodule_search_locations))) / subfolder)
-    looks_local = name.startswith((".", "/", "~")) or Path(name).exists()
-    if looks_local and not (Path(name) / "config.json").is_file():
-        raise ConfigError(f"model folder '{name}' has no config.json")
-    return name
 
 
 def load_tokenizer(source: str, revision: str | None = None) -> PreTrainedTokenizerBase:
@@ -122,10 +96,7 @@ def load_model(
     source = resolve_source(source)
     options: dict[str, Any] = {"dtype": dtype_of(ds_config) if zero_stage(ds_config) == 3 else torch.float32}
     if from_scratch:
-        try:
-            config = AutoConfig.from_pretrained(source, revision=revision, **label_config(task))
-        except (OSError, ValueError) as error:
-            raise ConfigError(f"cannot load model '{source}': {first_line(error)}") from error
+        config = read_model_config(source, revision, **label_config(task))
         family_for(config.model_type)
         with partitioned_loading(ds_config):
             model = from_config(task.head, config, **options)

@@ -8,12 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 
 from dsprune.engine.models.labelling import label_config
-from dsprune.engine.models.load import check_reads_forward, from_config, resolve_source
-from dsprune.errors import ArchitectureError, ConfigError
+from dsprune.engine.models.load import check_reads_forward, from_config
+from dsprune.errors import ArchitectureError
 from dsprune.files import first_line
+from dsprune.pretrained import read_model_config
 from dsprune.tasks import Task
 
 __all__ = ["check_quantization", "compact_facts", "skeleton"]
@@ -29,25 +30,28 @@ def compact_facts(source: str) -> dict[str, Any] | None:
 
 
 def skeleton(
-    source: str, task: Task, revision: str | None = None, *, outputs: Mapping[str, Any] | None = None
+    source: str,
+    task: Task,
+    revision: str | None = None,
+    *,
+    what: str = "model",
+    outputs: Mapping[str, Any] | None = None,
 ) -> PreTrainedModel:
-    """The dense model with the task's head, on the meta device: shapes without weights.
+    """A model with the task's head, on the meta device: shapes without weights.
 
     Args:
         source: folder or hub id.
         task: decides the head.
         revision: of the hub.
+        what: the model's part in what goes wrong: "model" or "teacher".
         outputs: what the configuration is to say of the head, whatever its file says.
 
     Raises:
         ConfigError: the source cannot be read.
         ArchitectureError: no model for this task, or one whose weights are quantized.
     """
-    try:
-        config = AutoConfig.from_pretrained(resolve_source(source), revision=revision, **label_config(task))
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"cannot load model '{source}': {first_line(error)}") from error
-    check_quantization("model", source, config)
+    config = read_model_config(source, revision, what=what, **label_config(task))
+    check_quantization(what, source, config)
     for key, value in (outputs or {}).items():
         setattr(config, key, value)
     if task.head == "ForCausalLM":
@@ -56,7 +60,7 @@ def skeleton(
         with torch.device("meta"):
             return from_config(task.head, config)
     except ValueError as error:
-        raise ArchitectureError(f"model '{source}': {first_line(error)}") from error
+        raise ArchitectureError(f"{what} '{source}': {first_line(error)}") from error
 
 
 def check_quantization(what: str, source: str, config: PretrainedConfig) -> None:

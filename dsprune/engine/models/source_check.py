@@ -16,15 +16,16 @@ from typing import Any
 
 import torch
 import transformers
-from transformers import AutoConfig, PretrainedConfig
+from transformers import PretrainedConfig
 
 from dsprune.consolidate import own_head_keys
 from dsprune.engine.models.labelling import listed, name_labels, output_order
-from dsprune.engine.models.loading import LoadingPlan, class_for, not_there, unlike_files, without_weights
+from dsprune.engine.models.loading_plan import LoadingPlan, class_for, not_there, unlike_files, without_weights
 from dsprune.engine.models.weight_files import WeightFiles, find_weights
 from dsprune.engine.models.weight_names import MatchedNames, match_names
 from dsprune.errors import ArchitectureError, ConfigError
 from dsprune.files import first_line
+from dsprune.pretrained import read_model_config
 from dsprune.structure.layout import family_of, head_paths
 from dsprune.tasks import Task
 from dsprune.tasks.label_order import has_default_names
@@ -52,10 +53,7 @@ def plan_loading(
         ArchitectureError: a family that dsprune does not know, a model that does not fit the task, labels that are not
             the task's, weights that are missing or of another shape.
     """
-    try:
-        config = AutoConfig.from_pretrained(source, revision=revision)
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"cannot load model '{source}': {first_line(error)}") from error
+    config = read_model_config(source, revision)
     check = _Check(source, task, config, may_be_fresh=fresh_head and task.problem != "text")
     weights = find_weights(
         source,

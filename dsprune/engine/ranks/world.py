@@ -18,6 +18,7 @@ import torch.distributed as dist
 from dsprune.engine.ranks.pulse import pulse
 from dsprune.engine.zero.communication import join_ranks, pick_device
 from dsprune.errors import ConfigError, DspruneError
+from dsprune.files import first_line
 
 __all__ = ["World", "start_world"]
 
@@ -130,9 +131,8 @@ def start_world(timeout_minutes: float = 30.0) -> World:
         join_ranks(datetime.timedelta(minutes=timeout_minutes))
     except (dist.DistNetworkError, dist.DistStoreError) as error:
         where = f"{os.environ.get('MASTER_ADDR')}, port {os.environ.get('MASTER_PORT')}"
-        reason = str(error).strip().splitlines()[0]
         raise ConfigError(
-            f"the ranks cannot meet at {where}: {reason}: the port is taken or not all ranks came; give another one "
-            "(--master_port, MASTER_PORT)"
+            f"the ranks cannot meet at {where}: {first_line(error)}: the port is taken or not all ranks came; give "
+            "another one (--master_port, MASTER_PORT)"
         ) from error
     return World(rank=dist.get_rank(), size=dist.get_world_size(), device=device)

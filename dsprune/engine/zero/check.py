@@ -2,34 +2,26 @@
 
 from __future__ import annotations
 
-import difflib
 import importlib.util
 import json
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
+from dsprune.dtypes import PRECISIONS, Precision, torch_dtype
 from dsprune.engine.zero.keys import ADAMW, ALIASES, KEYS, RATE, Honoured, Refused, Said, Section
 from dsprune.engine.zero.refusals import in_words, pydantic_words
 from dsprune.engine.zero.requirements import quiet_import
+from dsprune.files import did_you_mean
 
-__all__ = ["OFFLOADED", "Precision", "find", "find_mistakes", "find_notes", "normal_form", "precision", "zero_stage"]
+__all__ = ["OFFLOADED", "find", "find_mistakes", "find_notes", "normal_form", "precision", "zero_stage"]
 
-Precision = Literal["fp32", "bf16", "fp16"]
 AUTO = "auto"
 OFFLOADED = ("offload_optimizer", "offload_param")
 """What ZeRO can keep elsewhere than on the device."""
 BATCH_KEYS = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
 NEEDS_NVME = ("nvme_path", "buffer_count", "buffer_size", "max_in_cpu", "pipeline_read", "pipeline_write", "fast_init")
-DTYPES: Mapping[str, Precision] = {
-    "fp32": "fp32",
-    "float32": "fp32",
-    "bf16": "bf16",
-    "bfloat16": "bf16",
-    "fp16": "fp16",
-    "float16": "fp16",
-}
 
 
 def find(config: Mapping[str, Any], path: str, default: Any = None) -> Any:
@@ -47,13 +39,9 @@ def zero_stage(config: Mapping[str, Any]) -> int:
     return int(find(config, "zero_optimization.stage", 0))
 
 
-DTYPE_OF: Mapping[Precision, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-"""Of weights, by the arithmetic of a configuration."""
-
-
 def dtype_of(config: Mapping[str, Any]) -> torch.dtype:
     """Dtype of the weights under a checked configuration."""
-    return DTYPE_OF[precision(config)]
+    return torch_dtype(precision(config))
 
 
 def precision(config: Mapping[str, Any]) -> Precision:
@@ -103,11 +91,10 @@ def _key_mistakes(config: Mapping[str, Any], prefix: str = "") -> list[str]:
 
 def _suggest(key: str, prefix: str) -> str:
     known = {path.removeprefix(prefix) for path in (*KEYS, *ALIASES) if path.startswith(prefix)}
-    near = difflib.get_close_matches(key, sorted(name for name in known if "." not in name), n=1)
-    if near:
-        return f": did you mean '{near[0]}'?"
     elsewhere = [path for path in KEYS if path.rpartition(".")[2] == key]
-    return f": did you mean '{elsewhere[0]}'?" if elsewhere else ""
+    otherwise = f"did you mean '{elsewhere[0]}'?" if elsewhere else ""
+    hint = did_you_mean(key, (name for name in known if "." not in name), otherwise=otherwise)
+    return f": {hint}" if hint else ""
 
 
 def _not_an_object(path: str, value: Any) -> str:
@@ -155,7 +142,7 @@ def _offloading(config: Mapping[str, Any]) -> Iterator[str]:
 
 def _dtypes(config: Mapping[str, Any]) -> Iterator[str]:
     computed = precision(_renamed(config))
-    kinds = {key: DTYPES[value.lower()] for key, value in config.get("data_types", {}).items() if _is_dtype(value)}
+    kinds = {key: PRECISIONS[value.lower()] for key, value in config.get("data_types", {}).items() if _is_dtype(value)}
     if kinds.get("param_dtype", computed) != computed:
         yield (
             f"'data_types.param_dtype' is {kinds['param_dtype']} and the weights are {computed}: enable bf16 or fp16, "
@@ -169,13 +156,13 @@ def _dtypes(config: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _is_dtype(value: Any) -> bool:
-    return isinstance(value, str) and value.lower() in DTYPES
+    return isinstance(value, str) and value.lower() in PRECISIONS
 
 
 def _immediate(config: Mapping[str, Any]) -> Iterator[str]:
     if find(_renamed(config), "bf16.immediate_grad_update") is True:
         accumulated = find(config, "data_types.grad_accum_dtype", "")
-        if zero_stage(config) != 1 or DTYPES.get(accumulated.lower()) != "fp32":
+        if zero_stage(config) != 1 or PRECISIONS.get(accumulated.lower()) != "fp32":
             yield (
                 "'bf16.immediate_grad_update' is read at ZeRO stage 1 with data_types.grad_accum_dtype = \"fp32\" "
                 "alone: leave it out"

@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from transformers.integrations import HfDeepSpeedConfig, unset_hf_deepspeed_config
 
 from dsprune.engine.zero.config import zero_stage
-from dsprune.engine.zero.memory import forget_engine
 from dsprune.engine.zero.refusals import refusals
 from dsprune.engine.zero.requirements import quiet_import
+from dsprune.engine.zero.teardown import forget_engine
 
 __all__ = ["gathered", "partitioned_loading", "register_external", "release", "whole"]
 

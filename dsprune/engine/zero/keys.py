@@ -9,7 +9,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, get_args
+
+from dsprune.dtypes import PRECISIONS, Precision
 
 __all__ = ["ADAMW", "ALIASES", "KEYS", "RATE", "Entry", "Honoured", "Kind", "Refused", "Said", "Section", "refusal"]
 
@@ -69,7 +71,7 @@ def _auto_or(value: Any, setter: str) -> Kind:
 
 ADAMW = "dsprune builds AdamW itself: set lr and weight_decay in the recipe"
 RATE = "dsprune sets the learning rate itself: set schedule and warmup in the recipe"
-DTYPE = _one_of("fp32", "float32", "bf16", "bfloat16", "fp16", "float16")
+DTYPE = _one_of(*PRECISIONS)
 STAGE = Kind("0, 1, 2 or 3", lambda value: not isinstance(value, bool) and value in ANY_STAGE)
 DEVICE = _one_of("none", "cpu", "nvme")
 
@@ -131,7 +133,7 @@ TOP: dict[str, Entry] = {
     "train_micro_batch_size_per_gpu": Honoured(COUNT, training=True, auto=True),
     "gradient_accumulation_steps": Honoured(COUNT, training=True, auto=True),
     "gradient_clipping": Honoured(NUMBER, training=True, auto=True),
-    "communication_data_type": Honoured(_one_of("fp32", "bf16", "fp16"), training=True),
+    "communication_data_type": Honoured(_one_of(*get_args(Precision)), training=True),
     "steps_per_print": Honoured(COUNT, training=True, auto=True),
     "wall_clock_breakdown": Honoured(SWITCH, training=True),
     "memory_breakdown": Honoured(SWITCH),

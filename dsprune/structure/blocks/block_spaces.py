@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -61,6 +61,14 @@ class BlockStructure:
         """Shape of the gates of each matrix, by path."""
         return {matrix.path: matrix.grid for matrix in self.matrices}
 
+    def refusal(self, kinds: Iterable[str]) -> str | None:
+        """None: `analyze_blocks` has refused the families that cannot lose blocks."""
+        return None
+
+    def unit_of(self, kind: str) -> str:
+        """Every matrix has gates of its own, and what they decide over are blocks."""
+        return "block"
+
     def nonzeros(self, masks: Mapping[str, Tensor]) -> int:
         """Encoder parameters inside kept blocks or outside of all matrices; padding does not count."""
         lost = sum(
@@ -71,11 +79,13 @@ class BlockStructure:
     def remaining(self, gates: Mapping[str, Tensor]) -> Tensor:
         """Encoder parameters that are stored, padding of edge blocks included; [] float64.
 
-        With gates in {0, 1} this is the count of the exported model; a matrix whose gates are all
-        open is stored dense, without padding.
+        A matrix without gates is whole. With gates in {0, 1} this is the count of the exported model; a matrix whose
+        gates are all open is stored dense, without padding.
         """
         total = torch.tensor(float(self.parameters["encoder"]), dtype=torch.float64)
         for matrix in self.matrices:
+            if matrix.path not in gates:
+                continue
             gate = gates[matrix.path].double()
             stored = gate.sum() * matrix.block[0] * matrix.block[1]
             whole = bool((gate.detach() == 1).all())

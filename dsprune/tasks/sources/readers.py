@@ -6,7 +6,6 @@ part of an official split keeps its own name wherever figures are shown.
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +13,7 @@ from typing import Any
 
 from dsprune.config import DataConfig
 from dsprune.errors import ConfigError, DataError
+from dsprune.files import did_you_mean
 from dsprune.tasks.sources.file_formats import class_names, kind_of, read_table
 from dsprune.tasks.sources.folders import find_files, holds, is_official
 from dsprune.tasks.sources.splits import HELD_OUT, Split, Splits, hold_out, renamed, with_class_names
@@ -161,8 +161,7 @@ def _column_mistakes(task: str, data: DataConfig, columns: Sequence[str]) -> lis
     mistakes = []
     for role in data.columns:
         if role not in columns:
-            near = difflib.get_close_matches(role, columns, n=1)
-            hint = f"did you mean '{near[0]}'?" if near else f"it reads {', '.join(columns)}"
+            hint = did_you_mean(role, columns, otherwise=f"it reads {', '.join(columns)}")
             mistakes.append(f"data.columns.{role}: task '{task}' reads no column '{role}'; {hint}")
     given = list(data.columns.values())
     twice = next((name for name in given if given.count(name) > 1), None)

@@ -7,7 +7,7 @@ import pytest
 from dsprune.engine.zero.config import check_ds_config
 from dsprune.engine.zero.keys import ALIASES, KEYS, Honoured, Refused, Said, Section, refusal
 from dsprune.errors import ConfigError
-from tests.helpers.ds_schema import keys_of_an_engine, known_keys
+from tests.engine.zero.ds_schema import keys_of_an_engine, known_keys
 from tests.helpers.world import run_world
 
 PATHS = {kind: [path for path, entry in KEYS.items() if isinstance(entry, kind)] for kind in (Honoured, Said, Refused)}

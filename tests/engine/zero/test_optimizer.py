@@ -22,7 +22,7 @@ def _frozen_run(setup, folder):
     import deepspeed
 
     from dsprune.consolidate import open_checkpoint
-    from dsprune.engine.checkpoints.reshard import load_elastic
+    from dsprune.engine.checkpoints.reshard import load_resharded
     from dsprune.engine.zero.gather import whole
 
     trainer = build_trainer(setup)
@@ -41,7 +41,7 @@ def _frozen_run(setup, folder):
     state = {"global_steps": 2, "global_samples": 16, "skipped_steps": 0, "loss_scaler": {}}
     order = {param: name for name, param in engine.module.named_parameters()}
     groups = [[order[p] for p in g["params"]] for g in engine.optimizer.param_groups] if setup.stage == 0 else []
-    load_elastic(other.engine, folder / str(setup.stage) / "student", {**state, "groups": groups})
+    load_resharded(other.engine, folder / str(setup.stage) / "student", {**state, "groups": groups})
     loaded = {name: whole(other.engine.module, name) for name in weights}
     return losses, names, weights, loaded, any(not param.requires_grad for param in held)
 

@@ -1,0 +1,7 @@
+"""Measuring what each part of a model takes at different sizes, and how well a table of it predicts."""
+
+from dsprune.measure.latency.check import CheckReport, check_table
+from dsprune.measure.latency.measure import Setting, measure_table
+from dsprune.measure.latency.models import DenseModel
+
+__all__ = ["CheckReport", "DenseModel", "Setting", "check_table", "measure_table"]

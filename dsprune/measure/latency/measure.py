@@ -1,0 +1,277 @@
+"""Measuring a latency table: many small models in turn, round after round, and the median of each."""
+
+from __future__ import annotations
+
+import random
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from dsprune.consolidate.compact import HEAD_MULTIPLE
+from dsprune.consolidate.modeling_dsprune import device_name
+from dsprune.dtypes import torch_dtype
+from dsprune.errors import ConfigError
+from dsprune.measure.bench import check_options, limit_threads, num_positions, random_inputs, wait
+from dsprune.measure.latency.models import DenseModel
+from dsprune.measure.latency.points import Point, make_selection, plan_points
+from dsprune.structure import Selection, Structure, ones
+from dsprune.structure.latency import Conditions, LatencyTable, ModelIdentity, PartTimes, WidthTime, parts_of
+
+__all__ = ["Setting", "Stopwatch", "measure_table"]
+
+RUNTIMES = ("torch", "compile")
+MANY = 100_000
+LEAST_ROUNDS, MOST_ROUNDS = 3, 15
+DEEP_SECONDS = 0.3
+"""A point is measured in as many equal sublayers as a forward pass of the dense model has in this time."""
+
+
+@dataclass(frozen=True)
+class Setting:
+    """Where and on what to measure.
+
+    Attributes:
+        batch: sequences of a forward pass.
+        length: tokens of a sequence.
+        dtype: float32, bfloat16 or float16.
+        device: `cpu` or `cuda[:N]`; by default a GPU if there is one.
+        threads: CPU threads of torch; by default as many as it has now.
+        runtime: torch or compile.
+        minutes: how long the rounds may take; a few are made in any case.
+        seed: of the token ids and of the order of the points.
+    """
+
+    batch: int = 32
+    length: int = 128
+    dtype: str = "float32"
+    device: str | None = None
+    threads: int | None = None
+    runtime: str = "torch"
+    minutes: float = 3.0
+    seed: int = 0
+
+    def place(self) -> torch.device:
+        """The device, once everything that needs no model is known to be right.
+
+        Raises:
+            ConfigError: what is not, all of it.
+        """
+        mistakes = []
+        if self.runtime not in RUNTIMES:
+            mistakes.append(f"no runtime '{self.runtime}' to measure with: there are {', '.join(RUNTIMES)}")
+        if self.minutes <= 0:
+            mistakes.append(f"minutes is {self.minutes:g}: it must be more than 0")
+        try:
+            device = check_options([self.batch], self.length, self.dtype, self.device, 1, 0, self.threads)
+        except ConfigError as error:
+            raise ConfigError(*mistakes, *error.mistakes) from error
+        if mistakes:
+            raise ConfigError(*mistakes)
+        return device
+
+    def conditions(self, device: torch.device) -> Conditions:
+        """What a table measured now holds for."""
+        return Conditions(
+            device=device_name(device),
+            dtype=self.dtype,
+            batch=self.batch,
+            length=self.length,
+            threads=(self.threads or torch.get_num_threads()) if device.type == "cpu" else 0,
+            runtime=self.runtime,
+            torch=torch.__version__,
+        )
+
+
+class Stopwatch:
+    """Times forward passes of models, each in turn, on the same input.
+
+    On one CPU thread the clock is that of the thread itself, which stands still while a neighbour has the core.
+
+    Args:
+        setting: where and on what.
+        device: of it.
+        model: any of the models, for the vocabulary.
+    """
+
+    def __init__(self, setting: Setting, device: torch.device, model: nn.Module) -> None:
+        self.device, self.setting = device, setting
+        self.inputs: dict[str, Tensor] = random_inputs(model, setting.batch, setting.length, setting.seed, device)
+        alone = device.type == "cpu" and torch.get_num_threads() == 1
+        self.clock: Callable[[], float] = time.thread_time if alone else time.perf_counter
+
+    def ready(self, model: nn.Module) -> nn.Module:
+        """A model as the runtime runs it."""
+        if self.setting.runtime == "torch":
+            return model
+        compiled: nn.Module = torch.compile(model, dynamic=False)  # type: ignore[assignment]
+        return compiled
+
+    def time(self, model: nn.Module) -> float:
+        """Milliseconds of one forward pass, until its last kernel is done."""
+        wait(self.device)
+        start = self.clock()
+        model(**self.inputs)
+        wait(self.device)
+        return 1e3 * (self.clock() - start)
+
+
+def measure_table(dense: DenseModel, setting: Setting, *, progress: bool = False) -> LatencyTable:
+    """Measure what each part of a model takes at different sizes, here and now.
+
+    Args:
+        dense: the model; its weights do not matter.
+        setting: where and on what.
+        progress: show a bar on stderr.
+
+    Raises:
+        ConfigError: wrong options, a length that the model has no positions for, not enough GPU memory.
+        ArchitectureError: a model that cannot be made smaller.
+    """
+    device, structure = setting.place(), dense.structure
+    with limit_threads(setting.threads), torch.inference_mode(), compiling(setting):
+        whole = dense.compact(Selection.from_gates(structure, ones(structure)), device, torch_dtype(setting.dtype))
+        check_length(whole, setting.length)
+        watch = Stopwatch(setting, device, whole)
+        whole = watch.ready(whole)
+        depth = _depth(dense, watch, whole)
+        points = plan_points(structure, HEAD_MULTIPLE)
+        with tqdm(total=len(points), desc="latency: models", disable=not progress) as bar:
+            models = {}
+            for point in points:
+                selection = make_selection(structure, point, depth)
+                models[point] = watch.ready(dense.compact(selection, device, torch_dtype(setting.dtype)))
+                bar.update()
+        samples = _rounds(watch, {None: whole, **models}, progress)
+        return _table(dense, setting.conditions(device), samples, depth)
+
+
+def check_length(model: nn.Module, length: int) -> None:
+    """Refuse a length that a model has no positions for.
+
+    Raises:
+        ConfigError: it has not so many.
+    """
+    positions = num_positions(model)
+    if positions is not None and length > positions:
+        raise ConfigError(f"length {length} is more than the {positions} positions of the model: give a smaller one")
+
+
+def compiling(setting: Setting) -> AbstractContextManager[Any]:
+    """Let as many models be compiled as there are points: by default torch gives up after a few of one class."""
+    if setting.runtime != "compile":
+        return nullcontext()
+    import torch._dynamo.config as config
+
+    patched: AbstractContextManager[Any] = config.patch(recompile_limit=MANY, accumulated_recompile_limit=MANY)
+    return patched
+
+
+def _depth(dense: DenseModel, watch: Stopwatch, whole: nn.Module) -> int:
+    """In how many sublayers at once a point is measured: in many of a small model, whose layers take no time alone."""
+    shortest = min(len(stack.layers) for stack in dense.structure.stacks)
+    watch.time(whole)
+    seconds = watch.time(whole) / 1e3
+    return max(1, min(shortest, int(DEEP_SECONDS / max(seconds, 1e-9) * shortest)))
+
+
+def _rounds(watch: Stopwatch, models: Mapping[Any, nn.Module], progress: bool) -> dict[Any, list[float]]:
+    """Milliseconds of each model in each round, in a new order every time; the first round warms up."""
+    samples: dict[Any, list[float]] = {key: [] for key in models}
+    order, shuffle = list(models), random.Random(watch.setting.seed)
+    began = time.monotonic()
+    rounds = MOST_ROUNDS
+    with tqdm(total=(1 + rounds) * len(order), desc="latency: rounds", disable=not progress) as bar:
+        done = 0
+        while done <= rounds:
+            for key in order:
+                try:
+                    elapsed = watch.time(models[key])
+                except torch.OutOfMemoryError as error:
+                    raise ConfigError(
+                        f"batch {watch.setting.batch} x {watch.setting.length} does not fit into GPU memory: "
+                        "give a smaller one"
+                    ) from error
+                if done:
+                    samples[key].append(elapsed)
+                bar.update()
+            shuffle.shuffle(order)
+            done += 1
+            spent = (time.monotonic() - began) / done
+            fitting = int(60 * watch.setting.minutes / spent) - 1
+            rounds = max(LEAST_ROUNDS, min(MOST_ROUNDS, fitting), done - 1)
+            bar.total = (1 + rounds) * len(order)
+    return samples
+
+
+def _table(
+    dense: DenseModel, conditions: Conditions, samples: Mapping[Any, Sequence[float]], depth: int
+) -> LatencyTable:
+    """Medians as a table: a part's times are what its models take more than what stays, by sublayer."""
+    medians = {key: float(np.median(own)) for key, own in samples.items()}
+    structure = dense.structure
+    stays = {
+        p.hidden: time for p, time in medians.items() if p is not None and p.part is None and p.empty == "identity"
+    }
+    idle = [(medians[Point(None, 0, width, empty="bias")] - stays[width]) / len(structure.sublayers) for width in stays]
+    parts = {}
+    for name, sublayers in parts_of(structure).items():
+        own = {
+            point: (time - stays[point.hidden]) / min(depth, len(sublayers))
+            for point, time in medians.items()
+            if point is not None and point.part == name
+        }
+        parts[name] = _part(structure, own, sublayers[0].kind)
+    return LatencyTable(
+        conditions=conditions,
+        model=ModelIdentity.of(structure),
+        rounds=len(samples[None]),
+        noise=_noise(samples.values()),
+        whole=medians[None],
+        hidden=tuple(stays),
+        stays=tuple(stays.values()),
+        idle=tuple(idle),
+        parts=parts,
+    )
+
+
+def _part(structure: Structure, times: Mapping[Point, float], kind: Literal["attn", "ffn"]) -> PartTimes:
+    """Times of one part: whole units by hidden width, then heads that lost dimensions."""
+    whole = [point for point in times if not point.is_ragged]
+    units, widths = (sorted({getattr(point, name) for point in whole}) for name in ("units", "hidden"))
+    by_size = {(point.units, point.hidden): times[point] for point in whole}
+    return PartTimes(
+        kind=kind,
+        units=tuple(units),
+        ms=tuple(tuple(by_size[number, width] for width in widths) for number in units),
+        widths=tuple(_width_time(structure, point, ms) for point, ms in times.items() if point.is_ragged),
+    )
+
+
+def _width_time(structure: Structure, point: Point, ms: float) -> WidthTime:
+    dims = structure.sizes.head_dim
+    queries, values = (dims if kept is None else kept for kept in (point.queries, point.values))
+    first = [kept if point.widest is None else point.widest for kept in (queries, values)]
+    return WidthTime(
+        heads=point.units,
+        queries=first[0] + queries * (point.units - 1),
+        values=first[1] + values * (point.units - 1),
+        widest=max(queries, values, *first),
+        ms=ms,
+    )
+
+
+def _noise(samples: Iterable[Sequence[float]]) -> float:
+    """Standard error of a median, as a share of it: that of the middle one of all points, from absolute deviations."""
+    shares = []
+    for own in samples:
+        values = np.asarray(own)
+        deviation = 1.4826 * np.median(np.abs(values - np.median(values)))
+        shares.append(1.2533 * deviation / np.sqrt(len(values)) / np.median(values))
+    return float(np.median(shares))
