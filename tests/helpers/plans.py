@@ -7,7 +7,7 @@ from typing import Any
 from dsprune.methods import Plan, method_class
 from dsprune.structure import Budget, Structure, block_budget, budget_for
 from dsprune.structure.latency import LatencyCost, speedup_budget
-from tests.helpers.latency import formula_table
+from tests.speed.formula import formula_table
 
 
 def plan_for(

@@ -10,7 +10,9 @@ from dsprune.errors import ConfigError
 from dsprune.structure import analyze, by_head, gate_shapes, ones
 from dsprune.structure.latency import LatencyCost, LatencyTable, speedup_budget
 from dsprune.structure.latency.curves import monotone, piecewise
-from tests.helpers.latency import (
+from tests.helpers.models import ALL, tiny_model
+from tests.helpers.selections import awkward_gates, random_gates
+from tests.speed.formula import (
     HERE,
     attention,
     base,
@@ -21,8 +23,6 @@ from tests.helpers.latency import (
     noisy_table,
     stays,
 )
-from tests.helpers.models import ALL, tiny_model
-from tests.helpers.selections import awkward_gates, random_gates
 
 
 @pytest.fixture(scope="module")

@@ -251,13 +251,13 @@ def _student_ds(config: RunConfig, read: DsConfig, batch: BatchPlan) -> DsConfig
     return filled[0]
 
 
-def preflight(config: RunConfig, world_size: int) -> Preflight:
-    """Check the whole configuration against model, task, DeepSpeed and machine. No weights, no collective.
-
-    Of the data nothing is read but the training examples of a task that finds its labels in them.
+def _check_configuration(
+    config: RunConfig, world_size: int
+) -> tuple[Task, PreTrainedTokenizerBase, BatchPlan, DsConfig, DsConfig]:
+    """What is known of a run before its model is looked at: task, tokenizer, batch, and both DeepSpeed configurations.
 
     Raises:
-        ConfigError: with all mistakes of configuration together; other errors as found.
+        ConfigError: with all mistakes together.
     """
     mistakes: list[str] = []
 
@@ -283,6 +283,18 @@ def preflight(config: RunConfig, world_size: int) -> Preflight:
         raise ConfigError(*mistakes)
     assert student_ds is not None
     assert teacher_ds is not None
+    return task, tokenizer, batch, student_ds, teacher_ds
+
+
+def preflight(config: RunConfig, world_size: int) -> Preflight:
+    """Check the whole configuration against model, task, DeepSpeed and machine. No weights, no collective.
+
+    Of the data nothing is read but the training examples of a task that finds its labels in them.
+
+    Raises:
+        ConfigError: with all mistakes of configuration together; other errors as found.
+    """
+    task, tokenizer, batch, student_ds, teacher_ds = _check_configuration(config, world_size)
     check_output(Path(config.output))
     model = skeleton(config.model.name, task, config.model.revision)
     analyze(model)

@@ -11,11 +11,11 @@ from dsprune.config import load_config
 from dsprune.errors import ConfigError
 from dsprune.methods import method_options
 from dsprune.structure import analyze
-from tests.helpers.latency import formula_table
 from tests.helpers.runs import execute, ground, words
 from tests.helpers.settings import ROWS
 from tests.helpers.training import Setup, build_trainer
 from tests.helpers.world import run_world
+from tests.speed.formula import formula_table
 
 pytestmark = pytest.mark.dist
 
