@@ -1,5 +1,7 @@
 """One owner of a run's names: what it says, and that nobody else spells them."""
 
+import ast
+import functools
 import json
 import re
 from pathlib import Path
@@ -21,13 +23,26 @@ NAMES = (
     "report.json",
     "report.png",
     "MANIFEST.json",
+    "state.json",
+    "state.safetensors",
+    "replica.safetensors",
+    "selection.safetensors",
+    "figures.json",
+    "verify.safetensors",
     "LOCK",
     "STOP",
     "failures",
     "heartbeats",
     "recovered",
 )
-"""Names in a run's folder; words that mean other things as well are looked for where a path is built."""
+"""Names that mean nothing else: wherever they stand, they are a run's."""
+WORDS = (
+    *("checkpoints", "tensorboard", "stacks", "model"),
+    *("compact", "recovered", "sparse", "teacher", "prune", "consolidate", "recover", "blocks", "evaluate"),
+)
+"""Names that are words as well: they are a run's where a path is built."""
+JOINERS = {"join", "joinpath", "Path", "PurePath", "RunFolder", "with_name", "glob", "rglob", "relative_to"}
+"""Calls that make paths of their arguments."""
 
 
 def _code(path):
@@ -47,12 +62,56 @@ def test_nobody_else_spells_a_name_of_the_run_folder(name):
     assert elsewhere == []
 
 
-def test_nobody_else_builds_the_path_of_a_models_folder():
-    built = re.compile(r"""/ ["'](?:compact|recovered|sparse|teacher|prune|consolidate|recover|blocks|evaluate)["']""")
-    elsewhere = [
-        path.name for path in PACKAGE.rglob("*.py") if path.name != "run_folder.py" and built.search(_code(path))
-    ]
-    assert elsewhere == []
+@functools.cache
+def _built_elsewhere():
+    """Words in the paths that each file of the package builds, but for the owner's."""
+    others = (path for path in PACKAGE.rglob("*.py") if path.name != "run_folder.py")
+    return {p.relative_to(PACKAGE).as_posix(): set(_paths_built(ast.parse(p.read_text("utf-8")))) for p in others}
+
+
+def _paths_built(tree):
+    """Words in paths that code builds: `a / "word"`, `joinpath("word")`, `Path(a, "word")`, `f"{a}/word"`."""
+    for node in ast.walk(tree):
+        parts = []
+        if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Div):
+            parts = [node.left, node.right]
+        elif isinstance(node, ast.Call):
+            name = node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", "")
+            parts = node.args if name in JOINERS else []
+        elif isinstance(node, ast.JoinedStr) and any("/" in str(getattr(part, "value", "")) for part in node.values):
+            parts = node.values
+        for part in parts:
+            if isinstance(part, ast.Constant) and isinstance(part.value, str):
+                yield from part.value.split("/")
+
+
+@pytest.mark.parametrize("name", WORDS)
+def test_nobody_else_builds_a_path_with_a_word_of_the_run_folder(name):
+    assert [path for path, words in _built_elsewhere().items() if name in words] == []
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        'run / "stacks"',
+        'run / "stacks" / name',
+        '"stacks" / run',
+        'run / "prune/stacks"',
+        'run.joinpath("prune", "stacks")',
+        'os.path.join(run, "stacks")',
+        'pathlib.Path(run, "stacks")',
+        'run.glob("stacks/rank-*")',
+        'f"{run}/stacks"',
+        'f"{run}/stacks/{name}"',
+    ],
+)
+def test_every_way_to_build_a_path_is_seen(code):
+    assert "stacks" in _paths_built(ast.parse(code))
+
+
+@pytest.mark.parametrize("code", ['x.stacks("stacks")', 'f"{n} stacks: a/b"', '{"stacks": 2}', "run.stacks"])
+def test_a_word_that_means_something_else_is_none(code):
+    assert "stacks" not in _paths_built(ast.parse(code))
 
 
 def _model(folder):

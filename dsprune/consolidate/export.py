@@ -35,7 +35,7 @@ from dsprune.consolidate.tied_heads import own_head_keys
 from dsprune.consolidate.writer import SafetensorsStream
 from dsprune.dtypes import DTYPES, torch_dtype
 from dsprune.errors import CheckpointError, ConfigError, OutputError
-from dsprune.run_folder import StageName
+from dsprune.run_folder import DESCRIPTION, SELECTION, VERIFICATION, StageName
 from dsprune.structure import (
     BlockGating,
     BlockSelection,
@@ -223,7 +223,7 @@ class _Export:
         self.progress = progress
         self.head_multiple = head_multiple
         self.weights = open_checkpoint(checkpoint)
-        self.trained = read_table(checkpoint / "model" / "config.json")
+        self.trained = read_table(checkpoint / DESCRIPTION / "config.json")
         self.model = self._build()
         if self._has_own_head():
             self.trained |= own_head_keys(self.trained["model_type"])
@@ -236,7 +236,9 @@ class _Export:
         try:
             return without_weights(self.trained)
         except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise CheckpointError(f"{self.checkpoint}/model/config.json does not describe a model: {error}") from error
+            raise CheckpointError(
+                f"{self.checkpoint / DESCRIPTION}/config.json does not describe a model: {error}"
+            ) from error
 
     def _has_own_head(self) -> bool:
         """Whether a weight that the configuration takes for another one was trained apart: what is live is right."""
@@ -274,7 +276,7 @@ class _Export:
 
     def run(self) -> float | None:
         """Write everything; returns the largest difference of logits, or None where nothing was cut."""
-        selection = self.checkpoint / "selection.safetensors"
+        selection = self.checkpoint / SELECTION
         difference: float | None
         if selection.exists() and BlockSelection.is_at(selection):
             difference = self._run_blocks(BlockSelection.load(selection))
@@ -390,7 +392,7 @@ class _Export:
     # --- verification -----------------------------------------------------------------------
 
     def _batch(self) -> dict[str, Tensor]:
-        path = self.checkpoint / "verify.safetensors"
+        path = self.checkpoint / VERIFICATION
         if not path.exists():
             raise CheckpointError(f"{path} is missing: nothing to verify the logits on")
         try:

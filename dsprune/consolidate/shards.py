@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from dsprune.errors import CheckpointError
@@ -119,12 +120,14 @@ class ShardedTensors:
 
 
 def open_shards(folder: Path) -> ShardedTensors:
-    """Open the folder that `engine.save_checkpoint` wrote for one tag.
+    """Open the folder that `engine.save_checkpoint` wrote for one tag, or the weights that did not train.
 
     Raises:
         CheckpointError: files are missing, damaged, or of ranks that do not belong together.
     """
     models = sorted(folder.glob("*model_states.pt"), key=_rank)
+    if not models and (still := sorted(folder.glob("*.safetensors"))):
+        return ShardedTensors(_from_stream(still), folder)
     if not models:
         raise CheckpointError(f"{folder} holds no model states: it is not a checkpoint of DeepSpeed")
     try:
@@ -236,6 +239,22 @@ def _from_module(model: dict[str, Any]) -> dict[str, _Placed]:
     if any(t.dtype in (torch.float16, torch.bfloat16) for t in model["module"].values()):
         logger.warning("the checkpoint holds half-precision weights without fp32 masters: exporting those")
     return {name: _whole(tensor) for name, tensor in model["module"].items()}
+
+
+def _from_stream(files: list[Path]) -> dict[str, _Placed]:
+    """Whole tensors of safetensors files, mapped.
+
+    Raises:
+        CheckpointError: a file is damaged.
+    """
+    placed: dict[str, _Placed] = {}
+    for path in files:
+        try:
+            with safe_open(path, framework="pt") as file:
+                placed |= {name: _whole(file.get_tensor(name)) for name in file.keys()}
+        except (OSError, SafetensorError) as error:
+            raise CheckpointError(f"{path} cannot be read: {error}") from error
+    return placed
 
 
 def _whole(tensor: Tensor) -> _Placed:

@@ -12,6 +12,7 @@ from typing import Any
 from dsprune.consolidate.card import render_card
 from dsprune.consolidate.compact import MODELING
 from dsprune.errors import CheckpointError
+from dsprune.run_folder import DESCRIPTION, FIGURES
 
 __all__ = ["read_table", "write_side_files"]
 
@@ -42,7 +43,7 @@ def write_side_files(checkpoint: Path, folder: Path, config: Mapping[str, Any]) 
     Raises:
         CheckpointError: a file of the checkpoint cannot be read.
     """
-    for path in (checkpoint / "model").iterdir():
+    for path in (checkpoint / DESCRIPTION).iterdir():
         if path.is_dir():
             shutil.copytree(path, folder / path.name)
         elif path.name != "config.json":
@@ -60,7 +61,7 @@ def write_side_files(checkpoint: Path, folder: Path, config: Mapping[str, Any]) 
 
 
 def _card(checkpoint: Path, folder: Path, config: Mapping[str, Any]) -> str:
-    figures, tokenizer = checkpoint / "figures.json", folder / "tokenizer_config.json"
+    figures, tokenizer = checkpoint / FIGURES, folder / "tokenizer_config.json"
     return render_card(
         config,
         read_table(figures) if figures.exists() else {},

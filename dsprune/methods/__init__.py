@@ -5,17 +5,30 @@ from __future__ import annotations
 from dsprune.config import Section
 from dsprune.errors import ConfigError
 from dsprune.files import did_you_mean
-from dsprune.methods.base import GateSignal, Method, Plan
+from dsprune.methods.base import AnyMethod, Method, Plan, load_state, state_of
 from dsprune.methods.cofi import CoFi
+from dsprune.methods.evidence import Evidence
+from dsprune.methods.fisher import Fisher
 from dsprune.methods.grain import Grain
 from dsprune.methods.mlpruning import MLPruning
+from dsprune.structure import Structure
 
-__all__ = ["METHODS", "GateSignal", "Method", "Plan", "method_class", "method_options"]
+__all__ = [
+    "METHODS",
+    "AnyMethod",
+    "Evidence",
+    "Method",
+    "Plan",
+    "load_state",
+    "method_class",
+    "method_options",
+    "state_of",
+]
 
-METHODS: dict[str, type[Method]] = {"cofi": CoFi, "grain": Grain, "mlpruning": MLPruning}
+METHODS: dict[str, type[Method[Structure]]] = {"cofi": CoFi, "fisher": Fisher, "grain": Grain, "mlpruning": MLPruning}
 
 
-def method_class(name: str) -> type[Method]:
+def method_class(name: str) -> type[Method[Structure]]:
     """The class of a method.
 
     Raises:

@@ -1,28 +1,28 @@
 """What every pruning method answers, whatever it does inside.
 
-A method sees plain replicated tensors only: the gates it hands out, and their gradients. It is the
-same on every rank; whatever is random in it comes from (seed, step).
+A method sees plain replicated tensors only: the gates it hands out, and what was seen of them. It is the
+same on every rank; whatever is random in it comes from (seed, step). What only some methods need, an optimizer
+of their own or the weights, stands in `parts.py`.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any, ClassVar, Generic, TypeVar
 
 import torch
 from torch import Tensor
 
 from dsprune.config import Section, ShapeConfig
 from dsprune.errors import ConfigError
-from dsprune.structure import Budget, Empty, Selection, Structure
+from dsprune.methods.evidence import Evidence
+from dsprune.structure import Budget, Choice, Empty, Prunable
 
-__all__ = ["GateSignal", "Method", "Plan"]
+__all__ = ["AnyMethod", "Method", "Plan", "load_state", "state_of"]
 
-GateSignal = Literal["training", "probe", "none"]
-"""Where the gradients of the gates come from at a step: the training pass, a pass of their own over the
-loss without its layerwise part (gradient separation), or nowhere."""
+S = TypeVar("S", bound=Prunable)
 
 
 @dataclass(frozen=True)
@@ -43,13 +43,17 @@ class Plan:
         return self.shape.uniform or bool(self.shape.sizes)
 
 
-class Method(ABC):
-    """Chooses the gates. Subclasses are registered in `dsprune.methods.METHODS`.
+class Method(ABC, Generic[S]):
+    """Chooses the gates. Those that a recipe can name are registered in `dsprune.methods.METHODS`.
 
     Args:
-        structure: the prunable structure of the dense model.
+        structure: what is pruned.
         options: the method's own options.
-        plan: target and length of the stage.
+        plan: budget and length of the stage.
+
+    Attributes:
+        kinds: of gates that the method chooses.
+        budget: what it is held to.
 
     Raises:
         ConfigError: options or target that this method cannot meet on this model.
@@ -59,146 +63,101 @@ class Method(ABC):
     """Class of the method's options, checked when the recipe is read."""
     empty: ClassVar[Empty]
     """What a sublayer without units computes, in the masked model, the cost and the export alike."""
+    trains_weights: ClassVar[bool] = True
+    """Whether weights train beside the gates. Where they do not, there is no optimizer, no teacher and no dropout: a
+    step is its evidence, and the student is the fine-tuned dense model."""
 
     takes_shapes: ClassVar[bool] = False
     """Whether the method can end with the same sizes in every layer."""
-    catching_up: ClassVar[str] = "prune for longer"
-    """What helps where a learned sparsity does not follow its target."""
 
-    def __init__(self, structure: Structure, options: Section, plan: Plan) -> None:
-        reason = structure.family.refusal(self.kinds_of(options))
+    def __init__(self, structure: S, options: Section, plan: Plan) -> None:
+        self.structure = structure
+        self.plan = plan
+        self.budget = plan.budget
+        self.kinds = self.kinds_of(options)
+        reason = structure.refusal(self.kinds)
         if reason is not None:
             raise ConfigError(f"method.name: {reason} (`dsprune families` lists what goes with what)")
         if plan.is_shaped and not self.takes_shapes:
             raise ConfigError(f"shape: {type(self).__name__} finds a size for every layer: leave out [shape]")
-        if plan.is_shaped and structure.embedding_rank is not None:
-            raise ConfigError("shape: no stock class has a factored embedding: leave out prune.embedding_rank")
-        self.structure = structure
-        self.plan = plan
-
-    @property
-    def budget(self) -> Budget:
-        """What the method is held to."""
-        return self.plan.budget
 
     @classmethod
     @abstractmethod
     def kinds_of(cls, options: Any) -> tuple[str, ...]:
         """Kinds of gates that a method with these options chooses."""
 
-    @property
-    @abstractmethod
-    def kinds(self) -> tuple[str, ...]:
-        """Kinds of gates that this method chooses."""
-
-    @property
-    @abstractmethod
-    def gates_from(self) -> int:
-        """Optimizer step at which gates come on; before it the dense model distils."""
-
-    @property
-    def full_target_step(self) -> int | None:
-        """Optimizer step from which the target is the whole one, where it warms up and gates learn to follow it."""
-        return None
-
-    @property
-    def wants_magnitudes(self) -> bool:
-        """Whether `begin` is to be called with the size of each unit's weights."""
-        return False
-
-    def begin(self, magnitudes: Mapping[str, Tensor]) -> None:  # noqa: B027 (most methods have nothing to do)
-        """Called once before the first step of a fresh run, where `wants_magnitudes`.
-
-        Args:
-            magnitudes: by kind of gate, the Euclidean norm of each unit's weights.
-        """
-
     @abstractmethod
     def parameters(self) -> dict[str, Tensor]:
         """The replicated leaf tensors that define the method's state, by name."""
 
     @abstractmethod
-    def optimizers(self) -> list[torch.optim.Optimizer]:
-        """Optimizers over `parameters`, stepped once per applied optimizer step."""
-
-    @abstractmethod
     def gates(self, step: int) -> dict[str, Tensor] | None:
-        """Gates of the forward passes of this step, attached to the graph of `parameters`; None is the dense model."""
+        """Gates of the forward passes of this step, attached to the graph of `parameters`; None is the dense model.
 
-    @abstractmethod
-    def signal(self, step: int) -> GateSignal:
-        """Which gradients of its gates the method wants at this step."""
-
-    def wants_weights(self, step: int) -> bool:
-        """Whether `weigh` is to be called at this step."""
-        return False
-
-    def weigh(self, read: Callable[[str], Tensor]) -> None:  # noqa: B027 (most methods look at gradients alone)
-        """Called after an applied step of the weights and before `learn`, where `wants_weights`. Collective.
-
-        Args:
-            read: whole value of a parameter by name, fp32, the same on every rank.
+        Where the evidence is `loss`, one more axis before all others counts the sets that are tried; the training
+        pass, if there is one, has the first.
         """
 
-    def penalty(self, step: int) -> Tensor | None:
-        """What joins the loss on the method's own parameters; it depends on no data. [] or None."""
-        return None
+    @abstractmethod
+    def evidence(self, step: int) -> Evidence:
+        """What the method wants to see of this step."""
 
-    def learn(self, step: int, gates: Mapping[str, Tensor], gradients: Mapping[str, Tensor]) -> None:
-        """Take in one applied step, before `optimizers` step.
-
-        By default the gradients go through the graph of the gates, and the penalty's beside them.
+    @abstractmethod
+    def learn(self, step: int, gates: Mapping[str, Tensor], seen: Mapping[str, Tensor]) -> None:
+        """Take in one applied step.
 
         Args:
             step: optimizer step.
             gates: what `gates` gave for this step.
-            gradients: of the gates, unscaled, averaged over ranks and accumulation steps; none where
-                `signal` wanted none.
+            seen: what `Evidence` says of what was asked for; nothing where that was nothing.
         """
-        torch.autograd.backward([gates[kind] for kind in gradients], list(gradients.values()))
-        penalty = self.penalty(step)
-        if penalty is not None:
-            penalty.backward()  # type: ignore[no-untyped-call]
-
-    def after_step(self) -> None:  # noqa: B027 (most methods have nothing to do)
-        """Called after each applied step of `optimizers`."""
 
     @abstractmethod
     def evaluation_gates(self, step: int) -> dict[str, Tensor] | None:
         """Gates to evaluate with at this step; None is the dense model."""
 
     @abstractmethod
-    def select(self) -> Selection:
+    def select(self) -> Choice:
         """The final choice, landed on the target as nearly as the units allow."""
 
-    def gates_of(self, selection: Any) -> Mapping[str, Tensor]:
-        """Gates of a choice that `select` made, of at least the kinds that `evaluation_gates` gives."""
-        gates: Mapping[str, Tensor] = selection.gates
-        return gates
+    def select_at(self, target: float) -> Choice:
+        """What `select` would choose for another target; training stays held to its own.
 
-    def unit_of(self, kind: str) -> str:
-        """What kind of unit the gates of a kind decide over."""
-        return kind
+        Args:
+            target: share to remove of what the budget counts.
+        """
+        trained = self.budget
+        self.budget = replace(trained, target=target)
+        try:
+            return self.select()
+        finally:
+            self.budget = trained
 
     @abstractmethod
     def metrics(self, step: int) -> dict[str, float]:
         """What to log: expected and hard sparsity, target, multipliers."""
 
-    def check_target(self) -> None:
-        """Refuse a target that the method's gates cannot reach.
+    def _check_target(self) -> None:
+        """Called by methods whose gates can all close.
 
         Raises:
-            ConfigError: naming what is reachable.
+            ConfigError: a target that they cannot reach, naming what is reachable.
         """
         why = f"gates {', '.join(self.kinds)} can remove at most {{}} (what they do not decide over stays)"
         self.budget.check(self.budget.floor(self.kinds), why)
 
-    def state_dict(self) -> dict[str, Tensor]:
-        """Replicated tensors, for a checkpoint."""
-        return {name: value.detach().clone() for name, value in self.parameters().items()}
 
-    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Restore what `state_dict` gave."""
-        with torch.no_grad():
-            for name, value in self.parameters().items():
-                value.copy_(state[name])
+AnyMethod = Method[Any]
+"""A method, whatever it prunes."""
+
+
+def state_of(method: AnyMethod) -> dict[str, Tensor]:
+    """Copies of a method's replicated tensors, for a checkpoint."""
+    return {name: value.detach().clone() for name, value in method.parameters().items()}
+
+
+@torch.no_grad()
+def load_state(method: AnyMethod, state: Mapping[str, Tensor]) -> None:
+    """Give a method what `state_of` took."""
+    for name, value in method.parameters().items():
+        value.copy_(state[name])

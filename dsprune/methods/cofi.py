@@ -55,8 +55,9 @@ from torch import Tensor
 
 from dsprune.config import Duration, DurationField, Section
 from dsprune.errors import ConfigError
-from dsprune.methods.base import GateSignal, Method, Plan
+from dsprune.methods.base import Plan
 from dsprune.methods.constraint import Ascent, Constraint, ConstraintName, Projection
+from dsprune.methods.evidence import Evidence
 from dsprune.methods.hard_concrete import (
     LOG_ALPHA_MAX,
     LOG_ALPHA_MIN,
@@ -67,8 +68,9 @@ from dsprune.methods.hard_concrete import (
 )
 from dsprune.methods.landing import land
 from dsprune.methods.noise import uniform_noise
+from dsprune.methods.parts import Learned
 from dsprune.methods.schedules import linear_target
-from dsprune.methods.size_constraints import SizeConstraints, SizeProjection, rows
+from dsprune.methods.size_constraints import SizeConstraints, SizeProjection, check_factored, rows
 from dsprune.structure import (
     Selection,
     Structure,
@@ -100,8 +102,8 @@ class CoFiOptions(Section):
     lr: float = Field(0.01, gt=0)
     """Learning rate of the log-alphas (AdamW, constant)."""
     constraint: ConstraintName = "project"
-    """How the expected sparsity is held to the target: "project" shifts all log-alphas onto it after each step,
-    "ascent" (the published one) lets Lagrange multipliers learn."""
+    """How the expected sparsity is held to the target: "project" moves the log-alphas back onto it after each
+    step, "ascent" (the published one) lets Lagrange multipliers learn."""
     multiplier_lr: float | None = Field(None, gt=0)
     """With constraint = "ascent": learning rate of the multipliers; by default 0.01."""
     init: float = Field(LOG_ALPHA_MAX, ge=LOG_ALPHA_MIN, le=LOG_ALPHA_MAX)
@@ -112,7 +114,7 @@ class CoFiOptions(Section):
     """Granularities that take part."""
 
 
-class CoFi(Method):
+class CoFi(Learned[Structure]):
     """Learned masks at five granularities under a sparsity constraint; see the module for formulas and sources."""
 
     Options = CoFiOptions
@@ -135,9 +137,11 @@ class CoFi(Method):
                 f"method.distill_phase ({self._start} steps) and method.warmup ({self._warmup}) leave no step of "
                 f"prune.duration ({plan.total_steps}): shorten them or prune for longer"
             )
+        check_factored(structure, plan.shape)
         check_shape(structure, plan.shape.sizes, options.gates)
         self._groups = self._learned_groups()
-        self.check_target()
+        self.kinds = tuple(self._by_kind(dict.fromkeys(self._groups, torch.ones(()))))
+        self._check_target()
         shapes = gate_shapes(structure.sizes) | {LAYER: (structure.sizes.num_layers,)}
         noise = uniform_noise({kind: shapes[kind] for kind in self._groups}, plan.seed, -1)
         # A little spread, so that units with equal gradients do not all cross a threshold at once.
@@ -145,12 +149,10 @@ class CoFi(Method):
             kind: (options.init - 0.01 * noise[kind]).clamp(LOG_ALPHA_MIN, LOG_ALPHA_MAX).requires_grad_()
             for kind in self._groups
         }
-        self.constraint = self._constraint()
+        optimizer = torch.optim.AdamW(self.log_alpha.values(), lr=options.lr, weight_decay=0.0)
+        self.constraint = self._constraint(optimizer)
         self.multipliers = self.constraint.multipliers
-        self._optimizers: list[torch.optim.Optimizer] = [
-            torch.optim.AdamW(self.log_alpha.values(), lr=options.lr, weight_decay=0.0),
-            *self.constraint.optimizers(),
-        ]
+        self._optimizers: list[torch.optim.Optimizer] = [optimizer, *self.constraint.optimizers()]
 
     def _check_options(self) -> None:
         """See that the options go together.
@@ -174,10 +176,6 @@ class CoFi(Method):
     def kinds_of(cls, options: CoFiOptions) -> tuple[str, ...]:
         return options.gates
 
-    @property
-    def kinds(self) -> tuple[str, ...]:
-        return tuple(self._by_kind(dict.fromkeys(self._groups, torch.ones(()))))
-
     def _by_kind(self, gates: dict[str, Tensor]) -> dict[str, Tensor]:
         """Gates by kind, from those by learned group: that of a layer stands for both its sublayers, and in a shape
         that of a hidden dimension for a row of the pooler as well."""
@@ -199,7 +197,7 @@ class CoFi(Method):
             )
         return groups
 
-    def _constraint(self) -> Constraint:
+    def _constraint(self, optimizer: torch.optim.AdamW) -> Constraint:
         """What holds the log-alphas to the target, or to the sizes of a shape."""
         shape, options = self.plan.shape, self.options
         expected = None if shape.sizes else self.expected_sparsity
@@ -209,7 +207,7 @@ class CoFi(Method):
             shares = {kind: counts[kind] / alpha.shape[-1] for kind, alpha in self.log_alpha.items()}
         if options.constraint == "project":
             projected = SizeProjection(self._keep, shares) if self.plan.is_shaped else None
-            return Projection(self.log_alpha, expected, sizes=projected)
+            return Projection(self.log_alpha, expected, optimizer=optimizer, sizes=projected)
         groups = {kind: len(share) for kind, share in self._expected_shares().items()}
         sizes = SizeConstraints(groups, shares) if self.plan.is_shaped else None
         lr = 0.01 if options.multiplier_lr is None else options.multiplier_lr
@@ -263,8 +261,8 @@ class CoFi(Method):
     def target_at(self, step: int) -> float:
         return linear_target(step - self._start, target=self.budget.target, warmup_steps=self._warmup)
 
-    def signal(self, step: int) -> GateSignal:
-        return "training"
+    def evidence(self, step: int) -> Evidence:
+        return "gradient"
 
     def penalty(self, step: int) -> Tensor | None:
         if step < self._start:
@@ -274,9 +272,8 @@ class CoFi(Method):
     def _progress_at(self, step: int) -> float:
         return linear_target(step - self._start, target=1.0, warmup_steps=self._warmup)
 
-    def learn(self, step: int, gates: Mapping[str, Tensor], gradients: Mapping[str, Tensor]) -> None:
-        super().learn(step, gates, gradients)
-        self.constraint.steer()
+    def learn(self, step: int, gates: Mapping[str, Tensor], seen: Mapping[str, Tensor]) -> None:
+        super().learn(step, gates, seen)
         self._learned = step + 1
 
     def after_step(self) -> None:

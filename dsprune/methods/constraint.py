@@ -7,19 +7,21 @@ log-alphas, which must not fall where one of them does.
 as fast as their learning rate lets them: where all log-alphas begin at the clamp's edge, the probability to keep a unit
 has a slope of .002 there, nothing moves for a while, and the multipliers go on growing meanwhile.
 
-**Projection** (Rosen, "The gradient projection method for nonlinear programming", 1960 and 1961), with g the gradient
-of the loss in the log-alphas and n that of the removed share:
+**Projection**: the optimizer follows the loss alone, and after each of its steps the log-alphas a go back to where the
+removed share is the target: exactly, whatever the learning rate and the number of steps, with nothing that winds up.
+Of all ways back it is the shortest in the metric of the optimizer that made the step (scaled gradient projection;
+Bertsekas, "Projected Newton methods", 1982, with a diagonal scaling): with n the slope of the removed share and v
+Adam's second moment of the loss's gradient,
 
-1. g is replaced by g + lambda n, with lambda = -<g, n> / <n, n>. What is left of it changes no cost to first order: it
-   says which units are worth more than they cost, lambda being what a share of the cost is worth in loss. At a point
-   where nothing is left, g = -lambda n, the condition that the Lagrangian has. Moments of an optimizer see this part
-   alone, so that none of them winds up against the target.
-2. After the optimizer's step all log-alphas are shifted by one number, clamp included, so that the removed share is
-   the target: exactly, whatever the learning rate and the number of steps.
+    a_i <- clamp(a_i + shift * w_i),   w_i = |n_i| / sqrt(v_i),
 
-Without the first part units would not be chosen by price: Adam takes the size out of a gradient, all log-alphas would
-rise alike, and the shift would take that back. Where the cost is flat, n is 0 and g stays as it is; the second part
-needs no gradient.
+one number `shift` for all, found by bisection. Step and projection together are one step of Adam along g + lambda n
+with the multiplier that the target needs: where they leave a where it was, g = -lambda n, as the Lagrangian has it. So
+units go by what they cost over what the loss cares for them. Were all shifted alike, they would not: Adam takes the
+size out of a gradient, all log-alphas would rise alike, and the shift would take that back.
+
+A unit without gradient is worth nothing and one that costs nothing has nothing to give, but neither says so for good:
+w is held within a factor of `SPAN` of its median. Where the cost is flat and no n is left, all are shifted alike.
 """
 
 from __future__ import annotations
@@ -34,7 +36,7 @@ from torch import Tensor
 
 from dsprune.methods.hard_concrete import LOG_ALPHA_MAX, LOG_ALPHA_MIN
 from dsprune.methods.lagrangian import lagrangian
-from dsprune.methods.size_constraints import SizeConstraints, SizeProjection
+from dsprune.methods.size_constraints import SizeConstraints, SizeProjection, rows
 
 __all__ = ["Ascent", "Constraint", "ConstraintName", "Expected", "Projection"]
 
@@ -42,8 +44,12 @@ ConstraintName = Literal["project", "ascent"]
 Expected = Callable[[Mapping[str, Tensor]], Tensor]
 """Share of the cost that log-alphas (by name) expect to remove: [] float64, differentiable."""
 
-REACH = LOG_ALPHA_MAX - LOG_ALPHA_MIN
+SPAN = 10.0
+"""How many times faster or slower than the median unit another one moves at most."""
+REACH = SPAN * (LOG_ALPHA_MAX - LOG_ALPHA_MIN)
 """The shift that carries every log-alpha to the clamp."""
+TINY = 1e-30
+"""In place of the root of a moment that is 0."""
 MOST = 0.99
 """How far towards what closed gates remove a target beyond that is followed: at the clamp itself all units are alike,
 and which of them should stay would be forgotten."""
@@ -78,9 +84,6 @@ class Constraint(ABC):
             progress: how far the target has warmed up, from 0 to 1, which sizes follow.
         """
         return None
-
-    def steer(self) -> None:  # noqa: B027 (a penalty has its gradient already)
-        """Called when the log-alphas have the gradient of loss and penalty, before they are stepped."""
 
     @torch.no_grad()
     def restore(self, target: float, progress: float) -> None:
@@ -138,60 +141,71 @@ class Ascent(Constraint):
 
 
 class Projection(Constraint):
-    """Gradients along the constraint, and one shift of all log-alphas back onto it after each step.
+    """The shortest way back to the target after each step, in the metric of the optimizer.
 
     Args:
         log_alpha: as for every constraint.
         expected: as for every constraint.
+        optimizer: AdamW over the log-alphas, which sees the loss alone.
         sizes: what holds every layer to its sizes, where there is a shape.
     """
 
     def __init__(
-        self, log_alpha: Mapping[str, Tensor], expected: Expected | None, *, sizes: SizeProjection | None
+        self,
+        log_alpha: Mapping[str, Tensor],
+        expected: Expected | None,
+        *,
+        optimizer: torch.optim.AdamW,
+        sizes: SizeProjection | None,
     ) -> None:
         super().__init__(log_alpha, expected)
+        self.optimizer = optimizer
         self.sizes = sizes
-        self._price = {} if expected is None else {"price": torch.zeros((), dtype=torch.float64)}
         self._range: tuple[float, float] | None = None
 
     @property
     def multipliers(self) -> dict[str, Tensor]:
-        """The price of the last step: what all of the cost would be worth in loss at its rate."""
-        return self._price
+        return {}
 
-    def steer(self) -> None:
-        wide = {name: value.detach().double().requires_grad_() for name, value in self.log_alpha.items()}
-        gradient = {
-            name: torch.zeros_like(wide[name]) if value.grad is None else value.grad.double()
-            for name, value in self.log_alpha.items()
-        }
-        gradient = self._along_sizes(wide, gradient)
-        if self.expected is not None:
-            slopes = torch.autograd.grad(self.expected(wide), list(wide.values()))
-            normal = self._along_sizes(wide, dict(zip(wide, slopes, strict=True)))
-            price = _price(gradient, normal)
-            self._price["price"].copy_(price)
-            gradient = {name: gradient[name] + price * normal[name] for name in gradient}
-        for name, value in self.log_alpha.items():
-            value.grad = gradient[name].to(value.dtype)
-
-    def _along_sizes(self, log_alpha: Mapping[str, Tensor], vector: dict[str, Tensor]) -> dict[str, Tensor]:
-        return vector if self.sizes is None else self.sizes.tangent(log_alpha, vector)
-
-    @torch.no_grad()
     def restore(self, target: float, progress: float) -> None:
+        super().restore(target, progress)
         start = {name: value.detach().double() for name, value in self.log_alpha.items()}
+        weights = self._weights(start)
 
         def shifted(shift: float) -> dict[str, Tensor]:
-            log_alpha = {name: (value + shift).clamp(LOG_ALPHA_MIN, LOG_ALPHA_MAX) for name, value in start.items()}
-            return log_alpha if self.sizes is None else self.sizes.restore(log_alpha, progress)
+            log_alpha = {
+                name: (value + shift * weights[name]).clamp(LOG_ALPHA_MIN, LOG_ALPHA_MAX)
+                for name, value in start.items()
+            }
+            return log_alpha if self.sizes is None else self.sizes.restore(log_alpha, weights, progress)
 
-        shift = 0.0
-        if self.expected is not None:
-            expected = self.expected
-            shift = self._shift(lambda by: float(expected(shifted(by))), target)
-        for name, value in shifted(shift).items():
-            self.log_alpha[name].copy_(value)
+        with torch.no_grad():
+            expected, shift = self.expected, 0.0
+            if expected is not None:
+                shift = self._shift(lambda by: float(expected(shifted(by))), target)
+            for name, value in shifted(shift).items():
+                self.log_alpha[name].copy_(value)
+
+    def _weights(self, log_alpha: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """w of the module, of the log-alphas' shapes: one median for all units that compete."""
+        leaves = {name: value.clone().requires_grad_() for name, value in log_alpha.items()}
+        removed = self.sizes.removed if self.expected is None and self.sizes is not None else self.expected
+        assert removed is not None
+        slopes = torch.autograd.grad(removed(leaves), list(leaves.values()))
+        ratios = {
+            name: slope.abs() / self._scale(name).clamp(min=TINY) for (name, slope) in zip(leaves, slopes, strict=True)
+        }
+        if self.expected is None:
+            return {name: relative(rows(ratio)).view(ratio.shape) for name, ratio in ratios.items()}
+        joined = relative(torch.cat([ratio.flatten() for ratio in ratios.values()]))
+        parts = joined.split([ratio.numel() for ratio in ratios.values()])  # type: ignore[no-untyped-call]
+        return {name: part.view(ratio.shape) for (name, ratio), part in zip(ratios.items(), parts, strict=True)}
+
+    def _scale(self, name: str) -> Tensor:
+        """Root of Adam's second moment, the bias of its first steps aside, which is the same for all units."""
+        state = self.optimizer.state.get(self.log_alpha[name], {})
+        moment: Tensor = state.get("exp_avg_sq", torch.zeros_like(self.log_alpha[name]))
+        return moment.double().sqrt()
 
     def _shift(self, removed: Callable[[float], float], target: float) -> float:
         if self._range is None:
@@ -202,15 +216,17 @@ class Projection(Constraint):
         return find_shift(removed, target if target <= most else least + MOST * (most - least))
 
 
-def _price(gradient: Mapping[str, Tensor], normal: Mapping[str, Tensor]) -> Tensor:
-    """lambda = -<g, n> / <n, n>: [] float64; 0 where the cost is flat."""
-    size = torch.stack([value.square().sum() for value in normal.values()]).sum()
-    along = torch.stack([(gradient[name] * value).sum() for name, value in normal.items()]).sum()
-    return -along / size if float(size) > 0 else torch.zeros_like(size)
+def relative(ratio: Tensor) -> Tensor:
+    """Ratios over the median of those above 0 in their row, within a factor of `SPAN` of it: [..., units].
+
+    All 1 where none is above 0.
+    """
+    median = torch.where(ratio > 0, ratio, torch.nan).nanmedian(-1, keepdim=True).values
+    return (ratio / median).nan_to_num(nan=1.0).clamp(1 / SPAN, SPAN)
 
 
 def find_shift(removed: Callable[[float], float], target: float) -> float:
-    """The shift of all log-alphas at which `target` is removed.
+    """The shift at which `target` is removed.
 
     Args:
         removed: share that is removed at a shift; it must not rise with it.
@@ -221,7 +237,7 @@ def find_shift(removed: Callable[[float], float], target: float) -> float:
         return 0.0
     way = 1.0 if gap > 0 else -1.0
     # The shift of one step is small: look near first.
-    near, far = 0.0, REACH / 256
+    near, far = 0.0, REACH / 2**12
     while far < REACH and (removed(way * far) - target) * way > 0:
         near, far = far, 2 * far
     return way * float(brentq(lambda shift: removed(way * shift) - target, near, min(far, REACH), xtol=1e-9))

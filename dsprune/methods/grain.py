@@ -39,7 +39,7 @@ Where paper and code differ, and where neither is followed:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Literal
 
 import torch
@@ -48,11 +48,14 @@ from torch import Tensor
 
 from dsprune.config import Section
 from dsprune.errors import ConfigError
-from dsprune.methods.base import GateSignal, Method, Plan
+from dsprune.methods.base import Method, Plan
+from dsprune.methods.evidence import Evidence
 from dsprune.methods.noise import uniform_noise
 from dsprune.methods.output_weights import Norm, output_scores
+from dsprune.methods.parts import Read, ReadsWeights
 from dsprune.methods.ranking import Ranking, UnitGroups
 from dsprune.methods.schedules import cubic_density
+from dsprune.methods.size_constraints import check_factored
 from dsprune.methods.topk import top_k_mask
 from dsprune.structure import (
     Selection,
@@ -106,7 +109,7 @@ class GrainOptions(Section):
     """Sizes of heads and FFNs to be multiples of this, as far as units remain; 8 or 16 suit most hardware."""
 
 
-class Grain(Method):
+class Grain(Method[Structure], ReadsWeights):
     """Moving averages of gate gradients and one global ranking; see the module for formulas and sources."""
 
     Options = GrainOptions
@@ -118,13 +121,14 @@ class Grain(Method):
         self.options = options
         self._start = round(options.start * plan.total_steps)
         self._end = round(options.end * plan.total_steps)
+        self._target = plan.budget.target
         if options.start >= options.end or (plan.total_steps > 0 and self._end >= plan.total_steps):
             raise ConfigError(
                 f"method.start = {options.start:g} and method.end = {options.end:g} must be shares of prune.duration "
                 f"({plan.total_steps} steps) with start < end < 1, and leave a step after the end"
             )
         self._check_options()
-        self.check_target()
+        self._check_target()
         self.counts = self._shape_counts()
         shapes = {kind: gate_shapes(structure.sizes)[kind] for kind in self.kinds}
         self.mask = {kind: torch.ones(shape) for kind, shape in shapes.items()}
@@ -137,10 +141,6 @@ class Grain(Method):
     @classmethod
     def kinds_of(cls, options: GrainOptions) -> tuple[str, ...]:
         return UNITS[options.units]
-
-    @property
-    def kinds(self) -> tuple[str, ...]:
-        return UNITS[self.options.units]
 
     def _check_options(self) -> None:
         """Options that single dimensions and whole heads do not both have.
@@ -163,10 +163,6 @@ class Grain(Method):
         if mistakes:
             raise ConfigError(*mistakes)
 
-    @property
-    def gates_from(self) -> int:
-        return 0
-
     def parameters(self) -> dict[str, Tensor]:
         masks = {f"mask.{kind}": value for kind, value in self.mask.items()}
         return masks | {f"importance.{kind}": value for kind, value in self.importance.items()}
@@ -177,17 +173,17 @@ class Grain(Method):
     def gates(self, step: int) -> dict[str, Tensor] | None:
         return self.mask
 
-    def signal(self, step: int) -> GateSignal:
+    def evidence(self, step: int) -> Evidence:
         if self.options.score != "gradient" or step > self._end or step % self.options.probe_every:
             return "none"
-        return "probe" if self.options.separation else "training"
+        return "probe" if self.options.separation else "gradient"
 
     # --- importance -------------------------------------------------------------------------
 
     @torch.no_grad()
-    def learn(self, step: int, gates: Mapping[str, Tensor], gradients: Mapping[str, Tensor]) -> None:
-        if gradients:
-            self._observe(gradients)
+    def learn(self, step: int, gates: Mapping[str, Tensor], seen: Mapping[str, Tensor]) -> None:
+        if seen:
+            self._observe(seen)
         if self._prunes(step):
             self.mask = self._pruned(self.sparsity_at(step))
 
@@ -199,7 +195,7 @@ class Grain(Method):
         return self.options.score.startswith("magnitude") and self._prunes(step) and step <= self._end
 
     @torch.no_grad()
-    def weigh(self, read: Callable[[str], Tensor]) -> None:
+    def weigh(self, read: Read) -> None:
         norm: Norm = self.options.score.removeprefix("magnitude_")  # type: ignore[assignment]
         self.importance = output_scores(self.structure, read, norm)
 
@@ -235,28 +231,44 @@ class Grain(Method):
         density = cubic_density(step, start=self._start, end=self._end, final=self.budget.share)
         return 1 - density
 
-    def _groups(self) -> dict[str, UnitGroups]:
+    def _reopened(self) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """Scores and masks with which units that are gone come back, by score, and none that is left goes."""
+        weight = {"ffn_dim": self.options.ffn_weight}
+        above = 2 * max(float(score.max()) * weight.get(kind, 1.0) for kind, score in self.importance.items())
+        above = above or 1.0  # nothing was scored yet
+        scores = {
+            kind: score + above / weight.get(kind, 1.0) * self.mask[kind] for kind, score in self.importance.items()
+        }
+        return scores, {kind: torch.ones_like(mask) for kind, mask in self.mask.items()}
+
+    def _groups(self, *, reopen: bool = False) -> dict[str, UnitGroups]:
         """Units grouped by what is rounded together: dimensions by head, neurons by layer, heads alone."""
         groups, round_to = self.structure.sizes.num_groups, self.options.round_to
+        scores, masks = self._reopened() if reopen else (self.importance, self.mask)
 
         def grouped(kind: str, value: Tensor) -> Tensor:
             return by_head(value, groups).flatten(0, 1) if kind in ("qk_dim", "vo_dim") else value
 
         return {
             kind: UnitGroups(
-                grouped(kind, self.importance[kind] * (self.options.ffn_weight if kind == "ffn_dim" else 1.0)),
-                grouped(kind, self.mask[kind]),
+                grouped(kind, scores[kind] * (self.options.ffn_weight if kind == "ffn_dim" else 1.0)),
+                grouped(kind, masks[kind]),
                 grouped(kind, self._price[kind]),
                 1 if kind == "head" else round_to,
             )
             for kind in self.kinds
         }
 
-    def _pruned(self, sparsity: float) -> dict[str, Tensor]:
-        """Masks at a sparsity: what is gone, and the lowest-scored units beside it."""
+    def _pruned(self, sparsity: float, *, reopen: bool = False) -> dict[str, Tensor]:
+        """Masks at a sparsity: what is gone, and the lowest-scored units beside it.
+
+        Args:
+            sparsity: to come to.
+            reopen: less than what is gone already: the highest-scored of these units come back.
+        """
         if self.counts is not None:
             return self._shaped(self.counts, sparsity / self.budget.target if self.budget.target > 0 else 1.0)
-        groups, masks = self._groups(), {}
+        groups, masks = self._groups(reopen=reopen), {}
         excess = cost_to_go = self.budget.excess(sparsity)
         if self.options.units == "heads" and self.options.ranking == "apart":
             shares = self._split(excess)
@@ -287,6 +299,7 @@ class Grain(Method):
             raise ConfigError('shape: a stock model has whole heads: GRAIN needs method.units = "heads" for it')
         if self.options.attention_density is not None:
             raise ConfigError("shape: method.attention_density says how many heads to keep as well: leave it out")
+        check_factored(self.structure, plan.shape)
         check_shape(self.structure, plan.shape.sizes, self.kinds)
         shape = plan.shape.sizes
         if plan.shape.uniform:
@@ -334,7 +347,9 @@ class Grain(Method):
         return None if step <= self._start else self.mask
 
     def select(self) -> Selection:
-        return Selection.from_gates(self.structure, self._pruned(self.budget.target), empty=self.empty)
+        target = self.budget.target
+        reopen = target < self._target and self.budget.removed(self.mask) > target
+        return Selection.from_gates(self.structure, self._pruned(target, reopen=reopen), empty=self.empty)
 
     def metrics(self, step: int) -> dict[str, float]:
         full = {kind: torch.ones(shape) for kind, shape in gate_shapes(self.structure.sizes).items()} | self.mask
@@ -344,8 +359,3 @@ class Grain(Method):
             "structure/heads": float(head_alive(full).sum()),
             **{f"structure/{kind}": float(mask.sum()) for kind, mask in self.mask.items()},
         }
-
-    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        for kind in self.kinds:
-            self.mask[kind] = state[f"mask.{kind}"].clone()
-            self.importance[kind] = state[f"importance.{kind}"].clone()

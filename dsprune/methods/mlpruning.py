@@ -44,10 +44,12 @@ from torch import Tensor
 
 from dsprune.config import Section
 from dsprune.errors import ConfigError
-from dsprune.methods.base import GateSignal, Method, Plan
+from dsprune.methods.base import Plan
+from dsprune.methods.evidence import Evidence
 from dsprune.methods.landing import land
+from dsprune.methods.parts import Learned, Read, StartsFromWeights
 from dsprune.methods.topk_groups import REACH, TopKGroups, adaptive_penalty
-from dsprune.structure import Selection, Structure, gate_shapes
+from dsprune.structure import Selection, Structure, gate_shapes, unit_magnitudes
 
 __all__ = ["MLPruning", "MLPruningOptions"]
 
@@ -76,7 +78,7 @@ class MLPruningOptions(Section):
     """Kinds of units that take part."""
 
 
-class MLPruning(Method):
+class MLPruning(Learned[Structure], StartsFromWeights):
     """Learnable top-k in groups under an adaptive regularisation; see the module for formulas and sources."""
 
     Options = MLPruningOptions
@@ -98,26 +100,15 @@ class MLPruning(Method):
         )
         if options.scores in ("uniform", "kaiming"):
             self.groups.draw(options.scores_scale if options.scores == "uniform" else 1.0, plan.seed)
-        self.check_target()
+        self._check_target()
 
     @classmethod
     def kinds_of(cls, options: MLPruningOptions) -> tuple[str, ...]:
         return options.gates
 
-    @property
-    def kinds(self) -> tuple[str, ...]:
-        return self.options.gates
-
-    @property
-    def gates_from(self) -> int:
-        return 0
-
-    @property
-    def wants_magnitudes(self) -> bool:
-        return self.options.scores == "magnitude"
-
-    def begin(self, magnitudes: Mapping[str, Tensor]) -> None:
-        self.groups.begin(magnitudes)
+    def begin(self, read: Read) -> None:
+        if self.options.scores == "magnitude":
+            self.groups.begin(unit_magnitudes(self.structure, read))
 
     def parameters(self) -> dict[str, Tensor]:
         return self.groups.parameters()
@@ -128,11 +119,11 @@ class MLPruning(Method):
     def gates(self, step: int) -> dict[str, Tensor] | None:
         return self.groups.gates()
 
-    def signal(self, step: int) -> GateSignal:
-        return "training"
+    def evidence(self, step: int) -> Evidence:
+        return "gradient"
 
-    def learn(self, step: int, gates: Mapping[str, Tensor], gradients: Mapping[str, Tensor]) -> None:
-        super().learn(step, gates, gradients)
+    def learn(self, step: int, gates: Mapping[str, Tensor], seen: Mapping[str, Tensor]) -> None:
+        super().learn(step, gates, seen)
         self.groups.set_rate(step)
 
     def remaining(self) -> Tensor:
@@ -156,12 +147,7 @@ class MLPruning(Method):
         )
         return Selection.from_gates(self.structure, gates, empty=self.empty)
 
-    def check_target(self) -> None:
-        """Refuse a target below the floor of one unit a group.
-
-        Raises:
-            ConfigError: naming what is reachable.
-        """
+    def _check_target(self) -> None:
         floor = self.budget.spent(self.groups.hard_gates(-REACH - self.options.init))
         self.budget.check(
             float(floor),

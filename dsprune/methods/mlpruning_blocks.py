@@ -16,15 +16,17 @@ import torch
 from torch import Tensor
 
 from dsprune.config import BlocksConfig
-from dsprune.methods.base import GateSignal, Method, Plan
+from dsprune.methods.base import Plan
+from dsprune.methods.evidence import Evidence
 from dsprune.methods.landing import land
+from dsprune.methods.parts import Learned, Read, StartsFromWeights
 from dsprune.methods.topk_groups import REACH, TopKGroups, adaptive_penalty
-from dsprune.structure import BlockSelection, BlockStructure
+from dsprune.structure import BlockSelection, BlockStructure, block_magnitudes
 
 __all__ = ["BlockPruning"]
 
 
-class BlockPruning(Method):
+class BlockPruning(Learned[BlockStructure], StartsFromWeights):
     """Learnable top-k of blocks, matrix by matrix.
 
     Args:
@@ -40,11 +42,10 @@ class BlockPruning(Method):
     empty = "bias"
 
     def __init__(self, structure: BlockStructure, options: BlocksConfig, plan: Plan) -> None:
-        # Blocks have a structure and a cost of their own, so nothing of the base class is set up.
-        self.blocks = structure
+        super().__init__(structure, options, plan)
         self.options = options
-        self.plan = plan
         self._grids = structure.gate_shapes
+        self.kinds = tuple(self._grids)
         self.groups = TopKGroups(
             {path: (1, rows * columns) for path, (rows, columns) in self._grids.items()},
             lr=options.scores_lr,
@@ -54,26 +55,16 @@ class BlockPruning(Method):
         )
         if options.scores in ("uniform", "kaiming"):
             self.groups.draw(options.scores_scale if options.scores == "uniform" else 1.0, plan.seed)
-        self.check_target()
+        self._check_target()
 
     @classmethod
     def kinds_of(cls, options: Any) -> tuple[str, ...]:
         return ("block",)
 
-    @property
-    def kinds(self) -> tuple[str, ...]:
-        return tuple(self._grids)
-
-    @property
-    def gates_from(self) -> int:
-        return 0
-
-    @property
-    def wants_magnitudes(self) -> bool:
-        return self.options.scores == "magnitude"
-
-    def begin(self, magnitudes: Mapping[str, Tensor]) -> None:
-        self.groups.begin({path: magnitude.view(1, -1) for path, magnitude in magnitudes.items()})
+    def begin(self, read: Read) -> None:
+        if self.options.scores == "magnitude":
+            magnitudes = block_magnitudes(self.structure, read)
+            self.groups.begin({path: magnitude.view(1, -1) for path, magnitude in magnitudes.items()})
 
     def parameters(self) -> dict[str, Tensor]:
         return self.groups.parameters()
@@ -87,11 +78,11 @@ class BlockPruning(Method):
     def gates(self, step: int) -> dict[str, Tensor] | None:
         return self._as_grids(self.groups.gates())
 
-    def signal(self, step: int) -> GateSignal:
-        return "training"
+    def evidence(self, step: int) -> Evidence:
+        return "gradient"
 
-    def learn(self, step: int, gates: Mapping[str, Tensor], gradients: Mapping[str, Tensor]) -> None:
-        super().learn(step, gates, gradients)
+    def learn(self, step: int, gates: Mapping[str, Tensor], seen: Mapping[str, Tensor]) -> None:
+        super().learn(step, gates, seen)
         self.groups.set_rate(step)
 
     def penalty(self, step: int) -> Tensor | None:
@@ -103,7 +94,7 @@ class BlockPruning(Method):
     def evaluation_gates(self, step: int) -> dict[str, Tensor] | None:
         return self._as_grids(self.groups.hard_gates())
 
-    def select(self) -> Any:
+    def select(self) -> BlockSelection:
         gates = land(
             self.groups.hard_gates,
             self.budget,
@@ -112,14 +103,7 @@ class BlockPruning(Method):
         )
         return BlockSelection(self._as_grids(gates), self.options.shape)
 
-    def gates_of(self, selection: Any) -> Mapping[str, Tensor]:
-        masks: Mapping[str, Tensor] = selection.masks
-        return masks
-
-    def unit_of(self, kind: str) -> str:
-        return "block"
-
-    def check_target(self) -> None:
+    def _check_target(self) -> None:
         floor = self.budget.spent(self.groups.hard_gates(-REACH - self.options.init))
         rows, columns = self.options.shape
         self.budget.check(float(floor), f"one block of {rows} x {columns} stays in every matrix, which is {{}} at most")
@@ -127,10 +111,10 @@ class BlockPruning(Method):
     @torch.no_grad()
     def metrics(self, step: int) -> dict[str, float]:
         hard = self.budget.removed(self.groups.hard_gates())
-        left = self.blocks.parameters["encoder"] * (1 - hard)
+        left = self.structure.parameters["encoder"] * (1 - hard)
         return {
             "sparsity/expected": float(self.budget.sparsity(self.groups.shares())),
             "sparsity/hard": hard,
             "sparsity/target": self.budget.target,
-            "sparsity/of_dense": 1 - left / self.blocks.dense["encoder"],
+            "sparsity/of_dense": 1 - left / self.structure.dense["encoder"],
         }

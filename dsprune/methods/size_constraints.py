@@ -20,7 +20,7 @@ from dsprune.methods.hard_concrete import LOG_ALPHA_MAX, LOG_ALPHA_MIN
 from dsprune.methods.lagrangian import lagrangian
 from dsprune.structure import Budget, Structure, shape_gates
 
-__all__ = ["SizeConstraints", "SizeProjection", "aimed", "rows"]
+__all__ = ["SizeConstraints", "SizeProjection", "aimed", "check_factored", "rows"]
 
 CONTRADICTION = 0.005
 """Difference of sparsity from which a target and a shape that are both given contradict each other."""
@@ -49,6 +49,16 @@ def aimed(budget: Budget, structure: Structure, shape: ShapeConfig, *, is_set: b
             "the two"
         )
     return replace(budget, target=implied)
+
+
+def check_factored(structure: Structure, shape: ShapeConfig) -> None:
+    """See that what is to have the same sizes in every layer can be a stock model.
+
+    Raises:
+        ConfigError: its word embedding is factored.
+    """
+    if (shape.uniform or shape.sizes) and structure.embedding_rank is not None:
+        raise ConfigError("shape: no stock class has a factored embedding: leave out prune.embedding_rank")
 
 
 class SizeConstraints:
@@ -85,8 +95,7 @@ class SizeConstraints:
 class SizeProjection:
     """Holds every size of every layer exactly, by one shift of the log-alphas that compete for it.
 
-    Rosen's gradient projection, as in `constraint.py`: gradients keep what changes no size, or all sizes of a name
-    alike where layers only have to be equal, and after each step what has curved away is shifted back.
+    As `constraint.py` has it: each unit moves at a speed of its own.
 
     Args:
         keep: probability to keep a unit, of log-alphas; it rises with them.
@@ -97,45 +106,34 @@ class SizeProjection:
         self.keep = keep
         self.shares = shares
 
-    def tangent(self, log_alpha: Mapping[str, Tensor], vectors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The part of `vectors` along which no layer's size changes, or all change alike.
+    def removed(self, log_alpha: Mapping[str, Tensor]) -> Tensor:
+        """Shares of all sizes that are expected to go, summed: [] float64."""
+        return torch.stack([(1 - self.keep(rows(value)).mean(-1)).sum() for value in log_alpha.values()]).sum()
 
-        Args:
-            log_alpha: by name, [layers, units] or [units].
-            vectors: of the same shapes.
-        """
-        return {name: self._tangent(log_alpha[name], vector) for name, vector in vectors.items()}
-
-    def _tangent(self, log_alpha: Tensor, vector: Tensor) -> Tensor:
-        with torch.enable_grad():
-            leaf = rows(log_alpha.detach()).clone().requires_grad_()
-            (normal,) = torch.autograd.grad(self.keep(leaf).mean(-1).sum(), leaf)
-        change = (rows(vector) * normal).sum(-1)
-        size = normal.square().sum(-1).clamp(min=torch.finfo(normal.dtype).tiny)
-        alike = 0.0 if self.shares is not None else (change / size).sum() / (1 / size).sum()
-        return (rows(vector) + ((alike - change) / size).unsqueeze(-1) * normal).view(vector.shape)
-
-    def restore(self, log_alpha: Mapping[str, Tensor], progress: float) -> dict[str, Tensor]:
+    def restore(
+        self, log_alpha: Mapping[str, Tensor], weights: Mapping[str, Tensor], progress: float
+    ) -> dict[str, Tensor]:
         """Log-alphas of the sizes that are to be.
 
         Args:
             log_alpha: by name, [layers, units] or [units], within the clamp.
+            weights: how fast each moves, of the same shapes, above 0.
             progress: how far the target has warmed up, from 0 to 1.
         """
         restored = {}
         for name, value in log_alpha.items():
             share = self.keep(rows(value)).mean(-1)
             aim = share.mean() if self.shares is None else torch.as_tensor(_share(self.shares[name], progress))
-            restored[name] = self._shifted(rows(value), aim.to(value.dtype)).view(value.shape)
+            restored[name] = self._shifted(rows(value), rows(weights[name]), aim.to(value.dtype)).view(value.shape)
         return restored
 
-    def _shifted(self, log_alpha: Tensor, share: Tensor) -> Tensor:
+    def _shifted(self, log_alpha: Tensor, weights: Tensor, share: Tensor) -> Tensor:
         """Rows of log-alphas, each shifted so that it keeps a share: by bisection, of all rows at once."""
 
         def at(shift: Tensor) -> Tensor:
-            return (log_alpha + shift.unsqueeze(-1)).clamp(LOG_ALPHA_MIN, LOG_ALPHA_MAX)
+            return (log_alpha + shift.unsqueeze(-1) * weights).clamp(LOG_ALPHA_MIN, LOG_ALPHA_MAX)
 
-        high = torch.full(log_alpha.shape[:-1], LOG_ALPHA_MAX - LOG_ALPHA_MIN, dtype=log_alpha.dtype)
+        high = (LOG_ALPHA_MAX - LOG_ALPHA_MIN) / weights.amin(-1)
         low = -high
         for _ in range(BISECTIONS):
             middle = (low + high) / 2

@@ -31,6 +31,7 @@ VARIANTS = (
     Variant('GRAIN, `units = "heads"`', "grain", {"units": "heads"}),
     Variant("MLPruning", "mlpruning"),
     Variant("MLPruning, `[blocks]`", None),
+    Variant("Fisher", "fisher"),
 )
 
 

@@ -14,7 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dsprune.methods.base import Method
+from dsprune.methods.base import AnyMethod
+from dsprune.methods.parts import Learned
 
 __all__ = ["LAG", "Landing", "has_reached", "landing_of", "report_lag"]
 
@@ -88,7 +89,7 @@ def _counted(units: Mapping[str, int]) -> str:
 
 
 @torch.no_grad()
-def landing_of(method: Method, step: int, choice: Mapping[str, Tensor]) -> Landing | None:
+def landing_of(method: AnyMethod, step: int, choice: Mapping[str, Tensor]) -> Landing | None:
     """What landing does to a method's choice at a step; None while gates are not on.
 
     Args:
@@ -103,7 +104,7 @@ def landing_of(method: Method, step: int, choice: Mapping[str, Tensor]) -> Landi
     cut: dict[str, int] = {}
     given_back: dict[str, int] = {}
     for kind in before:
-        unit = method.unit_of(kind)
+        unit = method.structure.unit_of(kind)
         cut[unit] = cut.get(unit, 0) + int((had[kind] & ~has[kind]).sum())
         given_back[unit] = given_back.get(unit, 0) + int((has[kind] & ~had[kind]).sum())
     return Landing(
@@ -125,7 +126,7 @@ def _effective(gates: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return on
 
 
-def has_reached(method: Method, step: int, epsilon: float) -> bool:
+def has_reached(method: AnyMethod, step: int, epsilon: float) -> bool:
     """Whether the learned sparsity (or the set one) has come to the whole target, but for so much.
 
     CoFi's code, `sparsity_epsilon`, which asks once and never again; here each evaluation is asked for itself.
@@ -137,14 +138,14 @@ def has_reached(method: Method, step: int, epsilon: float) -> bool:
     return reached >= method.budget.target - epsilon
 
 
-def report_lag(method: Method, step: int) -> str | None:
+def report_lag(method: AnyMethod, step: int) -> str | None:
     """What is to be said when the target has warmed up and the gates have not followed; None where all is well.
 
     Args:
         method: as it stands now.
         step: optimizer steps done; only the one at which the warm-up ends is looked at.
     """
-    if method.full_target_step is None or step != method.full_target_step:
+    if not isinstance(method, Learned) or method.full_target_step is None or step != method.full_target_step:
         return None
     expected = method.metrics(step).get("sparsity/expected")
     if expected is None or method.budget.target - expected <= LAG:

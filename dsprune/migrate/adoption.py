@@ -24,7 +24,7 @@ from dsprune.migrate.dense import Dense, dense_model
 from dsprune.migrate.foreign import Foreign, open_foreign
 from dsprune.migrate.grain import embedding_rank, read_grain
 from dsprune.migrate.mlpruning import read_blocks, read_mlpruning
-from dsprune.run_folder import MANIFEST
+from dsprune.run_folder import DESCRIPTION, FIGURES, MANIFEST, SELECTION, VERIFICATION
 from dsprune.structure import BlockSelection, Selection
 
 __all__ = ["METHODS", "Origin", "adopt"]
@@ -150,12 +150,12 @@ def _checkpoint(
     module = {f"model.{name}": tensor for name, tensor in state.items()}
     states: dict[str, Any] = {"module": module, "buffer_names": [], "optimizer": {"state": {}}, "param_shapes": None}
     torch.save(states, folder / "student" / "mp_rank_00_model_states.pt")
-    (folder / "model").mkdir()
-    (folder / "model" / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    (folder / DESCRIPTION).mkdir()
+    (folder / DESCRIPTION / "config.json").write_text(json.dumps(config), encoding="utf-8")
     if tokenizer is not None:
-        tokenizer.save_pretrained(folder / "model")
-    selection.save(folder / "selection.safetensors")
-    save_file(_batch(config), folder / "verify.safetensors")
+        tokenizer.save_pretrained(folder / DESCRIPTION)
+    selection.save(folder / SELECTION)
+    save_file(_batch(config), folder / VERIFICATION)
     _write_facts(folder, foreign, method)
     return folder
 
@@ -181,7 +181,7 @@ def _write_facts(checkpoint: Path, foreign: Foreign, method: str) -> None:
         "base_model": foreign.folder.resolve().name,
         "task": foreign.config.get("finetuning_task") or "its task",
     }
-    (checkpoint / "figures.json").write_text(json.dumps(figures), encoding="utf-8")
+    (checkpoint / FIGURES).write_text(json.dumps(figures), encoding="utf-8")
     files = {
         str(path.relative_to(checkpoint)): {"bytes": path.stat().st_size, "sha256": ""}
         for path in sorted(checkpoint.rglob("*"))

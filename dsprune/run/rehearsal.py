@@ -26,6 +26,7 @@ from dsprune.engine.ranks.world import World
 from dsprune.engine.zero.gather import release
 from dsprune.errors import ConfigError, DspruneError, NumericsError
 from dsprune.files import write_json
+from dsprune.methods.parts import gates_from
 from dsprune.run.context import RunContext
 from dsprune.run.stages.table import TRAINING_CLASSES
 from dsprune.run.status import lost_a_peer
@@ -93,7 +94,7 @@ def _take_step(context: RunContext, stage: StageName) -> None:
     """The first gated step of a stage, and an evaluation batch. Collective: all ranks must call."""
     training = TRAINING_CLASSES[stage](context).prepare(f"rehearsal of stage '{stage}'")
     trainer = training.trainer
-    step = trainer.replica.method.gates_from if trainer.replica else 0
+    step = gates_from(trainer.replica.method) if trainer.replica else 0
     while not trainer.step(step).applied:  # fp16 looks for its loss scale
         pass
     data = next(iter(context.data.evals.values()))

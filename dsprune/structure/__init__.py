@@ -20,6 +20,7 @@ from dsprune.structure.gating import (
     unit_gates,
 )
 from dsprune.structure.magnitude import unit_magnitudes
+from dsprune.structure.prunable import Choice, Prunable
 from dsprune.structure.selection import Selection
 from dsprune.structure.shapes import (
     check_shape,
@@ -52,12 +53,14 @@ __all__ = [
     "BlockSelection",
     "BlockStructure",
     "Budget",
+    "Choice",
     "CostModel",
     "Counted",
     "Empty",
     "Gates",
     "Gating",
     "ParamSpec",
+    "Prunable",
     "Scope",
     "Segment",
     "Selection",

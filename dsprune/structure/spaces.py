@@ -7,7 +7,7 @@ it holds no tensor, and is the same for a model on the meta device, under ZeRO-3
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import product
 from typing import Literal
@@ -242,6 +242,19 @@ class Structure:
     scales_head: bool = False
     """Whether what the head reads is scaled by the hidden size, which has to stay that of the dense model."""
     positions: Positions | None = None
+
+    @property
+    def gate_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Shape of the gates, by kind."""
+        return gate_shapes(self.sizes)
+
+    def refusal(self, kinds: Iterable[str]) -> str | None:
+        """Why units of these kinds cannot be lost exactly; None where they can."""
+        return self.family.refusal(kinds)
+
+    def unit_of(self, kind: str) -> str:
+        """What kind of unit gates of a kind decide over."""
+        return kind
 
     @property
     def final_norms(self) -> tuple[str, ...]:

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from dsprune.consolidate import open_checkpoint, open_moments
+from dsprune.methods import state_of
 from tests.helpers.runs import checkpoints, execute, history, words
 from tests.helpers.settings import ROWS
 from tests.helpers.training import Setup, build_trainer
@@ -40,7 +41,7 @@ def _second_half(setup, folder, elastic):
     trainer.matcher.distances = restored.tensors.get("distances")
     assert bool(said) == bool(elastic)
     losses = [trainer.step(step).losses["total"] for step in range(CUT, STEPS)]
-    state = {name: value.numpy() for name, value in trainer.replica.method.state_dict().items()}
+    state = {name: value.numpy() for name, value in state_of(trainer.replica.method).items()}
     return losses, state, trainer.engine.global_steps
 
 

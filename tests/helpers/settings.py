@@ -40,4 +40,5 @@ ROWS = [
         distill={"match": "fixed", "projection": "none", "attentions": 0.9},
         teacher_layers=(0, 1, 2),
     ),
+    MethodRow("fisher", steps=3),
 ]

@@ -12,18 +12,18 @@ from torch import Tensor, nn
 from dsprune.config import BatchConfig, BlocksConfig, DistillConfig, OptimConfig
 from dsprune.consolidate import apply_selection
 from dsprune.distill import plan_layers
-from dsprune.methods import Method, method_class
+from dsprune.methods import Method, method_class, state_of
 from dsprune.methods.mlpruning_blocks import BlockPruning
+from dsprune.methods.parts import StartsFromWeights
 from dsprune.structure import (
     BlockGating,
     Gating,
     Selection,
+    Structure,
     analyze,
     analyze_blocks,
     attach_gates,
-    block_magnitudes,
     ones,
-    unit_magnitudes,
 )
 from dsprune.tasks import build_task
 from tests.helpers.models import tiny_model
@@ -90,6 +90,8 @@ class Setup(Setting):
     task: str = "sst2"
     teacher_model: str = ""
     """A model of `tests.helpers.models` that teaches, where that is not one of the family."""
+    of: str = "encoder"
+    """What the target is a share of."""
     frozen: bool = False
     """Whether the embeddings stay as they were."""
     betas: tuple[float, float] = (0.9, 0.999)
@@ -145,13 +147,13 @@ def without_dropout(model: nn.Module) -> nn.Module:
 
 def pruning(
     name: str, options: dict[str, Any], target: float, model: Any, *, total: int = 6, of: str = "encoder"
-) -> tuple[Method, Gating]:
+) -> tuple[Method[Structure], Gating]:
     """A method that is ready for its first step, and its gates on the model."""
     structure = analyze(model)
     cls = method_class(name)
     method = cls(structure, cls.Options(**options), plan_for(structure, name, target, of=of, total=total))
-    if method.wants_magnitudes:
-        method.begin(unit_magnitudes(structure, model.get_parameter))
+    if isinstance(method, StartsFromWeights):
+        method.begin(model.get_parameter)
     return method, attach_gates(model, structure, empty=method.empty)
 
 
@@ -170,8 +172,7 @@ def block_pruning(
     """Step 2 that is ready for its first step, and its gates on the model of step 1."""
     blocks = analyze_blocks(compact, (8, 8))
     method = BlockPruning(blocks, BlocksConfig(shape=(8, 8), **options), block_plan_for(blocks, target, total=total))
-    if method.wants_magnitudes:
-        method.begin(block_magnitudes(blocks, compact.get_parameter))
+    method.begin(compact.get_parameter)
     return method, BlockGating(compact, blocks)
 
 
@@ -189,6 +190,8 @@ def build_trainer(setup: Setup, *, dropout: bool = False, steps: int | None = No
     task = build_task(TaskConfig(name=setup.task, stride=16), DataConfig(), seed=0)
     batch, ds_config = setup.plan(world)
     row = setup.row
+    if row.name != "blocks" and not method_class(row.name).trains_weights:
+        return _calibrating(setup, task, world)
     lecturer = without_dropout(tiny_model(setup.teacher_model or setup.family, seed=7))
     distill = DistillConfig(labels=0.3, teacher_layers=row.teacher_layers, **row.distill)
     plan_of_layers = plan_layers(distill, (0, 0), (0,) * lecturer.config.num_hidden_layers)
@@ -208,7 +211,7 @@ def build_trainer(setup: Setup, *, dropout: bool = False, steps: int | None = No
         model = without_some_units(model).train()
         method, gating = block_pruning(row.options, row.target, model, total=total)
     else:
-        method, gating = pruning(row.name, row.options, row.target, model, total=total)
+        method, gating = pruning(row.name, row.options, row.target, model, total=total, of=setup.of)
     student = Student(
         model,
         task,
@@ -237,6 +240,28 @@ def build_trainer(setup: Setup, *, dropout: bool = False, steps: int | None = No
             partners=plan_of_layers.partners,
             draw=distill.teacher_draw,
         ),
+        replica=Replica(method),
+    )
+
+
+def _calibrating(setup: Setup, task: Any, world: World) -> Any:
+    """A trainer of a method that trains no weights: nobody teaches, and a step is what the method sees."""
+    from dsprune.engine.learning.batches import Batches
+    from dsprune.engine.learning.replica import Replica
+    from dsprune.engine.learning.student import Student, build_calibrated_engine
+    from dsprune.engine.learning.trainer import Trainer
+
+    batch, ds_config = setup.plan(world)
+    model, row = without_dropout(tiny_model(setup.family)), setup.row
+    method, gating = pruning(row.name, row.options, row.target, model, total=row.steps)
+    return Trainer(
+        stage="prune",
+        engine=build_calibrated_engine(Student(model, task, gating=gating), ds_config),
+        world=world,
+        batches=Batches(RandomExamples(setup.task), batch, world, seed=0),
+        optim=OptimConfig(),
+        total_steps=row.steps,
+        seed=0,
         replica=Replica(method),
     )
 
@@ -273,6 +298,6 @@ def trajectory(setup: Setup) -> dict[str, Any]:
     trainer.replica.check_equal(trainer.world, trainer.total_steps)
     return {
         "losses": losses,
-        "state": {name: value.numpy() for name, value in trainer.replica.method.state_dict().items()},
+        "state": {name: value.numpy() for name, value in state_of(trainer.replica.method).items()},
         "fingerprint": trainer.replica.fingerprint(),
     }

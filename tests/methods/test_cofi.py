@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from dsprune.errors import ConfigError
-from dsprune.methods import method_class
+from dsprune.methods import load_state, method_class, state_of
 from dsprune.methods.hard_concrete import LOG_ALPHA_MAX, LOG_ALPHA_MIN, keep_probability
 from dsprune.methods.lagrangian import lagrangian
 from dsprune.methods.schedules import linear_target
@@ -124,8 +124,8 @@ def test_state_survives_a_round_trip():
     method = _cofi()
     _train(method, 20)
     other = _cofi(seed=5)
-    other.load_state_dict(method.state_dict())
-    assert all(torch.equal(value, other.state_dict()[name]) for name, value in method.state_dict().items())
+    load_state(other, state_of(method))
+    assert all(torch.equal(value, other.parameters()[name]) for name, value in method.parameters().items())
 
 
 def test_lagrangian_formula():

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from dsprune.errors import ConfigError
-from dsprune.methods import method_class
+from dsprune.methods import load_state, method_class, state_of
 from dsprune.methods.schedules import cubic_density
 from dsprune.structure import CostModel, analyze, ones
 from tests.helpers.models import tiny_model
@@ -28,7 +28,7 @@ def _gradients(method, seed):
 
 def _run(method, steps, begin=0):
     for step in range(begin, steps):
-        gradients = _gradients(method, step) if method.signal(step) != "none" else {}
+        gradients = _gradients(method, step) if method.evidence(step) != "none" else {}
         method.learn(step, method.gates(step), gradients)
 
 
@@ -115,9 +115,9 @@ def test_rounding_leaves_sizes_that_are_multiples(round_to):
 
 def test_probes_stop_when_the_target_is_reached():
     method = _grain(probe_every=3)
-    assert [method.signal(step) for step in range(4)] == ["probe", "none", "none", "probe"]
-    assert {method.signal(step) for step in range(41, 100)} == {"none"}
-    assert _grain(separation=False).signal(0) == "training"
+    assert [method.evidence(step) for step in range(4)] == ["probe", "none", "none", "probe"]
+    assert {method.evidence(step) for step in range(41, 100)} == {"none"}
+    assert _grain(separation=False).evidence(0) == "gradient"
 
 
 def test_whole_heads_are_scored_by_the_head_gate_and_ranked_apart():
@@ -131,7 +131,7 @@ def test_whole_heads_are_scored_by_the_head_gate_and_ranked_apart():
 
 def test_random_scores_ask_for_no_gradients_and_depend_on_the_seed():
     one, same, other = (_grain(score="random", seed=seed) for seed in (1, 1, 2))
-    assert one.signal(0) == "none"
+    assert one.evidence(0) == "none"
     for method in (one, same, other):
         _run(method, 60)
     assert torch.equal(one.mask["ffn_dim"], same.mask["ffn_dim"])
@@ -219,7 +219,7 @@ def test_magnitudes_are_those_of_the_authors_code(score, family):
     structure = analyze(model)
     plan = plan_for(structure, "grain", 0.5, total=100, per_epoch=10)
     method = Grain(structure, Grain.Options(units="heads", score=score, prune_every=10), plan)
-    assert method.signal(0) == "none"
+    assert method.evidence(0) == "none"
     assert [step for step in range(100) if method.wants_weights(step)] == [20, 30, 40]
     method.weigh(model.get_parameter)
     for i in range(2):
@@ -243,10 +243,10 @@ def test_magnitudes_are_those_of_the_authors_code(score, family):
 def test_state_round_trips():
     one, other = _grain(), _grain()
     _run(one, 35)
-    other.load_state_dict(one.state_dict())
+    load_state(other, state_of(one))
     _run(one, 50, begin=35)
     _run(other, 50, begin=35)
-    assert all(torch.equal(a, b) for a, b in zip(one.state_dict().values(), other.state_dict().values(), strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(one.parameters().values(), other.parameters().values(), strict=True))
 
 
 @pytest.mark.parametrize(

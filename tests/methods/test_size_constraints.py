@@ -11,6 +11,7 @@ from dsprune.config import ShapeConfig, parse_config
 from dsprune.consolidate import apply_selection, is_stock
 from dsprune.errors import ConfigError
 from dsprune.methods import method_class, method_options
+from dsprune.methods.parts import gates_from
 from dsprune.methods.size_constraints import SizeConstraints, aimed
 from dsprune.structure import CostModel, Selection, analyze, attach_gates, budget_for, find_shape, shape_gates
 from tests.helpers.models import batch_for, tiny_model
@@ -118,9 +119,9 @@ def test_a_pooler_is_as_wide_as_a_stock_model(name, tmp_path):
 def test_a_hidden_dimension_of_a_shape_learns_from_its_row_of_the_pooler():
     structure = analyze(tiny_model("bert"))
     method = _method("cofi", tiny_model("bert"), {"hidden": 24, "heads": 3})
-    gates = method.gates(method.gates_from)
+    gates = method.gates(gates_from(method))
     assert set(gates) == {"head", "hidden", "pooler"} == set(method.kinds)
-    method.learn(method.gates_from, gates, {"pooler": torch.ones(structure.sizes.pooler)})
+    method.learn(gates_from(method), gates, {"pooler": torch.ones(structure.sizes.pooler)})
     assert method.log_alpha["hidden"].grad.abs().sum() > 0
     assert "pooler" not in _method("cofi", tiny_model("bert"), {"ffn": 40}).kinds
 
@@ -163,10 +164,10 @@ def test_grain_shrinks_every_layer_alike_on_the_way():
 
 def test_one_gate_stands_for_a_layer():
     method = _method("cofi", tiny_model("bert"), {"layers": 1})
-    gates = method.gates(method.gates_from)
+    gates = method.gates(gates_from(method))
     assert set(gates) == {"attn", "ffn"} == set(method.kinds)
     assert torch.equal(gates["attn"], gates["ffn"])
-    method.learn(method.gates_from, gates, {kind: torch.ones(2) for kind in gates})
+    method.learn(gates_from(method), gates, {kind: torch.ones(2) for kind in gates})
     assert method.log_alpha["layer"].grad.abs().sum() > 0
 
 

@@ -10,6 +10,7 @@ import torch
 from dsprune.arch import list_families, load_family
 from dsprune.consolidate import apply_blocks, apply_selection
 from dsprune.errors import ArchitectureError, ConfigError
+from dsprune.methods.parts import gates_from
 from dsprune.methods.support import VARIANTS, families_table, refusal
 from dsprune.structure import (
     analyze,
@@ -29,11 +30,12 @@ def _prune(variant, model, batch):
     """A method after one step on real gate gradients: its selection, and the sparsity that it counts."""
     options = {**OPTIONS[variant.method], **variant.options}
     method, gating = pruning(variant.method, options, TARGET, model)
-    gates = method.gates(method.gates_from)
+    begin = gates_from(method)
+    gates = method.gates(begin)
     leaves = {kind: gate.detach().clone().requires_grad_() for kind, gate in gates.items()}
     gating.set(leaves)
     model(**batch)[0].square().sum().backward()
-    method.learn(method.gates_from, gates, {kind: leaf.grad for kind, leaf in leaves.items()})
+    method.learn(begin, gates, {kind: leaf.grad for kind, leaf in leaves.items()})
     gating.remove()
     selection = method.select()
     return selection, method.budget.removed(selection.hard()), _largest_unit(method)

@@ -95,7 +95,7 @@ def test_a_sparsity_that_is_set_is_only_missed_when_it_falls_short():
 def test_blocks_are_counted_as_blocks():
     method, _ = block_pruning({}, 0.5, without_some_units(tiny_model("bert")), total=100)
     selection = method.select()
-    landing = landing_of(method, 100, method.gates_of(selection))
+    landing = landing_of(method, 100, selection.gates)
     assert landing.cut == {"block": sum(int((mask == 0).sum()) for mask in selection.masks.values())}
     assert landing.after >= 0.5
     assert f"{landing.cut['block']:,} blocks" in landing.describe()

@@ -149,7 +149,7 @@ def test_metrics_say_what_happened(finished):
     assert [line["step"] for line in pruning] == [1, 2, 3, 4, 5, 6]
     for key in ("loss/logits", "loss/layers", "tokens_per_second", "lr/weights", "lr/gates"):
         assert all(key in line for line in pruning), key
-    for key in ("sparsity/expected", "sparsity/hard", "sparsity/target", "multiplier/price"):
+    for key in ("sparsity/expected", "sparsity/hard", "sparsity/target"):
         assert key in pruning[-1], key
     assert {line["stage"] for line in lines if "eval/accuracy" in line} == {"teacher", "prune", "recover"}
 

@@ -18,6 +18,7 @@ from dsprune.engine.learning.replica import Replica
 from dsprune.engine.zero.config import engine_precision
 from dsprune.engine.zero.shard_files import only_weights
 from dsprune.errors import CheckpointError, ConfigError, OutputError
+from dsprune.run_folder import REPLICA, STATE, STATE_TENSORS
 
 __all__ = ["Restored", "check_drift", "find_newest", "restore"]
 
@@ -100,9 +101,11 @@ def restore(
     manifest = read_manifest(path)
     theirs = (manifest["world_size"], manifest["zero_stage"], manifest["precision"])
     ours = (store.world.size, engine.zero_optimization_stage(), engine_precision(engine))
-    state = json.loads((path / "state.json").read_text(encoding="utf-8"))
+    state = json.loads((path / STATE).read_text(encoding="utf-8"))
     with store.world.together(f"loading {path}"):
-        if theirs == ours:
+        if engine.basic_optimizer is None:
+            pass  # weights that do not train are those that the stage began with, and no rank has a part of the rest
+        elif theirs == ours:
             with only_weights(engine):
                 engine.load_checkpoint(str(path), tag=TAG, load_lr_scheduler_states=False)
         elif reshard:
@@ -113,8 +116,8 @@ def restore(
                 f"{path} was saved by {_shape(*theirs)}, this launch has {_shape(*ours)}, and checkpoint.reshard is off"
             )
         if replica is not None:
-            replica.load(str(path / "replica.safetensors"))
-    tensors = path / "state.safetensors"
+            replica.load(str(path / REPLICA))
+    tensors = path / STATE_TENSORS
     return Restored(path, state, load_file(str(tensors)) if tensors.exists() else {})
 
 

@@ -23,13 +23,14 @@ from torch import Tensor
 
 import dsprune
 from dsprune.consolidate import FORMAT, read_manifest, render_manifest, sha256
+from dsprune.engine.checkpoints.still_weights import save_still_weights
 from dsprune.engine.learning.replica import Replica
 from dsprune.engine.ranks.world import World
 from dsprune.engine.zero.config import engine_precision
 from dsprune.engine.zero.shard_files import staying_in_step
 from dsprune.errors import CheckpointError, OutputError
 from dsprune.files import first_line, write_json
-from dsprune.run_folder import MANIFEST, best_scored, checkpoint_name, is_checkpoint
+from dsprune.run_folder import MANIFEST, REPLICA, STATE, STATE_TENSORS, best_scored, checkpoint_name, is_checkpoint
 
 __all__ = [
     "BYTES_PER_PARAMETER",
@@ -44,7 +45,7 @@ __all__ = [
 
 logger = logging.getLogger(__name__)
 TAG = "student"
-"""Folder, within a checkpoint, that DeepSpeed writes."""
+"""Folder, within a checkpoint, of the weights: DeepSpeed's shards, or a stream of safetensors where none train."""
 POINTS = (
     "begun",
     "cleared",
@@ -61,6 +62,8 @@ HEADROOM = 1.1
 """A checkpoint may be so many times as large as the last one."""
 BYTES_PER_PARAMETER = 16
 """Of a first checkpoint, at most: weights, fp32 masters and two moments."""
+BYTES_PER_STILL_PARAMETER = 4
+"""Of one whose weights do not train."""
 DISK_FULL_SIGNS = ("iostream", "unexpected pos", "file write failed", "PytorchStreamWriter", "No space left")
 """What torch says where the system said that the disk is full."""
 
@@ -166,8 +169,11 @@ class CheckpointStore:
                 self._make_room(engine, scratch)
         reached("cleared")
         with self._writing("writing a checkpoint"):
-            with staying_in_step(engine):
-                engine.save_checkpoint(str(scratch), tag=TAG, save_latest=False)
+            if engine.basic_optimizer is None:
+                save_still_weights(engine, scratch / TAG, self.world)
+            else:
+                with staying_in_step(engine):
+                    engine.save_checkpoint(str(scratch), tag=TAG, save_latest=False)
             if self.world.is_main:
                 self._write_own(engine, scratch, snapshot, replica)
             reached("own shard written")
@@ -226,15 +232,16 @@ class CheckpointStore:
         if newest is not None:
             return int(HEADROOM * sum(entry["bytes"] for entry in read_manifest(newest)["files"].values()))
         count = sum(getattr(param, "ds_numel", param.numel()) for param in engine.module.parameters())
-        return int(HEADROOM * BYTES_PER_PARAMETER * count)
+        each = BYTES_PER_PARAMETER if engine.basic_optimizer is not None else BYTES_PER_STILL_PARAMETER
+        return int(HEADROOM * each * count)
 
     def _write_own(self, engine: Any, scratch: Path, snapshot: Snapshot, replica: Replica | None) -> None:
         state = {"step": snapshot.step, **snapshot.state, "engine": _engine_state(engine)}
-        write_json(scratch / "state.json", state)
+        write_json(scratch / STATE, state)
         if snapshot.tensors:
-            save_file({k: v.contiguous() for k, v in snapshot.tensors.items()}, str(scratch / "state.safetensors"))
+            save_file({k: v.contiguous() for k, v in snapshot.tensors.items()}, str(scratch / STATE_TENSORS))
         if replica is not None:
-            replica.save(str(scratch / "replica.safetensors"))
+            replica.save(str(scratch / REPLICA))
         # For people and for DeepSpeed's own tools; dsprune never reads it.
         (scratch / "latest").write_text(TAG, encoding="utf-8")
         snapshot.describe(scratch)

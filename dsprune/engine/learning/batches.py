@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -103,3 +104,19 @@ class Batches:
         totals = (int(lengths.sum()), int(self.data.targets[indices].sum()), int(lengths.square().sum()))
         means = torch.tensor([total / shares for total in totals], device=self.world.device)
         return MicroBatch(inputs, labels, token_index, written.to(self.world.device, non_blocking=True), *means)
+
+    def mean_targets(self, step: int) -> float:
+        """What is predicted in a mean micro-batch of a step, as `MicroBatch.num_targets`."""
+        shares = self.plan.world_size * self.plan.accumulation
+        return int(self.data.targets[self.indices(step)].sum()) / shares
+
+    def singles(self, step: int, micro_step: int) -> Iterator[MicroBatch]:
+        """The examples of a micro-batch, each by itself and as long as it is.
+
+        Losses are divided by one: that of an example is the sum over what is predicted of it.
+        """
+        data = self.data.in_epoch(step // self.steps_per_epoch)
+        one = torch.ones((), device=self.world.device)
+        for index in self._mine(step, micro_step):
+            inputs, labels, token_index = to_device(data.collate([int(index)]), self.world)
+            yield MicroBatch(inputs, labels, token_index, NOTHING, one, one, one)

@@ -16,7 +16,8 @@ from torch import Tensor
 
 from dsprune.engine.ranks.world import World
 from dsprune.errors import CheckpointError, NumericsError
-from dsprune.methods import Method
+from dsprune.methods import AnyMethod, load_state, state_of
+from dsprune.methods.parts import Learned, optimizers_of
 
 __all__ = ["Reduced", "Replica", "reduce_flat"]
 
@@ -32,9 +33,12 @@ class Reduced:
 def reduce_flat(world: World, tensors: Mapping[str, Tensor]) -> Reduced:
     """Mean over ranks of several tensors, in one all-reduce. Collective: all ranks must call.
 
-    The sum of a value that is not finite is not finite, so every rank learns of it.
+    The sum of a value that is not finite is not finite, so every rank learns of it. It is formed in float32, or in
+    float64 where any of the tensors is.
     """
-    flat = torch.cat([tensor.detach().float().flatten().to(world.device) for tensor in tensors.values()])
+    wide = any(tensor.dtype == torch.float64 for tensor in tensors.values())
+    dtype = torch.float64 if wide else torch.float32
+    flat = torch.cat([tensor.detach().to(world.device, dtype).flatten() for tensor in tensors.values()])
     flat = (world.sum_(flat, "summing gate gradients and losses") / world.size).cpu()
     parts = torch.split(flat, [tensor.numel() for tensor in tensors.values()])
     means = {name: part.view(tensor.shape) for (name, tensor), part in zip(tensors.items(), parts, strict=True)}
@@ -47,7 +51,7 @@ class Replica:
     Lives on the CPU whatever the device: a few hundred kilobytes, with the same arithmetic everywhere.
     """
 
-    def __init__(self, method: Method) -> None:
+    def __init__(self, method: AnyMethod) -> None:
         self.method = method
         self._graph: dict[str, Tensor] | None = None
 
@@ -59,7 +63,7 @@ class Replica:
         self._graph = self.method.gates(step)
         if self._graph is None:
             return None
-        wanted = self.method.signal(step) != "none"
+        wanted = self.method.evidence(step) not in ("none", "loss")
         return {kind: gate.detach().to(device, copy=True).requires_grad_(wanted) for kind, gate in self._graph.items()}
 
     @property
@@ -67,25 +71,26 @@ class Replica:
         """The gates of the step under way, on the CPU."""
         return self._graph and {kind: gate.detach() for kind, gate in self._graph.items()}
 
-    def step(self, step: int, gate_grads: Mapping[str, Tensor]) -> None:
+    def step(self, step: int, seen: Mapping[str, Tensor]) -> None:
         """Apply one step to the method and its optimizers.
 
         Args:
             step: optimizer step.
-            gate_grads: globally reduced, unscaled gradients of the leaf copies.
+            seen: the evidence that the method wanted, globally reduced.
         """
         if self._graph is None:
             return
-        self.method.learn(step, self._graph, gate_grads)
-        for optimizer in self.method.optimizers():
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-        self.method.after_step()
+        self.method.learn(step, self._graph, seen)
+        if isinstance(self.method, Learned):
+            for optimizer in self.method.optimizers():
+                optimizer.step()
+                optimizer.zero_grad(set_to_none=True)
+            self.method.after_step()
         self._graph = None
 
     def _tensors(self) -> dict[str, Tensor]:
-        tensors = {f"method.{name}": value for name, value in self.method.state_dict().items()}
-        for i, optimizer in enumerate(self.method.optimizers()):
+        tensors = {f"method.{name}": value for name, value in state_of(self.method).items()}
+        for i, optimizer in enumerate(optimizers_of(self.method)):
             for key, slots in optimizer.state_dict()["state"].items():
                 tensors |= {f"optimizer.{i}.{key}.{slot}": torch.as_tensor(value) for slot, value in slots.items()}
         return tensors
@@ -102,11 +107,11 @@ class Replica:
         """
         tensors = load_file(path)
         state = {k.removeprefix("method."): v for k, v in tensors.items() if k.startswith("method.")}
-        own = self.method.state_dict()
+        own = self.method.parameters()
         if {k: v.shape for k, v in state.items()} != {k: v.shape for k, v in own.items()}:
             raise CheckpointError(f"{path} holds the state of another method or model")
-        self.method.load_state_dict(state)
-        for i, optimizer in enumerate(self.method.optimizers()):
+        load_state(self.method, state)
+        for i, optimizer in enumerate(optimizers_of(self.method)):
             slots: dict[int, dict[str, Tensor]] = {}
             for name, value in tensors.items():
                 kind, *rest = name.split(".")

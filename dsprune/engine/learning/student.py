@@ -15,12 +15,13 @@ from dsprune.consolidate import verify
 from dsprune.distill import UNMATCHED, AttentionTap, HiddenTap, attention_loss, layer_distances, layer_loss
 from dsprune.engine.learning.objective import TeacherOutputs, objective_for
 from dsprune.engine.models.load import announce_tables
-from dsprune.engine.zero.engines import adamw, training_engine
+from dsprune.engine.zero.config import DsConfig, calibration_config, dtype_of
+from dsprune.engine.zero.engines import adamw, answering_engine, training_engine
 from dsprune.structure import BlockGating, Gates, Gating
 from dsprune.structure.layout import attention_map_modules, hidden_state_modules, layer_stacks
 from dsprune.tasks import Task
 
-__all__ = ["CONSTANT", "PARTS", "Student", "TeacherSignal", "build_student_engine"]
+__all__ = ["CONSTANT", "PARTS", "Student", "TeacherSignal", "build_calibrated_engine", "build_student_engine"]
 
 PARTS = ("total", "logits", "layers", "attentions", "labels")
 """Order of the loss parts that `Student.forward` returns."""
@@ -217,7 +218,7 @@ class Student(nn.Module):
         states = self.tap.take(*teacher_signal.token_index)
         layers = [state.detach() for state in states[: self.num_layers]]
         distances = self._distances(layers, teacher_signal) if teacher_signal.search else None
-        losses = []
+        losses = self._untaught(states[0], teacher_signal.match)
         for stack, num_tokens in enumerate(teacher_signal.num_tokens):
             matched = zip(teacher_signal.match, teacher_signal.stacks, strict=True)
             pairs = [(i, j) for i, (j, other) in enumerate(matched) if j != UNMATCHED and other == stack]
@@ -226,6 +227,17 @@ class Student(nn.Module):
                 target = torch.stack([teacher_signal.hidden[i] for i, _ in pairs])
                 losses.append(layer_loss(learned, target, num_tokens=num_tokens))
         return (torch.stack(losses).sum() if losses else None), distances
+
+    def _untaught(self, state: Tensor, match: Sequence[int]) -> list[Tensor]:
+        """Zeros that reach the projections which no pair of layers uses in this step.
+
+        ZeRO-3 applies the last gradient once more to a parameter that a step does not reach.
+        """
+        if len(self.projections) == 1:
+            used = {0} if any(j != UNMATCHED for j in match) else set()
+        else:
+            used = {i for i, j in enumerate(match) if j != UNMATCHED}
+        return [0 * projection(state[:1]).sum() for i, projection in enumerate(self.projections) if i not in used]
 
     def _by_attentions(self, teacher_signal: TeacherSignal, mask: Tensor, gates: Gates | None) -> Tensor | None:
         """Sum over matched layers of the loss between attention maps, over the heads that are left."""
@@ -242,6 +254,23 @@ class Student(nn.Module):
             theirs = theirs if self.head_sources is None else theirs[:, self.head_sources[j]]
             losses.append(attention_loss(ours, theirs, mask=mask, heads=heads, num_pairs=teacher_signal.num_pairs))
         return torch.stack(losses).sum() if losses else None
+
+
+def build_calibrated_engine(student: Student, ds_config: DsConfig) -> Any:
+    """The student as an engine whose weights stay as they are: no gradients of them, no optimizer, no masters.
+    Collective: all ranks must call.
+
+    Args:
+        student: its module.
+        ds_config: filled configuration of an engine that trains.
+
+    Raises:
+        ConfigError: DeepSpeed refuses the configuration.
+    """
+    announce_tables(student.model)
+    student.requires_grad_(False)
+    student.to(dtype_of(ds_config))
+    return answering_engine(student, calibration_config(ds_config))
 
 
 def build_student_engine(

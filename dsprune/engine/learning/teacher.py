@@ -80,6 +80,12 @@ class Teacher:
         """What the task's metrics are made of: [batch, ...]. Collective under ZeRO-3."""
         return self.objective.predict(self.engine, inputs, labels)
 
+    def answer(self, inputs: Mapping[str, Tensor], labels: Tensor) -> Tensor:
+        """What `predict` gives, with nothing held of the pass."""
+        outputs = self.predict(inputs, labels)
+        self.let_go()
+        return outputs
+
     @torch.no_grad()
     def teach(
         self, inputs: Mapping[str, Tensor], labels: Tensor, token_index: Sequence[Tensor], distill: DistillConfig

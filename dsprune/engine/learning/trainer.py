@@ -1,7 +1,8 @@
-"""The training loop of all three training stages: fine-tune the teacher, prune, recover.
+"""The steps of all stages that train: fine-tune the teacher, prune, recover.
 
-A step: gates from the method, a forward and backward pass for every micro-batch, one flat all-reduce
-for everything that is replicated, the engine's step, and, if the engine applied it, the replica's.
+A step: gates from the method, what it wants to see of the model, a forward and backward pass for every micro-batch,
+one flat all-reduce for everything that is replicated, the engine's step, and, if the engine applied it, the
+replica's. Where a method trains no weights, a step is what the method sees, and the replica's step.
 """
 
 from __future__ import annotations
@@ -17,20 +18,25 @@ from dsprune.config import OptimConfig
 from dsprune.distill import UNMATCHED, draw_layers, match_layers
 from dsprune.engine.learning import guard
 from dsprune.engine.learning.batches import Batches, MicroBatch
+from dsprune.engine.learning.evidence import Seen, Witness, first_trial, named
 from dsprune.engine.learning.replica import Reduced, Replica, reduce_flat
 from dsprune.engine.learning.student import CONSTANT, PARTS, TeacherSignal
 from dsprune.engine.learning.teacher import Teacher
 from dsprune.engine.ranks.pulse import pulse
 from dsprune.engine.ranks.stop import Stop, describe
 from dsprune.engine.ranks.world import World
-from dsprune.engine.zero.gather import whole
+from dsprune.engine.zero.engines import complete_gradients
+from dsprune.engine.zero.gather import let_go, whole
 from dsprune.engine.zero.refusals import refusals
-from dsprune.engine.zero.torch_autocast import autocasting
+from dsprune.methods import Evidence
 from dsprune.methods.noise import stable_seed
+from dsprune.methods.parts import ReadsWeights, gates_from
 from dsprune.structure import ffn_alive
 
 __all__ = ["LayerMatcher", "StepResult", "Trainer", "learning_rate"]
 
+CALIBRATION_SCALE = 2.0**10
+"""What losses are multiplied with under fp16 where no optimizer looks for a factor."""
 FINGERPRINT_EVERY = 100
 """Optimizer steps between two checks that all replicas are bitwise equal."""
 
@@ -171,7 +177,9 @@ class Trainer:
         self.matcher = matcher
         self.replica = replica
         self.stop = stop or Stop()
-        self.decay_from = replica.method.gates_from if replica else 0
+        self.trains_weights = replica is None or replica.method.trains_weights
+        self.witness = Witness(engine, batches)
+        self.decay_from = gates_from(replica.method) if replica else 0
         self.skipped = 0
 
     def step(self, step: int) -> StepResult:
@@ -187,51 +195,64 @@ class Trainer:
             return self._step(step)
 
     def _step(self, step: int) -> StepResult:
-        self.engine.train()
+        self.engine.train(self.trains_weights)
         pulse.at(stage=self.stage, step=step, phase="gates")
         where = f"{self.stage} step {step}"
         gates = self.replica.gates(step, self.world.device) if self.replica else None
         if self.replica is not None:
             guard.check_gates(where, self.replica.current or {}, self.replica.method.parameters())
-        signal = self.replica.method.signal(step) if self.replica else "none"
+        wanted: Evidence = self.replica.method.evidence(step) if self.replica and gates is not None else "none"
         match = self.matcher.match(self.replica.current if self.replica else None, step) if self.matcher else []
         self._set_lr(step)
         scale = self._loss_scale()
         sums: dict[str, Tensor] = {}
         accumulation = self.batches.plan.accumulation
         for micro_step in range(accumulation):
-            parts, distances = self._micro_step(step, micro_step, gates, match, probe=signal == "probe")
-            for name, value in (("losses", parts), ("distances", distances)):
+            for name, value in self._micro_step(step, micro_step, gates, match, wanted).items():
                 sums[name] = sums[name] + value if name in sums else value
-            if micro_step < accumulation - 1:
+            if micro_step < accumulation - 1 and self.trains_weights:
                 self.engine.step()
         pulse.at(phase="after backward")
-        sums |= self._gate_gradients(gates if signal != "none" else None, scale)
+        if wanted in ("gradient", "probe"):
+            sums |= self._gate_gradients(gates, scale)
         reduced = reduce_flat(self.world, sums | {"stop": torch.tensor(self.stop.flags())})
-        if not reduced.finite and scale == 1.0:
+        if not reduced.finite and (scale == 1.0 or not self.trains_weights):
             raise guard.not_finite(self.world, where, sums, self.batches.examples(step))
-        pulse.at(phase="engine step")
-        self.engine.step()
-        if scale == 1.0:
-            guard.check_norm(where, self.engine.get_global_grad_norm())
-        applied = bool(self.engine.was_step_applied()) and reduced.finite
-        self._after(step, reduced, applied)
+        applied = reduced.finite and (not self.trains_weights or self._step_weights(where, scale))
+        self._after(step, reduced, applied, wanted)
         losses = dict(zip(PARTS, reduced.tensors["losses"].tolist(), strict=True))
         return StepResult(losses, applied, match, describe(reduced.tensors["stop"].tolist()))
 
+    def _step_weights(self, where: str, scale: float) -> bool:
+        """Let the engine step; whether it applied the step."""
+        pulse.at(phase="engine step")
+        complete_gradients(self.engine)
+        self.engine.step()
+        if scale == 1.0:
+            guard.check_norm(where, self.engine.get_global_grad_norm())
+        return bool(self.engine.was_step_applied())
+
     def _micro_step(
-        self, step: int, micro_step: int, gates: dict[str, Tensor] | None, match: list[int], *, probe: bool
-    ) -> tuple[Tensor, Tensor]:
+        self, step: int, micro_step: int, gates: dict[str, Tensor] | None, match: list[int], wanted: Evidence
+    ) -> dict[str, Tensor]:
+        """What one micro-batch adds to the sums of a step: losses, distances of layers, and what the method sees."""
         batch = self.batches.micro_batch(step, micro_step)
         pulse.at(phase="teacher forward")
         teacher_signal = self._teacher_signal(batch, match)
         # Dropout is a function of its place in the run, so that a resumed run repeats it exactly.
         seed = stable_seed("dropout", self.stage, self.seed, step, micro_step, self.world.rank)
-        if probe and gates is not None:
-            torch.manual_seed(seed)
-            pulse.at(phase="probe")
-            self._probe(batch, teacher_signal, gates)
+        torch.manual_seed(seed)
+        seen = Seen()
+        if gates is not None and (wanted != "gradient" or not self.trains_weights):
+            seen = self._witness(wanted, step, micro_step, batch, teacher_signal, gates)
             gates = {kind: gate.detach() for kind, gate in gates.items()}
+            gates = first_trial(gates) if wanted == "loss" else gates
+        found = {f"gate.{name}": value for name, value in seen.sums.items()}
+        accumulation = self.batches.plan.accumulation
+        if not self.trains_weights:
+            let_go(self.engine)
+            parts = torch.zeros(len(PARTS)) if seen.parts is None else seen.parts
+            return {"losses": parts / accumulation, **found}
         torch.manual_seed(seed)
         pulse.at(phase="forward")
         # A copy of the dict: ZeRO-3 rewrites the dicts among its arguments, and the leaves must stay ours.
@@ -240,23 +261,27 @@ class Trainer:
         )
         pulse.at(phase="backward")
         self.engine.backward(loss)
-        accumulation = self.batches.plan.accumulation
-        return parts / accumulation, distances / accumulation
+        return {"losses": parts / accumulation, "distances": distances / accumulation, **found}
 
-    def _probe(self, batch: MicroBatch, teacher_signal: TeacherSignal | None, gates: dict[str, Tensor]) -> None:
-        """Add the gradient of the loss without its layerwise part to the gates, and to nothing else.
-
-        A second backward pass through the graph of the training pass would break ZeRO's hooks; a pass
-        that differentiates the gates alone reaches no parameter, so that no stage takes notice.
-        """
-        arguments = (batch.inputs, batch.labels, batch.num_targets, dict(gates), teacher_signal)
-        with autocasting(self.engine):
-            loss, *_ = self.engine.module(*arguments, probe=True)
-        share = self._loss_scale() / self.batches.plan.accumulation
-        gradients = torch.autograd.grad(loss * share, list(gates.values()), allow_unused=True)
-        for gate, gradient in zip(gates.values(), gradients, strict=True):
-            if gradient is not None:
-                gate.grad = gradient if gate.grad is None else gate.grad + gradient
+    def _witness(
+        self,
+        wanted: Evidence,
+        step: int,
+        micro_step: int,
+        batch: MicroBatch,
+        teacher_signal: TeacherSignal | None,
+        gates: dict[str, Tensor],
+    ) -> Seen:
+        """The passes that a method's evidence takes beside the training pass, if any."""
+        if wanted == "none":
+            return Seen()
+        pulse.at(phase=wanted)
+        scale = self._loss_scale()
+        if wanted == "squares":
+            return self.witness.squares(step, micro_step, gates, scale=scale)
+        if wanted == "loss":
+            return self.witness.trials(batch, gates)
+        return self.witness.probe(batch, teacher_signal, gates, scale=scale)
 
     def _teacher_signal(self, batch: MicroBatch, match: list[int]) -> TeacherSignal | None:
         if self.teacher is None:
@@ -279,16 +304,17 @@ class Trainer:
             for kind, gate in (gates or {}).items()
         }
 
-    def _after(self, step: int, reduced: Reduced, applied: bool) -> None:
+    def _after(self, step: int, reduced: Reduced, applied: bool, wanted: Evidence) -> None:
         self.skipped = 0 if applied else self.skipped + 1
         guard.check_skipped(f"{self.stage} step {step}", self.skipped, fp16=self.engine.fp16_enabled())
         if self.matcher is not None and self.matcher.searches and reduced.finite:
             self.matcher.distances = reduced.tensors["distances"]
         if self.replica is not None and applied:
-            grads = {k.removeprefix("gate."): v for k, v in reduced.tensors.items() if k.startswith("gate.")}
-            if self.replica.method.wants_weights(step):
-                self.replica.method.weigh(lambda name: whole(self.engine.module.model, name))
-            self.replica.step(step, grads)
+            found = {k.removeprefix("gate."): v for k, v in reduced.tensors.items() if k.startswith("gate.")}
+            method = self.replica.method
+            if isinstance(method, ReadsWeights) and method.wants_weights(step):
+                method.weigh(lambda name: whole(self.engine.module.model, name))
+            self.replica.step(step, named(wanted, found, self.world.size))
         if self.replica is not None and step % FINGERPRINT_EVERY == 0:
             self.replica.check_equal(self.world, step)
 
@@ -296,13 +322,17 @@ class Trainer:
         return learning_rate(self.optim, step, self.total_steps, decay_from=self.decay_from)
 
     def _set_lr(self, step: int) -> None:
+        if not self.trains_weights:
+            return
         for i, group in enumerate(self.engine.basic_optimizer.param_groups):
             group["lr"] = self.optim.lr if i == CONSTANT else self.lr(step)
 
     def _loss_scale(self) -> float:
-        """Factor that the engine multiplies losses with: 1 outside fp16."""
+        """Factor that losses have while they are differentiated: 1 outside fp16."""
         if not self.engine.fp16_enabled():
             return 1.0
+        if not self.trains_weights:
+            return CALIBRATION_SCALE
         optimizer = self.engine.optimizer
         scale = optimizer.loss_scale if hasattr(optimizer, "loss_scale") else optimizer.cur_scale
         return float(scale)

@@ -40,6 +40,7 @@ __all__ = [
     "OFFLOADED",
     "BatchPlan",
     "DsConfig",
+    "calibration_config",
     "check_student",
     "dtype_of",
     "fill_widths",
@@ -228,6 +229,23 @@ def teacher_config(config: Mapping[str, Any], world_size: int) -> DsConfig:
         steps_per_print=10**9,
         train_micro_batch_size_per_gpu=1,
         train_batch_size=world_size,
+    )
+
+
+def calibration_config(config: DsConfig) -> DsConfig:
+    """A filled student's configuration for an engine whose weights do not train.
+
+    ZeRO stages 1 and 2 shard what is not there then, and are stage 0; stage 3 shards the weights as it does in
+    training.
+    """
+    forward = DsConfig(_without_training(config), config.source, config.given, config.notes)
+    stage = 3 if _shards(config) else 0
+    return forward.changed(
+        zero_optimization={**forward.get("zero_optimization", {}), "stage": stage},
+        steps_per_print=10**9,
+        train_micro_batch_size_per_gpu=1,
+        train_batch_size=config["train_batch_size"]
+        // (config["train_micro_batch_size_per_gpu"] * config["gradient_accumulation_steps"]),
     )
 
 

@@ -6,21 +6,26 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+from transformers import PreTrainedModel
+
 from dsprune.config import BlocksConfig, OptimConfig, PruneConfig, RecoverConfig, TeacherConfig
 from dsprune.engine.learning.replica import Replica
-from dsprune.engine.learning.student import Student, build_student_engine
+from dsprune.engine.learning.student import Student, build_calibrated_engine, build_student_engine
 from dsprune.engine.learning.teacher import Teacher
 from dsprune.engine.learning.trainer import LayerMatcher, Trainer
 from dsprune.engine.models.freezing import freeze_embeddings
+from dsprune.engine.ranks.world import World
 from dsprune.engine.zero.config import DsConfig
-from dsprune.methods import Method
+from dsprune.engine.zero.gather import whole
+from dsprune.methods import AnyMethod, load_state, state_of
+from dsprune.methods.parts import StartsFromWeights
 from dsprune.run.context import RunContext
 from dsprune.run.exporting import export
 from dsprune.run.training.snapshots import Origin
 from dsprune.run.training.stage_training import StageTraining
 from dsprune.run_folder import STAGES, StageName
 
-__all__ = ["Assembly", "Stage", "TrainedSection", "TrainingStage"]
+__all__ = ["Assembly", "Stage", "TrainedSection", "TrainingStage", "begin"]
 
 TrainedSection = TeacherConfig | PruneConfig | RecoverConfig | BlocksConfig
 """Tables of the recipe that say how a stage trains."""
@@ -64,7 +69,7 @@ class Assembly:
 
     student: Student
     origin: Origin
-    method: Method | None = None
+    method: AnyMethod | None = None
     teacher: Teacher | None = None
     matcher: LayerMatcher | None = None
 
@@ -119,7 +124,7 @@ class TrainingStage(Stage):
         assembly = self.assemble(ds_config)
         trainer = Trainer(
             stage=title or self.name,
-            engine=_engine(assembly.student, ds_config, section),
+            engine=_engine(assembly, ds_config, section),
             world=context.world,
             batches=context.batches,
             optim=section,
@@ -149,8 +154,18 @@ class TrainingStage(Stage):
         self.context.mark_done(self.name, checkpoint=str(trained.checkpoint), metrics=trained.metrics, **facts)
 
 
-def _engine(student: Student, ds_config: DsConfig, optim: OptimConfig) -> Any:
-    """A student as an engine that trains it as one stage asks. Collective: all ranks must call."""
+def begin(method: AnyMethod, model: PreTrainedModel, world: World) -> None:
+    """Let a method start from the weights, where it does, the same bits on every rank. Collective."""
+    if isinstance(method, StartsFromWeights):
+        method.begin(lambda name: whole(model, name))
+        load_state(method, world.broadcast(state_of(method)))
+
+
+def _engine(assembly: Assembly, ds_config: DsConfig, optim: OptimConfig) -> Any:
+    """The student as an engine that trains it as the stage asks, or that leaves it as it is. Collective."""
+    student = assembly.student
+    if assembly.method is not None and not assembly.method.trains_weights:
+        return build_calibrated_engine(student, ds_config)
     if optim.freeze_embeddings:
         freeze_embeddings(student.model)
     return build_student_engine(

@@ -6,13 +6,12 @@ from dsprune.config import BlocksConfig
 from dsprune.distill import default_teacher_layers
 from dsprune.engine.learning.student import Student
 from dsprune.engine.zero.config import DsConfig
-from dsprune.engine.zero.gather import whole
 from dsprune.methods import Plan
 from dsprune.methods.mlpruning_blocks import BlockPruning
-from dsprune.run.stages.base import Assembly, TrainingStage
+from dsprune.run.stages.base import Assembly, TrainingStage, begin
 from dsprune.run.stages.distilling import load_teacher, match_copy
 from dsprune.run.training.snapshots import Origin
-from dsprune.structure import BlockGating, BlockStructure, analyze_blocks, block_budget, block_magnitudes
+from dsprune.structure import BlockGating, BlockStructure, analyze_blocks, block_budget
 from dsprune.structure.layout import layer_paths
 
 __all__ = ["BlocksStage"]
@@ -35,8 +34,7 @@ class BlocksStage(TrainingStage):
         model = context.models.student(str(source), ds_config)
         structure = analyze_blocks(model, self.section.shape)
         method = BlockPruning(structure, self.section, self._plan(structure))
-        if method.wants_magnitudes:
-            method.begin(context.world.broadcast(block_magnitudes(structure, lambda name: whole(model, name))))
+        begin(method, model, context.world)
         num_layers = len(layer_paths(model))
         layers = self._teacher_layers(num_layers)
         teacher = load_teacher(context, str(source), layers)

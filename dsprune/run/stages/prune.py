@@ -8,16 +8,16 @@ from dsprune.config import PruneConfig
 from dsprune.engine.learning.student import Student
 from dsprune.engine.models.factoring import factor_word_embedding
 from dsprune.engine.zero.config import DsConfig
-from dsprune.engine.zero.gather import whole
 from dsprune.errors import ConfigError
 from dsprune.methods import Method
 from dsprune.run.preflight import build_method
-from dsprune.run.stages.base import Assembly, TrainingStage
+from dsprune.run.stages.base import Assembly, TrainingStage, begin
 from dsprune.run.stages.distilling import load_dense_teacher, match_planned
 from dsprune.run.training.given_teacher import look_at_given_teacher
+from dsprune.run.training.scoring import answering
 from dsprune.run.training.snapshots import Origin
 from dsprune.run.training.stage_training import StageTraining
-from dsprune.structure import attach_gates, unit_magnitudes
+from dsprune.structure import Structure, attach_gates
 
 __all__ = ["PruneStage"]
 
@@ -40,38 +40,54 @@ class PruneStage(TrainingStage):
         self._method()
 
     def assemble(self, ds_config: DsConfig) -> Assembly:
-        context, structure = self.context, self.context.findings.structure
         method = self._method()
+        return self._trained(method, ds_config) if method.trains_weights else self._calibrated(method, ds_config)
+
+    def _trained(self, method: Method[Structure], ds_config: DsConfig) -> Assembly:
+        """A student that learns from the fine-tuned dense model."""
+        context, findings = self.context, self.context.findings
         teacher = load_dense_teacher(context)
         source = context.teacher_source if self.section.start == "teacher" else None
-        context.seed("head")
-        model = context.models.student(source, ds_config)
-        self._check_head(model)
-        if self.section.embedding_rank:
-            factor_word_embedding(model, self.section.embedding_rank)
+        model = self._model(source, ds_config)
         student = Student(
             model,
             context.task,
             distill=context.config.distill,
-            teacher=(teacher.width, context.findings.teaching.layers),
-            gating=attach_gates(model, structure, empty=method.empty),
+            teacher=(teacher.width, findings.teaching.layers),
+            gating=attach_gates(model, findings.structure, empty=method.empty),
         )
-        if method.wants_magnitudes:
-            method.begin(context.world.broadcast(unit_magnitudes(structure, lambda name: whole(model, name))))
-        matcher = match_planned(context, teacher, tuple(range(structure.sizes.num_layers)))
+        begin(method, model, context.world)
+        matcher = match_planned(context, teacher, tuple(range(findings.structure.sizes.num_layers)))
         return Assembly(student, Origin(dense=source), method, teacher, matcher)
 
-    def before_training(self, training: StageTraining) -> None:
-        assert training.trainer.teacher is not None
-        look_at_given_teacher(self.context, training.trainer.teacher)
+    def _calibrated(self, method: Method[Structure], ds_config: DsConfig) -> Assembly:
+        """The fine-tuned dense model itself, whose weights stay as they are, and nobody who teaches it."""
+        context, source = self.context, self.context.teacher_source
+        model = self._model(source, ds_config)
+        gating = attach_gates(model, context.findings.structure, empty=method.empty)
+        begin(method, model, context.world)
+        return Assembly(Student(model, context.task, gating=gating), Origin(dense=source), method)
 
-    def _method(self) -> Method:
+    def _model(self, source: str | None, ds_config: DsConfig) -> PreTrainedModel:
+        self.context.seed("head")
+        model = self.context.models.student(source, ds_config)
+        self._check_head(model)
+        if self.section.embedding_rank:
+            factor_word_embedding(model, self.section.embedding_rank)
+        return model
+
+    def before_training(self, training: StageTraining) -> None:
+        trainer = training.trainer
+        look_at_given_teacher(self.context, trainer.teacher.answer if trainer.teacher else answering(trainer, None))
+
+    def _method(self) -> Method[Structure]:
         context = self.context
         return build_method(
             context.config,
             context.findings.structure,
             total_steps=self.total_steps,
             steps_per_epoch=context.batches.steps_per_epoch,
+            table=context.findings.latency,
         )
 
     def _check_head(self, model: PreTrainedModel) -> None:

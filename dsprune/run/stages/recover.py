@@ -15,6 +15,7 @@ from dsprune.run.context import RunContext
 from dsprune.run.stages.base import Assembly, TrainingStage
 from dsprune.run.stages.distilling import load_dense_teacher, match_planned
 from dsprune.run.training.snapshots import Origin
+from dsprune.run_folder import SELECTION
 from dsprune.structure import Selection
 
 __all__ = ["RecoverStage"]
@@ -67,10 +68,10 @@ def _pruned_projections(context: RunContext) -> list[tuple[Tensor, Tensor]]:
     if context.config.distill.layers == 0 or not folder.facts("prune") or not folder.committed("prune"):
         return []
     checkpoint = folder.chosen_checkpoint("prune")
-    if not (checkpoint / "selection.safetensors").exists():
+    if not (checkpoint / SELECTION).exists():
         return []
     source = open_checkpoint(checkpoint)
-    kept = Selection.load(checkpoint / "selection.safetensors").kept(context.findings.structure.hidden)
+    kept = Selection.load(checkpoint / SELECTION).kept(context.findings.structure.hidden)
     count = sum(name.startswith("projections.") and name.endswith(".weight") for name in source.names())
     return [
         (source.read(f"projections.{i}.weight")[:, kept], source.read(f"projections.{i}.bias")) for i in range(count)

@@ -6,10 +6,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from torch import Tensor
-
-from dsprune.engine.learning.evaluate import join_splits, predict
-from dsprune.engine.learning.teacher import Teacher
+from dsprune.engine.learning.evaluate import Forward, join_splits, predict
 from dsprune.errors import ArchitectureError
 from dsprune.files import read_json, write_json
 from dsprune.run.context import RunContext
@@ -42,12 +39,12 @@ def recorded_teacher(context: RunContext) -> GivenTeacher | None:
     return GivenTeacher(facts["path"], facts["metrics"])
 
 
-def look_at_given_teacher(context: RunContext, teacher: Teacher) -> None:
+def look_at_given_teacher(context: RunContext, forward: Forward) -> None:
     """Score a given teacher, once, before anybody learns from it. Collective: all ranks must call.
 
     Args:
         context: of the run.
-        teacher: whose hidden states and maps nobody takes meanwhile.
+        forward: the teacher's answers.
 
     Raises:
         ArchitectureError: it does worse than chance, as `dsprune.tasks.chance` has it.
@@ -55,7 +52,7 @@ def look_at_given_teacher(context: RunContext, teacher: Teacher) -> None:
     path = context.config.teacher.path
     if path is None or context.world.broadcast(recorded_teacher(context)) is not None:
         return
-    given = GivenTeacher(path, _scores(context, teacher, path))
+    given = GivenTeacher(path, _scores(context, forward, path))
     context.journal.forget_after("teacher", -1)
     context.journal.log("teacher", 0, {f"eval/{name}": value for name, value in given.metrics.items()})
     said = "  ".join(f"{name} {value:.4f}" for name, value in given.metrics.items())
@@ -66,13 +63,8 @@ def look_at_given_teacher(context: RunContext, teacher: Teacher) -> None:
         write_json(record, {**asdict(given), "settings": context.settings("teacher")})
 
 
-def _scores(context: RunContext, teacher: Teacher, source: str) -> dict[str, float]:
+def _scores(context: RunContext, forward: Forward, source: str) -> dict[str, float]:
     """Metrics of a teacher by name; a warning where it knows no more than one answer. Collective."""
-
-    def forward(inputs: Mapping[str, Tensor], labels: Tensor) -> Tensor:
-        outputs = teacher.predict(inputs, labels)
-        teacher.let_go()
-        return outputs
 
     def check_stop() -> None:
         context.stop.check(context.world, "while scoring the teacher")

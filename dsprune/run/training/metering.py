@@ -6,6 +6,7 @@ import time
 from typing import Any
 
 from dsprune.engine.learning.trainer import StepResult, Trainer
+from dsprune.methods.parts import optimizers_of
 from dsprune.run.journal import Journal
 
 __all__ = ["Meter", "log_step"]
@@ -48,10 +49,10 @@ class Meter:
 
 def log_step(journal: Journal, trainer: Trainer, meter: Meter, step: int) -> dict[str, str]:
     """Write one line of metrics; returns what the progress bar shows. `step` counts steps done."""
-    metrics = meter.take() | {"lr/weights": trainer.lr(step - 1)}
+    metrics = meter.take() | ({"lr/weights": trainer.lr(step - 1)} if trainer.trains_weights else {})
     if trainer.replica is not None:
         metrics |= trainer.replica.method.metrics(step)
-        for i, optimizer in enumerate(trainer.replica.method.optimizers()):
+        for i, optimizer in enumerate(optimizers_of(trainer.replica.method)):
             metrics[f"lr/{('gates', 'multipliers')[i] if i < 2 else i}"] = optimizer.param_groups[0]["lr"]
     journal.log(trainer.stage, step, metrics)
     note = {"loss": f"{metrics['loss/total']:.4f}"}

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from dsprune.engine.learning.trainer import Trainer
 from dsprune.methods.tracking import Landing
-from dsprune.run_folder import checkpoint_name
+from dsprune.run_folder import FIGURES, checkpoint_name
 
 __all__ = ["settle", "told"]
 
@@ -35,16 +35,18 @@ def settle(
         What the report repeats; empty where the checkpoint does not say how it landed.
     """
     assert trainer.replica is not None
-    read = json.loads((checkpoint / "figures.json").read_text(encoding="utf-8")) if trainer.world.is_main else None
+    read = json.loads((checkpoint / FIGURES).read_text(encoding="utf-8")) if trainer.world.is_main else None
     figures = trainer.world.broadcast(read)
     if figures.get("landing") is None:
         return {}
     landing = Landing(**{k: v for k, v in figures["landing"].items() if k != "gap_points"})
     missed = landing.missed(epsilon)
     facts = {**landing.to_dict(), "epsilon": epsilon, "missed": missed}
+    if "speedup" in figures:
+        facts["speedup"] = figures["speedup"]
     if missed and checkpoint.name == checkpoint_name(trainer.total_steps):
         method = trainer.replica.method
-        after = evaluate(method.gates_of(method.select()))
+        after = evaluate(method.select().gates)
         facts |= {"metrics_before": figures["metric"], "metrics_after": after}
     if missed:
         say(f"warning: {trainer.stage}: {told(facts)}")

@@ -19,7 +19,7 @@ from dsprune.run.training.scoring import evaluation_gates, score_student
 from dsprune.run.training.settling import settle
 from dsprune.run.training.snapshots import Origin, Snapshots
 from dsprune.run.training.training_loop import Pace, TrainingLoop
-from dsprune.run_folder import STAGES, StageName
+from dsprune.run_folder import STAGES, STATE, StageName
 
 __all__ = ["StageTraining", "Trained"]
 
@@ -89,7 +89,7 @@ class StageTraining:
         assert chosen is not None
         if self.keeps_best:
             self.context.journal.say(f"{self.stage}: exporting {chosen.name}, {self._why(chosen)}")
-        return Trained(chosen, json.loads((chosen / "state.json").read_text(encoding="utf-8"))["metrics"])
+        return Trained(chosen, json.loads((chosen / STATE).read_text(encoding="utf-8"))["metrics"])
 
     def settle(self, trained: Trained) -> dict[str, Any]:
         """Say what landing on the target did, where gates were learned and had not come there. Collective.
@@ -122,7 +122,7 @@ class StageTraining:
         newest = find_newest(self.store, config.resume, say)
         if newest is None:
             return None
-        state = json.loads((newest / "state.json").read_text(encoding="utf-8"))
+        state = json.loads((newest / STATE).read_text(encoding="utf-8"))
         check_drift(state["settings"], self.snapshots.trained_with(), config.allow_drift, newest)
         return restore(newest, self.store, self.trainer.engine, self.trainer.replica, reshard=config.reshard, say=say)
 

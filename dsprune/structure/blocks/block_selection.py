@@ -31,6 +31,11 @@ class BlockSelection:
     masks: Mapping[str, Tensor]
     block: tuple[int, int]
 
+    @property
+    def gates(self) -> Mapping[str, Tensor]:
+        """The masks: a block is kept whole, or not at all."""
+        return self.masks
+
     def save(self, path: Path, **metadata: Any) -> None:
         """Write to a safetensors file; `metadata` values are kept as JSON."""
         text = {"kind": KIND, "block": json.dumps(self.block)}

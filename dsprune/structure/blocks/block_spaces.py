@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -60,6 +60,14 @@ class BlockStructure:
     def gate_shapes(self) -> dict[str, tuple[int, int]]:
         """Shape of the gates of each matrix, by path."""
         return {matrix.path: matrix.grid for matrix in self.matrices}
+
+    def refusal(self, kinds: Iterable[str]) -> str | None:
+        """None: `analyze_blocks` has refused the families that cannot lose blocks."""
+        return None
+
+    def unit_of(self, kind: str) -> str:
+        """Every matrix has gates of its own, and what they decide over are blocks."""
+        return "block"
 
     def nonzeros(self, masks: Mapping[str, Tensor]) -> int:
         """Encoder parameters inside kept blocks or outside of all matrices; padding does not count."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 from dsprune.errors import ConfigError
 from dsprune.structure.budget import Budget
 from dsprune.structure.latency.cost import LatencyCost
@@ -9,28 +11,26 @@ from dsprune.structure.latency.cost import LatencyCost
 __all__ = ["SpeedupBudget", "speedup_budget"]
 
 
+@dataclass(frozen=True)
 class SpeedupBudget(Budget):
-    """A budget that is set, and refused, as a speedup."""
+    """A budget whose target was given as how many times as fast the model is to be."""
 
     @property
     def speedup(self) -> float:
-        """Time of the dense model over that of the pruned one."""
+        """How many times as fast as the dense model."""
         return 1 / self.share
 
     @property
     def asked(self) -> str:
-        """What the user asked for, as it was set."""
         return f"{self.setting} = {self.speedup:g} in {self.words}"
 
-    def check(self, floor: float, why: str) -> None:
-        """Refuse a speedup that a method cannot reach; see `Budget.check`.
+    @property
+    def goal(self) -> str:
+        return f"{self.speedup:g}x in {self.words}"
 
-        Raises:
-            ConfigError: naming what is reachable.
-        """
-        reachable = self.dense / floor
-        if self.speedup > reachable:
-            raise ConfigError(f"{self.asked} is out of reach: {why.format(f'{reachable:.2f}x')}")
+    def reach(self, share: float) -> str:
+        fastest = f"{1 / (1 - share):.1f}x" if share < 1 else "any number of times"
+        return f"{share:.4f}, {fastest} as fast"
 
 
 def speedup_budget(cost: LatencyCost, speedup: float, *, setting: str = "prune.speedup") -> SpeedupBudget:
@@ -45,7 +45,9 @@ def speedup_budget(cost: LatencyCost, speedup: float, *, setting: str = "prune.s
         ConfigError: a speedup below 1.
     """
     if speedup < 1:
-        raise ConfigError(f"{setting} = {speedup:g}: give 1 or more, the dense model's time over the pruned one's")
+        raise ConfigError(
+            f"{setting} = {speedup:g}: a speedup is 1 or more, the dense model's time over the pruned one's"
+        )
     where = cost.table.conditions
-    words = f"the milliseconds on {where.device} ({where.dtype}, batch {where.batch}, length {where.length})"
+    words = f"the milliseconds of a batch of {where.batch} at length {where.length} on {where.device} ({where.dtype})"
     return SpeedupBudget(1 - 1 / speedup, cost.milliseconds, cost.dense, words, cost.shapes, setting, cost.price)

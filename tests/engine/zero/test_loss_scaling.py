@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 
+from dsprune.methods import state_of
 from tests.helpers.settings import ROWS
 from tests.helpers.training import Setup, build_trainer, spoiled, trajectory
 from tests.helpers.world import run_world
@@ -38,7 +39,7 @@ def _overflow(setup):
         if step == 3:
             trainer.teacher.teach = teach
         applied.append(trainer.step(step).applied)
-        states.append({k: v.numpy().copy() for k, v in trainer.replica.method.state_dict().items()})
+        states.append({k: v.numpy().copy() for k, v in state_of(trainer.replica.method).items()})
     return applied, states
 
 
