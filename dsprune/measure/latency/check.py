@@ -12,8 +12,8 @@ from tqdm import tqdm
 
 from dsprune.dtypes import torch_dtype
 from dsprune.measure.bench import limit_threads
-from dsprune.measure.latency.measure import Setting, Stopwatch, check_length, compiling
 from dsprune.measure.latency.models import DenseModel
+from dsprune.measure.latency.setting import Setting, Stopwatch, check_length, compiling
 from dsprune.measure.tables import render_table
 from dsprune.structure import CostModel, Empty, Selection, Structure, by_head, gate_shapes, ones
 from dsprune.structure.latency import LatencyCost, LatencyTable
