@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 import tomllib
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
@@ -25,6 +25,7 @@ from pydantic import (
     model_validator,
 )
 
+from dsprune import dtypes
 from dsprune.errors import ConfigError
 from dsprune.files import did_you_mean
 from dsprune.run_folder import STAGES, StageName
@@ -232,6 +233,9 @@ class PruneConfig(OptimConfig):
     target_of: Literal["encoder", "total", "macs"] = "encoder"
     """What `target` is a share of: the encoder's parameters, all parameters of the model, or the multiply-adds of a
     sequence of `task.max_length` tokens."""
+    speedup: float | None = Field(None, gt=1)
+    """Instead of `target`: how many times as fast as the dense model the pruned one is to be, as measured where the run
+    takes place; `[latency]` says on what."""
     duration: DurationField = Duration(20, "epochs")
     """Length of the whole stage, the pre-pruning phase included."""
     start: Literal["pretrained", "teacher"] = "pretrained"
@@ -392,7 +396,7 @@ class LatencyConfig(Section):
     """Sequences of a forward pass; by default `eval.bench_batch`."""
     length: int | None = Field(None, ge=8)
     """Tokens of a sequence; by default `eval.bench_length`."""
-    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    dtype: dtypes.Name = "float32"
     """What the weights are when the model serves."""
     device: str | None = None
     """`cpu` or `cuda[:N]`; by default a GPU if there is one."""
@@ -488,6 +492,23 @@ class RunConfig(Section):
             raise ValueError(f"stages: name each stage once and in this order: {', '.join(STAGES)}")
         return self
 
+    @model_validator(mode="after")
+    def _one_target(self) -> RunConfig:
+        prune = self.prune
+        if prune.speedup is None:
+            return self
+        given = [f"prune.{name}" for name in ("target", "target_of") if name in prune.model_fields_set]
+        given += ["[shape]"] if self.shape.uniform or self.shape.sizes else []
+        given += ["prune.embedding_rank"] if prune.embedding_rank else []
+        if given:
+            raise ValueError(f"prune.speedup = {prune.speedup:g} does not go with {', '.join(given)}: leave out either")
+        if self.latency.runtime != "torch":
+            raise ValueError(
+                f"prune.speedup = {prune.speedup:g} is measured as the report measures, in plain torch: leave out "
+                f'latency.runtime = "{self.latency.runtime}"'
+            )
+        return self
+
 
 def list_recipes() -> list[str]:
     """Names of the recipes that ship with dsprune."""
@@ -527,6 +548,16 @@ def _apply_override(tree: dict[str, Any], override: str) -> str | None:
             return f"override '{override}': {parent} is a value, not a table"
     tree[leaf] = value
     return None
+
+
+def _give_way(prune: Any, overridden: Collection[str]) -> None:
+    """Where an override sets a target of one kind, that of the other kind which the recipe has no longer counts."""
+    if not isinstance(prune, dict):
+        return
+    for wins, loses in ((("speedup",), ("target", "target_of")), (("target", "target_of"), ("speedup",))):
+        if any(f"prune.{name}" in overridden for name in wins):
+            for name in loses:
+                prune.pop(name, None)
 
 
 def _mistakes(error: ValidationError, schema: type[BaseModel], prefix: str = "") -> Iterable[str]:
@@ -595,6 +626,7 @@ def load_config(
         ConfigError: unknown recipe, unreadable file, or any mistake in it, all told at once.
     """
     tree = _read_recipe(recipe)
+    _give_way(tree.get("prune"), {override.partition("=")[0] for override in overrides})
     mistakes = [mistake for override in overrides if (mistake := _apply_override(tree, override))]
     if mistakes:
         raise ConfigError(*mistakes)

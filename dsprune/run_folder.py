@@ -7,6 +7,7 @@
     RUN/STAGE/done.json                     a stage is finished: with which settings, and what it left
     RUN/STAGE/checkpoints/step-N            committed checkpoints of a stage that trains
     RUN/teacher/model, compact, recovered, sparse    the models that stages leave
+    RUN/latency.json                        milliseconds of the model's parts, where a speedup was asked for
     RUN/report.json, report.png             dense and compact side by side
 
 Pure standard library: a command that only reads a run imports nothing heavy.
@@ -245,6 +246,11 @@ class RunFolder:
         return self.root / "stacks" / "REQUEST"
 
     @property
+    def latency_table(self) -> Path:
+        """Milliseconds of the dense model's parts, as this run measured them."""
+        return self.root / "latency.json"
+
+    @property
     def report(self) -> Path:
         """Dense and compact side by side, for programs."""
         return self.root / "report.json"
@@ -305,7 +311,13 @@ class RunFolder:
         """The part of a configuration (as JSON values) that decides what a stage produces."""
         # How a batch is cut over ranks decides nothing.
         known = {**config, "batch": {"size": config["batch"]["size"]}}
-        return {key: known[key] for key in (*COMMON_SETTINGS, *STAGES[stage].settings)}
+        keys = (*COMMON_SETTINGS, *STAGES[stage].settings)
+        timed = {}
+        if "prune" in keys and config["prune"].get("speedup") is not None:
+            # What a speedup is counted on decides what is pruned; how long measuring may take does not.
+            timed = {key: value for key, value in config["latency"].items() if key != "minutes"}
+            timed |= {key: config["eval"][key] for key in ("bench_batch", "bench_length")}
+        return {key: known[key] for key in keys} | ({"latency": timed} if timed else {})
 
     def is_done(self, stage: StageName, config: Mapping[str, Any]) -> bool:
         """Whether a stage is finished, with these settings.

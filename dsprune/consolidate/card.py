@@ -62,6 +62,13 @@ def _making(figures: Mapping[str, Any], method: str | None) -> str:
     return f"A compact model, made by structured pruning with dsprune {version} (method `{method}`)."
 
 
+def _speedup(facts: Mapping[str, Any], counted: str) -> str:
+    return (
+        f"Asked for: {facts['asked']:g} times the dense model's speed, in {counted}; predicted "
+        f"{facts['predicted']:.2f}, measured before export {facts['measured']:.2f}."
+    )
+
+
 def render_card(config: Mapping[str, Any], figures: Mapping[str, Any], *, tokenizer: str | None = None) -> str:
     """README.md of a compact model folder.
 
@@ -89,6 +96,8 @@ def render_card(config: Mapping[str, Any], figures: Mapping[str, Any], *, tokeni
     for part in ("encoder", "total"):
         ours, dense = counted[part], counted[f"dense_{part}"]
         lines.append(f"| {part} | {dense:,} | {ours:,} | {1 - ours / dense:.2%} |")
-    if "target" in figures:
+    if "speedup" in figures:
+        lines += ["", _speedup(figures["speedup"], figures["counted"])]
+    elif "target" in figures:
         lines += ["", f"Asked for: {figures['target']:.1%} of {figures['counted']} removed."]
     return "\n".join([*lines, *_metrics(figures), *_layers(facts), *_loading(config, tokenizer), ""])

@@ -24,6 +24,8 @@ Block-sparse linears store the blocks that were kept. They run as dense weights,
 block-sparse kernels where a measurement stored under `dsprune.calibration` says that those are faster.
 """
 
+from __future__ import annotations
+
 import copy
 import functools
 import importlib.util
@@ -102,34 +104,61 @@ class Bypass(nn.Module):
         return self.rule
 
 
-def _index(places: list[int], device: torch.device) -> torch.Tensor:
-    """Places as an index; one that was made in inference could not serve training later."""
-    with torch.inference_mode(False):
-        return torch.tensor(places, device=device)
+class Places(nn.Module):
+    """Some places of a wider axis.
 
-
-class Spread(nn.Module):
-    """Places values in a wider last axis, zeros between; nothing where they fill it.
+    The index tensor is a buffer that is not stored: there before the first forward, on the device of the model.
 
     Args:
-        places: index of each value in the wide axis, ascending.
+        places: index of each in the wide axis, ascending.
         width: of the wide axis.
     """
 
-    def __init__(self, places: list[int], width: int) -> None:
-        super().__init__()
-        self.places, self.width = places, width
-        self._index: torch.Tensor | None = None
+    index: torch.Tensor
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if len(self.places) == self.width:
-            return x
-        if self._index is None or self._index.device != x.device:
-            self._index = _index(self.places, x.device)
-        return x.new_zeros(*x.shape[:-1], self.width).index_copy(-1, self._index, x)
+    def __init__(self, places: Sequence[int], width: int) -> None:
+        super().__init__()
+        self.places, self.width = list(places), width
+        start = self.places[0] if self.places else 0
+        self.start = start if self.places == list(range(start, start + len(self.places))) else None
+        """Where they begin, if there is no gap between them."""
+        # One that was made in inference could not serve training later.
+        with torch.inference_mode(False):
+            self.register_buffer("index", torch.tensor(self.places, dtype=torch.long), persistent=False)
+
+    @property
+    def is_all(self) -> bool:
+        """Whether no place is left out."""
+        return self.start == 0 and len(self.places) == self.width
+
+    def fill(self) -> None:
+        """Write the index again, where a loader has put empty memory in its place."""
+        self.index = torch.tensor(self.places, dtype=torch.long, device=self.index.device)
 
     def extra_repr(self) -> str:
         return f"{len(self.places)} of {self.width}"
+
+
+class Spread(Places):
+    """Puts values at places of a wider last axis, zeros between; nothing where they fill it."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.is_all:
+            return x
+        if self.start is not None:
+            return nn.functional.pad(x, (self.start, self.width - self.start - len(self.places)))
+        return x.new_zeros(*x.shape[:-1], self.width).index_copy(-1, self.index, x)
+
+
+class Choice(Places):
+    """Takes the values at some places of an axis."""
+
+    def forward(self, x: torch.Tensor, axis: int = -1) -> torch.Tensor:
+        if self.is_all:
+            return x
+        if self.start is not None:
+            return x.narrow(axis, self.start, len(self.places))
+        return x.index_select(axis, self.index)
 
 
 class Constant(nn.Module):
@@ -156,75 +185,6 @@ class Zeros(nn.Module):
         return x.new_zeros(*x.shape[:-1], self.width)
 
 
-def _store_transposed(linear: nn.Linear) -> None:
-    """Let a linear hold its weight [in, out], as `Conv1D` does."""
-    weight = linear.weight
-    linear.weight = nn.Parameter(
-        torch.empty(weight.shape[1], weight.shape[0], device=weight.device, dtype=weight.dtype)
-    )
-
-
-class SpreadLinear(nn.Linear):
-    """A linear [out, in] that computes only some rows of its output; the others are zero.
-
-    Args:
-        shape: out and in.
-        spread: of the output.
-        transposed: whether the weight is held as [in, out].
-    """
-
-    def __init__(self, shape: list[int], spread: Spread, *, transposed: bool = False, **options: Any) -> None:
-        super().__init__(shape[1], shape[0], **options)
-        self.spread, self.transposed = spread, transposed
-        if transposed:
-            _store_transposed(self)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        weight = self.weight.t() if self.transposed else self.weight
-        rows: torch.Tensor = self.spread(nn.functional.linear(x, weight, self.bias))
-        return rows
-
-
-class GatherLinear(nn.Linear):
-    """A linear [out, in] that reads only some places of its input.
-
-    Args:
-        shape: out and in, as stored.
-        places: index of each place that is read.
-        width: of the input.
-        spread: of the output, where only some of its rows are computed.
-        transposed: whether the weight is held as [in, out].
-    """
-
-    def __init__(
-        self,
-        shape: list[int],
-        places: list[int],
-        width: int,
-        spread: Spread | None = None,
-        *,
-        transposed: bool = False,
-        **options: Any,
-    ) -> None:
-        super().__init__(shape[1], shape[0], **options)
-        self.places, self.width = places, width
-        self.spread, self.transposed = spread, transposed
-        if transposed:
-            _store_transposed(self)
-        self._index: torch.Tensor | None = None
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if len(self.places) < self.width:
-            if self._index is None or self._index.device != x.device:
-                self._index = _index(self.places, x.device)
-            x = x.index_select(-1, self._index)
-        y = nn.functional.linear(x, self.weight.t() if self.transposed else self.weight, self.bias)
-        return y if self.spread is None else self.spread(y)  # type: ignore[no-any-return]
-
-    def extra_repr(self) -> str:
-        return f"{super().extra_repr()}, {len(self.places)} of {self.width} inputs"
-
-
 class BlockLinear(nn.Module):
     """A linear [out, in] that stores some blocks of its weight; the others are zero.
 
@@ -236,7 +196,6 @@ class BlockLinear(nn.Module):
         block: rows and columns of a block. The last blocks may reach beyond the matrix: what they hold there is
             zero, has no influence and gets no gradient.
         kept: stored blocks.
-        spread: of the output, where only some of its rows are computed.
 
     Attributes:
         values: [kept, *block], block row after block row; None where no block is kept.
@@ -260,11 +219,9 @@ class BlockLinear(nn.Module):
         kept: int,
         *,
         bias: bool = True,
-        spread: Spread | None = None,
         **options: Any,
     ) -> None:
         super().__init__()
-        self.spread = spread
         self.out_features, self.in_features = (int(size) for size in shape)
         self.block = (int(block[0]), int(block[1]))
         self.grid = (-(-self.out_features // self.block[0]), -(-self.in_features // self.block[1]))
@@ -302,11 +259,6 @@ class BlockLinear(nn.Module):
         return weight[: self.out_features, : self.in_features]
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        y = self._product(x)
-        return y if self.spread is None else self.spread(y)  # type: ignore[no-any-return]
-
-    def _product(self, x: torch.Tensor) -> torch.Tensor:
-        """The stored rows of the output: [..., out]."""
         if self.values is None:
             empty = x.new_zeros(self.out_features) if self.bias is None else self.bias
             # A copy, as any linear makes: writing to a view would write to the bias.
@@ -545,6 +497,509 @@ def use_calibration(model: nn.Module, table: Sequence[dict[str, Any]]) -> None:
             module.forget()
 
 
+def _mix(module: nn.Module, mixin: type) -> None:
+    """Let a stock module be of a class of ours as well, in place: its own class, with the mixin's methods first."""
+    module.__class__ = _mixed(mixin, type(module))  # type: ignore[arg-type]
+
+
+@functools.cache
+def _mixed(mixin: type, stock: type) -> type:
+    # Who looks for a class by its name (device maps, checkpointing policies) finds the stock one.
+    return type(stock.__name__, (mixin, stock), {"stock": stock, "mixin": mixin, "__module__": __name__})
+
+
+def _remake(mixin: type, stock: type) -> Any:
+    made = _mixed(mixin, stock)
+    return made.__new__(made)  # type: ignore[call-overload]
+
+
+class Mixed:
+    """A stock module with methods of ours; copies and pickles name the two classes that it is made of."""
+
+    stock: Any
+    mixin: type
+
+    def __reduce__(self) -> Any:
+        return _remake, (self.mixin, self.stock), self.__dict__
+
+
+class HeadBias(nn.Module):
+    """Gives attention what its own heads add to their scores, and hands on what it was given for all heads.
+
+    Args:
+        spec: `bias` of the sublayer: the argument, and where a table makes it the method that reads the table.
+            Without a table nothing is handed on, and each layer begins anew.
+        heads: which of the dense heads are left.
+        dense: how many there were.
+    """
+
+    def __init__(self, spec: dict[str, str], heads: list[int], dense: int) -> None:
+        super().__init__()
+        self.argument, self.compute = spec["argument"], spec["compute"] if "table" in spec else None
+        self.choice = Choice(heads, dense)
+
+    def before(self, view: View, kwargs: dict[str, Any]) -> dict[str, Any]:
+        """The arguments of attention, those of its own heads in place of what holds for all."""
+        given = kwargs.get(self.argument) if self.compute else None
+        return {**kwargs, self.argument: None if given is None else self.choose(view, given)}
+
+    def choose(self, view: View, whole: torch.Tensor) -> torch.Tensor:
+        view.whole_bias = whole
+        chosen: torch.Tensor = self.choice(whole, axis=1)
+        return chosen
+
+
+class Packing(nn.Module):
+    """What stands between a module and its linears: where they read and write, in what the stock forward expects.
+
+    The linears themselves keep their names, and have the shapes of their weights.
+
+    Attributes:
+        absent: width of what a linear without weights gives, by name: zeros.
+        factors: by name, what the output of a linear is multiplied by.
+        rotary: the dimensions of the rotations that attention is given that its heads kept.
+        bias: what attention's own heads add to their scores.
+    """
+
+    rotary: Choice | None
+    bias: HeadBias | None
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.absent: dict[str, int] = {}
+        self.factors: dict[str, float] = {}
+        self.rotary = self.bias = None
+
+    def reads(self, name: str, choice: Choice) -> None:
+        """Let a linear have some places of its input only."""
+        self.add_module(f"{name}_input", choice)
+
+    def writes(self, name: str, spread: Spread) -> None:
+        """Put what a linear gives at places of what is expected of it."""
+        self.add_module(f"{name}_output", spread)
+
+    def holds(self, name: str) -> bool:
+        """Whether anything stands between the module and this linear."""
+        own = self._modules
+        return name in self.absent or name in self.factors or f"{name}_input" in own or f"{name}_output" in own
+
+    def call(self, linear: Any, name: str, x: torch.Tensor) -> torch.Tensor:
+        """What the stock forward expects of a linear; of one that is absent, `linear` is None."""
+        if name in self.absent:
+            return x.new_zeros(*x.shape[:-1], self.absent[name])
+        choice, spread = self._modules.get(f"{name}_input"), self._modules.get(f"{name}_output")
+        y: torch.Tensor = linear(x if choice is None else choice(x))
+        return self.scaled(name, y if spread is None else spread(y))
+
+    def scaled(self, name: str, y: torch.Tensor) -> torch.Tensor:
+        return y * self.factors[name] if name in self.factors else y
+
+
+class SeenLinear:
+    """A linear as the stock forward sees it: it gives and takes what that expects, and is the linear in all else."""
+
+    def __init__(self, linear: Any, name: str, packing: Packing) -> None:
+        self._linear, self._name, self._packing = linear, name, packing
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        return self._packing.call(self._linear, self._name, x)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._linear, name)
+
+
+class View:
+    """A module as its stock forward sees it in one call: with linears that give and take what it expects."""
+
+    def __init__(self, module: Any, packing: Packing) -> None:
+        self._module, self._packing = module, packing
+        self.whole_bias: torch.Tensor | None = None
+
+    def __getattr__(self, name: str) -> Any:
+        module, packing = self._module, self._packing
+        if packing.holds(name):
+            return SeenLinear(module._modules.get(name), name, packing)
+        value = getattr(module, name)
+        if getattr(value, "__self__", None) is not module:
+            return value
+        method = functools.partial(value.__func__, self)
+        bias = packing.bias
+        return method if bias is None or name != bias.compute else lambda *a, **k: bias.choose(self, method(*a, **k))
+
+
+class Packed(Mixed):
+    """A stock module whose linears are smaller than its forward expects."""
+
+    packing: Packing
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        packing = self.packing
+        view = View(self, packing)
+        if packing.rotary is not None:
+            rotations = kwargs["position_embeddings"]
+            kwargs["position_embeddings"] = tuple(packing.rotary(part) for part in rotations)
+        if packing.bias is None:
+            return self.stock.forward(view, *args, **kwargs)
+        result, _, *more = self.stock.forward(view, *args, **packing.bias.before(view, kwargs))
+        return (result, view.whole_bias, *more)
+
+
+def _is_serving(module: nn.Module, x: Any) -> bool:
+    """Whether a module may run its weights otherwise than by calling its children: in inference, if nobody looks on."""
+    return (
+        not module.training
+        and not torch.is_grad_enabled()
+        # Not a fake, traced or quantized one.
+        and type(x) is torch.Tensor
+        and not torch.compiler.is_compiling()
+        and not torch.jit.is_tracing()  # type: ignore[no-untyped-call]
+        and not torch.is_autocast_enabled(x.device.type)
+        and torch._C._len_torch_dispatch_stack() == 0
+    )
+
+
+def _is_untouched(module: nn.Module) -> bool:
+    """Whether a module has its own forward, and no hooks."""
+    return not (module._forward_hooks or module._forward_pre_hooks or "forward" in module.__dict__)
+
+
+def _is_plain(module: Any) -> bool:
+    """Whether a module is a linear and no more than that: not one that a tool has wrapped, quantized or listens to."""
+    return type(module) is nn.Linear and type(module._parameters["weight"]) is nn.Parameter and _is_untouched(module)
+
+
+ONE_DNN_WORK = 1 << 20
+"""Multiply-adds from which oneDNN's linear is faster than torch's own, which takes less time to call."""
+
+
+@functools.cache
+def _one_dnn() -> Any:
+    """oneDNN's linear, which does what follows it as well, as torch's compiler calls it; None where there is none.
+
+    On the CPUs that MKL is not made for it is twice as fast as `functional.linear`.
+    """
+    if not torch.backends.mkldnn.is_available() or platform.machine() not in ("x86_64", "AMD64"):  # type: ignore[no-untyped-call]
+        return None
+    with torch.inference_mode(False), torch.no_grad():
+        x, weight, bias = torch.linspace(-1, 1, 24).view(4, 6), torch.linspace(2, -2, 18).view(3, 6), torch.ones(3)
+        expected = nn.functional.linear(x, weight, bias)
+        try:
+            operator = torch.ops.mkldnn._linear_pointwise
+            given = [
+                operator.default(x, weight, bias, "gelu", [], "none"),
+                operator.binary(x, expected, weight, bias, "add"),
+            ]
+        # No part of torch's public face: another version may have it otherwise, or not at all.
+        except (AttributeError, RuntimeError, TypeError) as error:
+            _warn_once(f"linears run without oneDNN, which is slower on some CPUs: {str(error).partition(chr(10))[0]}")
+            return None
+        right = zip(given, (nn.functional.gelu(expected), expected + expected), strict=True)
+        return operator if all(torch.allclose(ours, theirs, atol=1e-5) for ours, theirs in right) else None
+
+
+def _fused_name(activation: Any) -> tuple[str, str] | None:
+    """What oneDNN calls an activation; None where it has none that is equal to it."""
+    if type(activation).__name__ == "GELUActivation" and activation.act is nn.functional.gelu:
+        return "gelu", "none"
+    return ("relu", "") if type(activation) is nn.ReLU else None
+
+
+def _product(x: torch.Tensor, weight: torch.Tensor) -> Any:
+    """oneDNN's linear where it pays for these, else None."""
+    if x.dtype is not torch.float32 or weight.dtype is not torch.float32 or x.device.type != "cpu":
+        return None
+    if x.numel() * weight.shape[0] < ONE_DNN_WORK or not torch.backends.mkldnn.enabled:  # type: ignore[attr-defined]
+        return None
+    return _one_dnn()
+
+
+def _linear(linear: Any, x: torch.Tensor, activation: Any = None, residual: torch.Tensor | None = None) -> torch.Tensor:
+    """A linear, then an activation or an addition, in one call where there is one; for inference.
+
+    Args:
+        linear: any module in the place of one.
+        x: [..., in].
+        activation: module that follows it.
+        residual: [..., out], added to what it gives.
+    """
+    plain = _is_plain(linear)
+    weight, bias = (linear._parameters["weight"], linear._parameters["bias"]) if plain else (None, None)
+    operator = _product(x, weight) if plain else None  # type: ignore[arg-type]
+    fused = None if activation is None else _fused_name(activation)
+    if operator is not None and residual is not None:
+        return operator.binary(x, residual, weight, bias, "add")  # type: ignore[no-any-return]
+    if operator is not None:
+        y = operator.default(x, weight, bias, *((fused[0], [], fused[1]) if fused else ("none", [], "")))
+    else:
+        y = nn.functional.linear(x, weight, bias) if plain else linear(x)  # type: ignore[arg-type]
+    if activation is not None and (operator is None or fused is None):
+        y = activation(y)
+    return y if residual is None else y + residual  # type: ignore[no-any-return]
+
+
+MERGED_WEIGHTS = 1 << 17
+MERGED_TOKENS = 1 << 10
+"""Linears of one input run as one product where their weights are so few, or the tokens so many, that putting the
+weights side by side costs less than the calls that it saves. It is done in each call: what is kept would be wrong once
+somebody writes to the weights."""
+
+
+class Merge(Places):
+    """Linears that read one input, as one product in inference.
+
+    Args:
+        names: of the linears in the module that holds them.
+        sizes: what each gives.
+        spreads: where that stands in what is expected of it, if that is wider.
+    """
+
+    def __init__(self, names: Sequence[str], sizes: Sequence[int], spreads: Sequence[Spread | None]) -> None:
+        self.names, total = tuple(names), sum(sizes)
+        self.widths = [spread.width if spread else size for spread, size in zip(spreads, sizes, strict=True)]
+        self.is_padded = any(spreads)
+        columns: list[int] = []
+        start = 0
+        for size, spread, width in zip(sizes, spreads, self.widths, strict=True):
+            # After the last column stands one of zeros.
+            part = [total] * width
+            for i, place in enumerate(spread.places if spread else range(size)):
+                part[place] = start + i
+            columns, start = columns + part, start + size
+        super().__init__(columns, total + 1)
+
+    def pays(self, linears: Sequence[Any], x: torch.Tensor) -> bool:
+        """Whether these are linears that may be merged, and one product of them takes less time than they do."""
+        if not all(map(_is_plain, linears)):
+            return False
+        weights, biases = (
+            sum(linear.weight.numel() for linear in linears),
+            {linear.bias is None for linear in linears},
+        )
+        tokens = x.numel() // x.shape[-1]
+        return len(biases) == 1 and (weights <= MERGED_WEIGHTS or tokens >= MERGED_TOKENS)
+
+    def forward(self, linears: Sequence[Any], x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        weights, biases = [linear.weight for linear in linears], [linear.bias for linear in linears]
+        if self.is_padded:
+            weights.append(x.new_zeros(1, x.shape[-1]))
+            biases.append(None if biases[0] is None else x.new_zeros(1))
+        weight, bias = torch.cat(weights), None if biases[0] is None else torch.cat(biases)
+        operator = _product(x, weight)
+        y = (
+            nn.functional.linear(x, weight, bias)
+            if operator is None
+            else operator.default(x, weight, bias, "none", [], "")
+        )
+        return (y.index_select(-1, self.index) if self.is_padded else y).split(self.widths, -1)  # type: ignore[no-any-return]
+
+
+Path = tuple[str, ...]
+"""Names of modules, each inside the one before."""
+
+
+def _at(root: Any, path: Path) -> Any:
+    """The module at a path; None where there is none."""
+    for name in path:
+        root = root._modules.get(name) if root is not None else None
+    return root
+
+
+class Parts:
+    """Where the parts of a post-norm layer are.
+
+    Attributes:
+        attention, ffn: what a sublayer computes before its output: names are paths in the layer; None where it has no
+            units left.
+        outputs: paths of the output linear and the norm of each sublayer; None where it is not there.
+        watched: paths of modules that a fused layer does not call, and the names of their classes.
+    """
+
+    def __init__(self, layer: nn.Module, stack: dict[str, Any], running: dict[str, bool]) -> None:
+        split = {path: tuple(path.split(".")) for path in stack["layer"]}
+        reads = {path: axes[0] for path, axes in stack["layer"].items() if axes[1:] == ["hidden"]}
+        query = stack["attention"]["query"]
+        key = next(path for path, axis in reads.items() if axis == "qk_dim" and path != query)
+        value = next(path for path, axis in reads.items() if axis == "vo_dim")
+        up = next(path for path, axis in reads.items() if axis == "ffn_dim")
+        self.attention = tuple(split[path] for path in (query, key, value)) if running["attention"] else None
+        self.ffn = split[up] if running["ffn"] else None
+        self.activation: Path | None = None
+        if self.ffn is not None:
+            owner = layer.get_submodule(up.rpartition(".")[0])
+            named = next(name for name in ("intermediate_act_fn", "activation") if hasattr(owner, name))
+            self.activation = (*self.ffn[:-1], named)
+        self.outputs = {
+            name: (split[stack[name]["output"]], split[stack[name]["norm"]])
+            for name in running
+            if _find(layer, stack[name]["output"]) is not None
+        }
+        called = {*split, ".".join(self.activation or ())}
+        self.watched = [
+            (tuple(path.split(".")), type(module).__name__)
+            for path, module in layer.named_modules()
+            if path and path not in called and "packing" not in path.split(".") and "merge" not in path.split(".")
+        ]
+
+
+class PostNormLayer(Mixed):
+    """A post-norm encoder layer that in inference computes in few calls what its modules compute in many.
+
+    It is for the sdpa attention; with any other, in training and under a compiler it is the stock layer.
+    """
+
+    parts: Parts
+
+    def forward(self: Any, hidden_states: torch.Tensor, attention_mask: Any = None, *args: Any, **kwargs: Any) -> Any:
+        if not self._is_fused(hidden_states, args, kwargs):
+            return self.stock.forward(self, hidden_states, attention_mask, *args, **kwargs)
+        parts: Parts = self.parts
+        x = hidden_states
+        for sublayer, (output, norm) in parts.outputs.items():
+            if sublayer == "ffn":
+                inner = x if parts.ffn is None else _linear(_at(self, parts.ffn), x, _at(self, parts.activation))  # type: ignore[arg-type]
+            else:
+                inner = x if parts.attention is None else self._attend(x, attention_mask)
+            x = _at(self, norm)(self._write(output, inner, x))
+        return x
+
+    def _is_fused(self: Any, x: torch.Tensor, args: Any, kwargs: dict[str, Any]) -> bool:
+        """Whether nothing is asked of the layer that only the stock one gives, and nobody listens inside it."""
+        if not _is_serving(self, x) or any(argument is not None for argument in args):
+            return False
+        if any(value is not None and value is not False and name != "position_ids" for name, value in kwargs.items()):
+            return False
+        watched = ((_at(self, path), name) for path, name in self.parts.watched)
+        if not all(type(module).__name__ == name and _is_untouched(module) for module, name in watched):
+            return False
+        attention = self.parts.attention
+        return attention is None or _at(self, attention[0][:-1]).config._attn_implementation == "sdpa"
+
+    def _attend(self: Any, x: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+        """Contexts of all heads, side by side: [batch, length, heads * size]."""
+        paths = self.parts.attention
+        owner = _at(self, paths[0][:-1])
+        names = [path[-1] for path in paths]
+        linears = [owner._modules.get(name) for name in names]
+        merge, packing = owner._modules.get("merge"), owner._modules.get("packing")
+        if merge is not None and merge.pays(linears, x):
+            given = merge(linears, x)
+        elif packing is not None:
+            given = [packing.call(linear, name, x) for linear, name in zip(linears, names, strict=True)]
+        else:
+            given = [_linear(linear, x) for linear in linears]
+        shape = (*x.shape[:-1], -1, owner.attention_head_size)
+        query, key, value = (part.view(shape).transpose(1, 2) for part in given)
+        context = nn.functional.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=owner.scaling)
+        return context.transpose(1, 2).flatten(2)
+
+    def _write(self: Any, path: Path, x: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
+        """The residual stream with what an output linear adds to it."""
+        owner, name = _at(self, path[:-1]), path[-1]
+        linear, packing = owner._modules[name], owner._modules.get("packing")
+        if packing is None:
+            return _linear(linear, x, residual=residual)
+        choice, spread = packing._modules.get(f"{name}_input"), packing._modules.get(f"{name}_output")
+        x = x if choice is None else choice(x)
+        return _linear(linear, x, residual=residual) if spread is None else spread(_linear(linear, x)) + residual
+
+
+class PostNormEncoder(Mixed):
+    """A stack of post-norm layers; in inference the mask of scores is made once for all of them."""
+
+    def forward(self: Any, hidden_states: torch.Tensor, attention_mask: Any = None, *args: Any, **kwargs: Any) -> Any:
+        if isinstance(attention_mask, torch.Tensor) and attention_mask.dtype is torch.bool:
+            if _is_serving(self, hidden_states):
+                # What each attention would make of it.
+                shape = torch.zeros_like(attention_mask, dtype=hidden_states.dtype)
+                attention_mask = shape.masked_fill_(~attention_mask, -math.inf)
+        return self.stock.forward(self, hidden_states, attention_mask, *args, **kwargs)
+
+
+def _fuse_layers(encoder: Any, layers: Any, stack: dict[str, Any], facts: dict[str, Any]) -> None:
+    """Let the layers of a post-norm encoder run in few calls."""
+    _mix(encoder, PostNormEncoder)
+    for layer, sizes in zip(layers, _layers_of(stack, facts), strict=True):
+        parts = Parts(layer, stack, {"attention": sizes["heads"] > 0, "ffn": sizes["ffn_dim"] > 0})
+        _mix(layer, PostNormLayer)
+        layer.parts = parts
+        if parts.attention is None:
+            continue
+        owner = _at(layer, parts.attention[0][:-1])
+        linears = {path[-1]: _at(layer, path) for path in parts.attention}
+        if all(type(linear) is nn.Linear for linear in linears.values()):
+            packing = owner._modules.get("packing")
+            spreads = [packing and packing._modules.get(f"{name}_output") for name in linears]
+            owner.merge = Merge(tuple(linears), [_dense_shape(linear)[0] for linear in linears.values()], spreads)
+
+
+ENCODER_CHUNK = 1 << 19
+"""Values of the residual stream that an encoder computes at a time on a thread of a CPU, whose caches then hold what
+they are made of and what becomes of them."""
+
+
+def _sequences_at_once(model: Any, args: Any, inputs: dict[str, Any]) -> int | None:
+    """How many sequences an encoder should compute at a time; None where it must take all together."""
+    x = args[0] if args else inputs.get("input_ids", inputs.get("inputs_embeds"))
+    if x is None or not _is_serving(model, x) or x.device.type != "cpu" or x.dim() < 2:
+        return None
+    if getattr(model.config, "is_decoder", False) or len(args) > 1:
+        return None
+    if any(inputs.get(name) is not None for name in ("labels", "start_positions", "end_positions")):
+        return None
+    step = ENCODER_CHUNK * torch.get_num_threads() // max(1, x.shape[1] * model.config.hidden_size)
+    if len(x) <= max(1, step) or not _nobody_listens(model):
+        return None
+    return -(-len(x) // -(-len(x) // max(1, step)))  # type: ignore[no-any-return]
+
+
+def _nobody_listens(model: nn.Module) -> bool:
+    """Whether no module has hooks, which would be told of a part of the batch at a time.
+
+    Those with which transformers collects hidden states are told, and forget, in each call.
+    """
+    hooks = (
+        hook
+        for module in model.modules()
+        for hook in (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
+    )
+    return all(getattr(hook, "__module__", "") == "transformers.utils.output_capturing" for hook in hooks)
+
+
+def _joined(parts: Sequence[Any]) -> Any:
+    """Outputs for parts of a batch as one."""
+    first = parts[0]
+    if first is None:
+        return None
+    if isinstance(first, torch.Tensor):
+        return torch.cat(list(parts))
+    if isinstance(first, dict):
+        return type(first)(**{name: _joined([part[name] for part in parts]) for name in first})
+    return type(first)(map(_joined, zip(*parts, strict=True)))
+
+
+def _in_parts(stock: Any) -> Any:
+    """The forward of an encoder that in inference on a CPU takes a large batch in parts."""
+
+    @functools.wraps(stock)
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        step = _sequences_at_once(self, args, kwargs)
+        if step is None:
+            return stock(self, *args, **kwargs)
+        size = len(args[0] if args else kwargs.get("input_ids", kwargs.get("inputs_embeds")))  # type: ignore[arg-type]
+
+        def part(value: Any, start: int) -> Any:
+            whole = not isinstance(value, torch.Tensor) or value.dim() == 0 or len(value) != size
+            return value if whole else value[start : start + step]
+
+        outputs = [
+            stock(self, *(part(value, i) for value in args), **{name: part(value, i) for name, value in kwargs.items()})
+            for i in range(0, size, step)
+        ]
+        return _joined(outputs)
+
+    return forward
+
+
 class FactoredEmbedding(nn.Module):
     """A word embedding as a narrow table and a projection to the model's width."""
 
@@ -671,64 +1126,6 @@ class HeadLayout:
         return {kind: sum(map(len, heads)) for kind, heads in self.places.items()}
 
 
-class RotaryChoice:
-    """Hands attention the rotations of the pairs that its heads kept; a forward pre-hook.
-
-    Args:
-        pairs: the dense pair at each place of half a head.
-        head_dim: of the dense head.
-    """
-
-    def __init__(self, pairs: list[int], head_dim: int) -> None:
-        self.dims = [turn * head_dim // 2 + pair for turn in (0, 1) for pair in pairs]
-        self._index: torch.Tensor | None = None
-
-    def __call__(self, _module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
-        rotations = kwargs["position_embeddings"]
-        if self._index is None or self._index.device != rotations[0].device:
-            self._index = _index(self.dims, rotations[0].device)
-        chosen = tuple(part.index_select(-1, self._index) for part in rotations)
-        return args, {**kwargs, "position_embeddings": chosen}
-
-
-class HeadBias:
-    """Gives attention what its own heads add to their scores, and hands on what it was given for all heads.
-
-    Args:
-        attention: the module; this listens to its calls.
-        spec: `bias` of the sublayer: the argument, and where a table makes it the method that reads the table.
-            Without a table nothing is handed on, and each layer begins anew.
-        heads: which of the dense heads are left.
-    """
-
-    def __init__(self, attention: Any, spec: dict[str, str], heads: list[int]) -> None:
-        self.argument, self.heads, self.shared = spec["argument"], heads, "table" in spec
-        self._index: torch.Tensor | None = None
-        self._whole: torch.Tensor | None = None
-        attention.register_forward_pre_hook(self._before, with_kwargs=True)
-        attention.register_forward_hook(self._after)
-        if self.shared:
-            setattr(attention, spec["compute"], functools.partial(self._computed, getattr(attention, spec["compute"])))
-
-    def _choose(self, whole: torch.Tensor) -> torch.Tensor:
-        self._whole = whole
-        if self._index is None or self._index.device != whole.device:
-            self._index = _index(self.heads, whole.device)
-        return whole.index_select(1, self._index)
-
-    def _computed(self, compute: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
-        return self._choose(compute(*args, **kwargs))
-
-    def _before(self, _module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
-        given = kwargs.get(self.argument) if self.shared else None
-        return args, {**kwargs, self.argument: None if given is None else self._choose(given)}
-
-    def _after(self, _module: nn.Module, _args: Any, output: Any) -> Any:
-        result, _, *more = output
-        whole, self._whole = self._whole, None
-        return (result, whole, *more)
-
-
 def _ones(text: str, width: int) -> list[int]:
     """Which bits of a hexadecimal number are set, the first the most significant."""
     return [i for i, bit in enumerate(f"{int(text, 16):0{width}b}") if bit == "1"]
@@ -736,51 +1133,57 @@ def _ones(text: str, width: int) -> list[int]:
 
 def _like(module: Any) -> tuple[list[int], dict[str, Any]]:
     """Out and in of a linear, and the options to make another like it."""
-    transposed = isinstance(module, Conv1D) or getattr(module, "transposed", False)
     shape = _dense_shape(module)
     options = {"bias": module.bias is not None, "device": module.weight.device, "dtype": module.weight.dtype}
-    return (shape[::-1], {**options, "transposed": True}) if transposed else (shape, options)
+    return (shape[::-1] if isinstance(module, Conv1D) else shape), options
+
+
+def _owner(layer: nn.Module, path: str) -> tuple[nn.Module, str]:
+    """The module that holds a linear, and the linear's name there."""
+    parent, _, name = path.rpartition(".")
+    return layer.get_submodule(parent), name
+
+
+def _packing_of(owner: nn.Module) -> Packing:
+    """What stands between a module and its linears; made where there is nothing yet."""
+    if not isinstance(owner, Packed):
+        _mix(owner, Packed)
+        owner.packing = Packing()
+    packing: Packing = owner.packing  # type: ignore[assignment]
+    return packing
 
 
 def _pack(layer: nn.Module, weights: dict[str, list[str]], spec: dict[str, Any], layout: HeadLayout) -> None:
     """Let the linears of attention give and take heads of one size, where heads are not of that size anyway."""
     for path, axes in weights.items():
         axis = next((i for i, name in enumerate(axes) if name.split(" + ")[0] in layout.places), None)
-        if axis is None:
+        if axis is None or _find(layer, path) is None:
             continue
         places, width = layout.axis(axes[axis].split(" + "), per_head=path in (spec["query"], spec["output"]))
-        module: Any = _find(layer, path)
-        if module is None:
+        if places == list(range(width)):
             continue
+        owner, name = _owner(layer, path)
         if not places:
-            _replace(layer, path, Zeros(width))
-        elif places != list(range(width)):
-            shape, options = _like(module)
-            packed: nn.Module = (
-                SpreadLinear(shape, Spread(places, width), **options)
-                if axis == 0
-                else GatherLinear(shape, places, width, getattr(module, "spread", None), **options)
-            )
-            _replace(layer, path, packed)
+            delattr(owner, name)
+            _packing_of(owner).absent[name] = width
+        elif axis == 0:
+            _packing_of(owner).writes(name, Spread(places, width))
+        else:
+            _packing_of(owner).reads(name, Choice(places, width))
     if layout.pairs:
-        owner = layer.get_submodule(spec["query"].rpartition(".")[0])
-        owner.register_forward_pre_hook(RotaryChoice(layout.pairs, layout.dense), with_kwargs=True)
+        dims = [turn * layout.dense // 2 + pair for turn in (0, 1) for pair in layout.pairs]
+        _packing_of(_owner(layer, spec["query"])[0]).rotary = Choice(dims, layout.dense)
 
 
-class QueryScale:
-    """Makes up for attention that divides scores by the root of the size of its heads; a forward hook of its queries.
+def _query_factor(size: int, dense: int, products: int) -> float:
+    """Makes up for attention that divides scores by the root of the size of its heads.
 
     Args:
         size: of the heads that attention is given.
         dense: size whose root the scores are to be divided by.
         products: what attention multiplies a size by before it takes the root, in fp32.
     """
-
-    def __init__(self, size: int, dense: int, products: int) -> None:
-        self.factor = _single(math.sqrt(size * products)) / _single(math.sqrt(dense * products))
-
-    def __call__(self, _module: nn.Module, _args: Any, queries: torch.Tensor) -> torch.Tensor:
-        return queries * self.factor
+    return _single(math.sqrt(size * products)) / _single(math.sqrt(dense * products))
 
 
 def _single(number: float) -> float:
@@ -804,9 +1207,9 @@ def _keep_scales(layers: Any, stack: dict[str, Any], facts: dict[str, Any], conf
         if sizes["heads"] == 0 or layout.size == layout.dense:
             continue
         for path in (stack["attention"]["query"], positions.get("query", "")):
-            queries = _find(layer, path) if path else None
-            if queries is not None:
-                queries.register_forward_hook(QueryScale(layout.size, layout.dense, 1 + sum(listed)))
+            if path and _find(layer, path) is not None:
+                owner, name = _owner(layer, path)
+                _packing_of(owner).factors[name] = _query_factor(layout.size, layout.dense, 1 + sum(listed))
 
 
 def _rows(sizes: dict[str, Any], kind: str, hidden: int) -> Spread:
@@ -817,10 +1220,10 @@ def _rows(sizes: dict[str, Any], kind: str, hidden: int) -> Spread:
 
 def _make_block_sparse(layer: nn.Module, path: str, block: list[int], kept: int) -> None:
     linear: Any = layer.get_submodule(path)
-    if type(linear) not in (nn.Linear, SpreadLinear):
+    if type(linear) is not nn.Linear:
         raise ValueError(f"{path} is a {type(linear).__name__}: only a plain linear can be block-sparse")
     shape, options = _like(linear)
-    _replace(layer, path, BlockLinear(shape, block, kept, spread=getattr(linear, "spread", None), **options))
+    _replace(layer, path, BlockLinear(shape, block, kept, **options))
 
 
 def _stacks(family: dict[str, Any]) -> list[dict[str, Any]]:
@@ -858,15 +1261,17 @@ def _shrink_layer(layer: nn.Module, stack: dict[str, Any], sizes: dict[str, Any]
         if own["heads" if name in layouts else "ffn_dim"] == 0:
             _empty_sublayer(layer, spec, facts["empty"], spread)
             continue
-        if len(spread.places) < spread.width:
-            (_, columns), options = _like(layer.get_submodule(spec["output"]))
-            _replace(layer, spec["output"], SpreadLinear([len(spread.places), columns], spread, **options))
+        if not spread.is_all:
+            _resize(layer, spec["output"], ["rows", "-"], {"rows": len(spread.places)})
+            owner, linear = _owner(layer, spec["output"])
+            _packing_of(owner).writes(linear, spread)
         if name in layouts:
             layout = layouts[name]
             _pack(layer, _weights_of(stack, name), spec, layout)
             _tell_sizes(layer, spec, {"heads": own["heads"] * layout.copies, "head_dim": layout.size})
             if spec.get("bias") and "kept_heads" in own:
-                HeadBias(layer.get_submodule(spec["query"].rpartition(".")[0]), spec["bias"], own["kept_heads"])
+                packing = _packing_of(_owner(layer, spec["query"])[0])
+                packing.bias = HeadBias(spec["bias"], own["kept_heads"], facts["dense"]["num_heads"])
     for path, stored in sizes.get("blocks", {}).items():
         _make_block_sparse(layer, path, stored["block"], stored["kept"])
 
@@ -983,6 +1388,8 @@ def shrink(model: Any, facts: dict[str, Any]) -> None:
             _shrink_layer(layer, stack, own, facts)
         _number_caches(layers, stack, sizes)
         _keep_scales(layers, stack, facts, model.config)
+        if len(layers) and not family.get("pre_norm", False) and "positions" not in family:
+            _fuse_layers(base.get_submodule(stack["layers"].rpartition(".")[0]), layers, stack, facts)
     use_calibration(base, facts.get("calibration", ()))
 
 
@@ -1028,6 +1435,13 @@ class CompactMixin:
             if getattr(module, "config", None) is view:
                 module.config = config
 
+    def initialize_weights(self) -> None:
+        """Beside what stock modules do: indices, which loaders take for buffers that are yet to be made."""
+        super().initialize_weights()  # type: ignore[misc]
+        for module in self.modules():  # type: ignore[attr-defined]
+            if isinstance(module, Places):
+                module.fill()
+
 
 class CompactConfigMixin:
     """A stock configuration that says how many layers the decoder of an encoder-decoder has.
@@ -1051,13 +1465,13 @@ def _make_config(model_type: str, stem: str) -> Any:
     return type(name, (CompactConfigMixin, stock), {**members, "__module__": __name__})
 
 
-def _make_model(stem: str, head: str, auto_class: str, config_class: Any) -> Any:
+def _make_model(model_type: str, head: str, config_class: Any) -> Any:
+    stem, heads = FAMILIES[model_type]
     stock = getattr(transformers, f"{stem}{head}")
-    return type(
-        f"Compact{stem}{head}",
-        (CompactMixin, stock),
-        {"config_class": config_class, "_auto_class": auto_class, "__doc__": f"Compact {stock.__name__}."},
-    )
+    members = {"config_class": config_class, "_auto_class": HEADS[head], "__doc__": f"Compact {stock.__name__}."}
+    if heads == ENCODER_HEADS:
+        members["forward"] = _in_parts(stock.forward)
+    return type(f"Compact{stem}{head}", (CompactMixin, stock), members)
 
 
 CONFIGS: dict[str, Any] = {}
@@ -1066,7 +1480,7 @@ for _model_type, (_stem, _heads) in FAMILIES.items():
     CONFIGS[_model_type] = _make_config(_model_type, _stem)
     globals()[CONFIGS[_model_type].__name__] = CONFIGS[_model_type]
     for _head in _heads:
-        MODELS[_model_type, _head] = _make_model(_stem, _head, HEADS[_head], CONFIGS[_model_type])
+        MODELS[_model_type, _head] = _make_model(_model_type, _head, CONFIGS[_model_type])
         globals()[MODELS[_model_type, _head].__name__] = MODELS[_model_type, _head]
 
 

@@ -11,6 +11,8 @@ __all__ = ["render_report"]
 
 TOLERANCE = 0.005
 """How far the exported sparsity may be from the target before the report says so."""
+SPEED_TOLERANCE = 0.05
+"""How far the measured speedup may be from the one asked for, as a share of it, likewise."""
 Figures = Mapping[str, Any]
 
 
@@ -57,13 +59,7 @@ def _speedup(ratio: float) -> str:
 
 def _landing(figures: Figures, folder: str) -> list[str]:
     landing, blocks = figures["landing"], figures["blocks"]
-    lines = [f"target: {landing['target']:.1%} of {landing['of']}, exported: {landing['measured']:.2%}"]
-    missed = abs(landing["measured"] - landing["target"])
-    if missed > TOLERANCE:
-        lines.append(
-            f"the target was missed by {100 * missed:.1f} points: the units of this model are coarser than that, or "
-            f"pruning was too short for the target (see {folder}/report.png)"
-        )
+    lines = _fast(landing["speedup"], landing["of"]) if "speedup" in landing else _sparse(landing, folder)
     lines += _lagging("pruning", landing)
     if blocks is not None:
         lines.append(
@@ -71,6 +67,31 @@ def _landing(figures: Figures, folder: str) -> list[str]:
             f"together {blocks['together']:.2%} of the dense encoder"
         )
         lines += _lagging("blocks", blocks)
+    return lines
+
+
+def _fast(speedup: Figures, of: str) -> list[str]:
+    """What came of a speedup that was asked for."""
+    asked, predicted, measured = (speedup[name] for name in ("asked", "predicted", "measured"))
+    said = "not predicted" if predicted is None else f"predicted {predicted:.2f}x"
+    lines = [f"speedup: asked for {asked:g}x in {of}, {said}, measured {measured:.2f}x"]
+    off = measured / asked - 1
+    if abs(off) > SPEED_TOLERANCE:
+        landed = speedup["landed"]
+        why = "" if landed is None else f"; when units were chosen: {landed['told']}"
+        lines.append(f"the speedup is {100 * abs(off):.0f}% too {'low' if off < 0 else 'high'}{why}")
+    return lines
+
+
+def _sparse(landing: Figures, folder: str) -> list[str]:
+    """What came of a share that was to go."""
+    lines = [f"target: {landing['target']:.1%} of {landing['of']}, exported: {landing['measured']:.2%}"]
+    missed = abs(landing["measured"] - landing["target"])
+    if missed > TOLERANCE:
+        lines.append(
+            f"the target was missed by {100 * missed:.1f} points: the units of this model are coarser than that, or "
+            f"pruning was too short for the target (see {folder}/report.png)"
+        )
     return lines
 
 

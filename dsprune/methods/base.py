@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Generic, TypeVar
 
 import torch
@@ -119,6 +119,19 @@ class Method(ABC, Generic[S]):
     @abstractmethod
     def select(self) -> Choice:
         """The final choice, landed on the target as nearly as the units allow."""
+
+    def select_at(self, target: float) -> Choice:
+        """What `select` would choose for another target; training stays held to its own.
+
+        Args:
+            target: share to remove of what the budget counts.
+        """
+        trained = self.budget
+        self.budget = replace(trained, target=target)
+        try:
+            return self.select()
+        finally:
+            self.budget = trained
 
     @abstractmethod
     def metrics(self, step: int) -> dict[str, float]:

@@ -197,15 +197,14 @@ class Projection(Constraint):
         }
         if self.expected is None:
             return {name: relative(rows(ratio)).view(ratio.shape) for name, ratio in ratios.items()}
-        parts = relative(torch.cat([ratio.flatten() for ratio in ratios.values()])).split(
-            [ratio.numel() for ratio in ratios.values()]
-        )
+        joined = relative(torch.cat([ratio.flatten() for ratio in ratios.values()]))
+        parts = joined.split([ratio.numel() for ratio in ratios.values()])  # type: ignore[no-untyped-call]
         return {name: part.view(ratio.shape) for (name, ratio), part in zip(ratios.items(), parts, strict=True)}
 
     def _scale(self, name: str) -> Tensor:
         """Root of Adam's second moment, the bias of its first steps aside, which is the same for all units."""
         state = self.optimizer.state.get(self.log_alpha[name], {})
-        moment = state.get("exp_avg_sq", torch.zeros_like(self.log_alpha[name]))
+        moment: Tensor = state.get("exp_avg_sq", torch.zeros_like(self.log_alpha[name]))
         return moment.double().sqrt()
 
     def _shift(self, removed: Callable[[float], float], target: float) -> float:

@@ -121,6 +121,7 @@ class Grain(Method[Structure], ReadsWeights):
         self.options = options
         self._start = round(options.start * plan.total_steps)
         self._end = round(options.end * plan.total_steps)
+        self._target = plan.budget.target
         if options.start >= options.end or (plan.total_steps > 0 and self._end >= plan.total_steps):
             raise ConfigError(
                 f"method.start = {options.start:g} and method.end = {options.end:g} must be shares of prune.duration "
@@ -230,28 +231,44 @@ class Grain(Method[Structure], ReadsWeights):
         density = cubic_density(step, start=self._start, end=self._end, final=self.budget.share)
         return 1 - density
 
-    def _groups(self) -> dict[str, UnitGroups]:
+    def _reopened(self) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """Scores and masks with which units that are gone come back, by score, and none that is left goes."""
+        weight = {"ffn_dim": self.options.ffn_weight}
+        above = 2 * max(float(score.max()) * weight.get(kind, 1.0) for kind, score in self.importance.items())
+        above = above or 1.0  # nothing was scored yet
+        scores = {
+            kind: score + above / weight.get(kind, 1.0) * self.mask[kind] for kind, score in self.importance.items()
+        }
+        return scores, {kind: torch.ones_like(mask) for kind, mask in self.mask.items()}
+
+    def _groups(self, *, reopen: bool = False) -> dict[str, UnitGroups]:
         """Units grouped by what is rounded together: dimensions by head, neurons by layer, heads alone."""
         groups, round_to = self.structure.sizes.num_groups, self.options.round_to
+        scores, masks = self._reopened() if reopen else (self.importance, self.mask)
 
         def grouped(kind: str, value: Tensor) -> Tensor:
             return by_head(value, groups).flatten(0, 1) if kind in ("qk_dim", "vo_dim") else value
 
         return {
             kind: UnitGroups(
-                grouped(kind, self.importance[kind] * (self.options.ffn_weight if kind == "ffn_dim" else 1.0)),
-                grouped(kind, self.mask[kind]),
+                grouped(kind, scores[kind] * (self.options.ffn_weight if kind == "ffn_dim" else 1.0)),
+                grouped(kind, masks[kind]),
                 grouped(kind, self._price[kind]),
                 1 if kind == "head" else round_to,
             )
             for kind in self.kinds
         }
 
-    def _pruned(self, sparsity: float) -> dict[str, Tensor]:
-        """Masks at a sparsity: what is gone, and the lowest-scored units beside it."""
+    def _pruned(self, sparsity: float, *, reopen: bool = False) -> dict[str, Tensor]:
+        """Masks at a sparsity: what is gone, and the lowest-scored units beside it.
+
+        Args:
+            sparsity: to come to.
+            reopen: less than what is gone already: the highest-scored of these units come back.
+        """
         if self.counts is not None:
             return self._shaped(self.counts, sparsity / self.budget.target if self.budget.target > 0 else 1.0)
-        groups, masks = self._groups(), {}
+        groups, masks = self._groups(reopen=reopen), {}
         excess = cost_to_go = self.budget.excess(sparsity)
         if self.options.units == "heads" and self.options.ranking == "apart":
             shares = self._split(excess)
@@ -330,7 +347,9 @@ class Grain(Method[Structure], ReadsWeights):
         return None if step <= self._start else self.mask
 
     def select(self) -> Selection:
-        return Selection.from_gates(self.structure, self._pruned(self.budget.target), empty=self.empty)
+        target = self.budget.target
+        reopen = target < self._target and self.budget.removed(self.mask) > target
+        return Selection.from_gates(self.structure, self._pruned(target, reopen=reopen), empty=self.empty)
 
     def metrics(self, step: int) -> dict[str, float]:
         full = {kind: torch.ones(shape) for kind, shape in gate_shapes(self.structure.sizes).items()} | self.mask

@@ -17,7 +17,7 @@ from dsprune.files import write_json
 from dsprune.run.context import RunContext
 from dsprune.run.journal import Journal
 from dsprune.run.models import StoredModels
-from dsprune.run.preflight import Preflight
+from dsprune.run.preflight import Preflight, hold_to_time
 from dsprune.run.provenance import collect_provenance
 from dsprune.run.rehearsal import rehearse
 from dsprune.run.stages.table import STAGE_CLASSES, run_stage
@@ -81,7 +81,7 @@ class Session:
         Raises:
             DspruneError: on every rank, whichever rank it happened on.
         """
-        context = self._open(findings)
+        context = self._open(hold_to_time(self.config, findings, self.world))
         for stage in self.config.stages:
             STAGE_CLASSES[stage](context).check()
         journal = context.journal

@@ -82,7 +82,7 @@ class RandomModels:
 
     def student(self, source: str | None, ds_config: Mapping[str, Any]) -> PreTrainedModel:
         if source != str(self.compact):
-            return self._dense.student(source, ds_config)
+            return self._dense.student(None, ds_config)  # whatever it is to start from, there are no weights of it
         dense = self._dense.student(None, {})
         structure = analyze(dense)
         gates = ones(structure, ("ffn_dim",))
@@ -152,7 +152,8 @@ def _reduced_config(context: RunContext, stage: StageName, folder: Path, run: Ru
 
 def _reduced_target(prune: PruneConfig, shape: ShapeConfig) -> PruneConfig:
     """What two layers can lose, from the pretrained model; where sizes are given, these are the target."""
-    gentle: dict[str, Any] = {"start": "pretrained", "target_of": "encoder"}
+    # Nothing is measured for two layers: instead of a speedup, parameters.
+    gentle: dict[str, Any] = {"start": "pretrained", "target_of": "encoder", "speedup": None}
     if not shape.sizes:
         return prune.model_copy(update={**gentle, "target": min(prune.target, TARGET)})
     # A target beside them is that of the whole model, and is left out: two layers of these sizes have another.
@@ -176,6 +177,7 @@ def _reduced_findings(context: RunContext, config: RunConfig) -> Preflight:
     structure = analyze(dense_skeleton(config, task))
     return replace(
         found,
+        latency=None,
         batch=replace(found.batch, size=size, accumulation=accumulation),
         structure=structure,
         student_ds=student_ds,

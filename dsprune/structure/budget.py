@@ -64,6 +64,15 @@ class Budget:
         """What the user asked for, as it was set: the beginning of every refusal."""
         return f"{self.setting} = {self.target:g} of {self.words}"
 
+    @property
+    def goal(self) -> str:
+        """What is to be reached, for titles."""
+        return f"{self.target:.0%} of {self.words}"
+
+    def reach(self, share: float) -> str:
+        """A share that can be removed at most, in the words of a refusal."""
+        return f"{share:.4f}"
+
     def spent(self, gates: Gates) -> Tensor:
         """Cost that gates leave: [] float64, in the unit of `dense`. Gates are 0/1, or probabilities of being kept."""
         return self.cost(gates)
@@ -121,7 +130,7 @@ class Budget:
         """
         reachable = 1 - floor / self.dense
         if self.target > reachable:
-            raise ConfigError(f"{self.asked} is out of reach: {why.format(f'{reachable:.4f}')}")
+            raise ConfigError(f"{self.asked} is out of reach: {why.format(self.reach(reachable))}")
 
 
 def budget_for(

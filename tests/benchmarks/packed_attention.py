@@ -4,8 +4,8 @@
     python -m tests.benchmarks.packed_attention --model FOLDER  # a compact model of your own
 
 GRAIN's authors run the heads of a pruned layer in a Python loop over weight slices (arXiv 2212.07634,
-their notebook); here that loop stands against the packed heads of the exported model, on the same
-weights, with the outputs compared first.
+their notebook); here that loop, in the layers of the stock class, stands against the exported model as it runs, on the
+same weights, with the outputs compared first.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from tqdm import tqdm
 from transformers import BertConfig, BertForSequenceClassification
 
 from dsprune.consolidate import apply_selection, load_compact
-from dsprune.consolidate.modeling_dsprune import HeadLayout
+from dsprune.consolidate.modeling_dsprune import HeadLayout, Packing
 from dsprune.measure.tables import render_table
 from dsprune.structure import Selection, analyze, ones
 
@@ -60,11 +60,9 @@ def looped(compact: nn.Module) -> nn.Module:
             continue
         places = HeadLayout(sizes, facts).places
         query_sizes, value_sizes = (list(map(len, places[kind])) for kind in ("qk_dim", "vo_dim"))
-        packed, output = layer.attention.self, layer.attention.output.dense
-        layer.attention.self = LoopedAttention(packed, query_sizes, value_sizes)
-        plain = nn.Linear(output.weight.shape[1], output.weight.shape[0])
-        plain.load_state_dict(output.state_dict())
-        layer.attention.output.dense = plain
+        layer.attention.self = LoopedAttention(layer.attention.self, query_sizes, value_sizes)
+        # What the loop gives has no places left out.
+        layer.attention.output.packing = Packing()
     return model
 
 

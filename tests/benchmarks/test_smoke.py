@@ -117,3 +117,15 @@ def test_consolidation(tmp_path, capsys):
     assert [row["what"].split()[0] for row in rows] == ["dsprune", "the", "zero_to_fp32", "cp"]
     assert all(row["seconds"] > 0 for row in rows)
     assert not (tmp_path / "scratch").exists()
+
+
+def test_compact_speed(dense, capsys):
+    sizes = ["--batch", "1", "2", "--length", "8", "--runs", "1"]
+    _main("compact_speed")(["--model", str(dense), "--density", "0.4", "--padded", *sizes])
+    rows = [line.split() for line in capsys.readouterr().out.splitlines() if line.startswith(("cofi", "grain"))]
+    assert len(rows) == 4
+    # Efficiency is the speedup over the ratio of multiply-adds; each is printed rounded.
+    for row in rows:
+        speedup, ratio, efficiency = (float(text.rstrip("x")) for text in row[-3:])
+        assert ratio > 1
+        assert efficiency == pytest.approx(speedup / ratio, abs=0.02)

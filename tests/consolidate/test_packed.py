@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from dsprune.consolidate import apply_selection, load_compact
-from dsprune.consolidate.modeling_dsprune import Constant, GatherLinear, SpreadLinear, Zeros
+from dsprune.consolidate.modeling_dsprune import Constant
 from dsprune.structure import Selection, analyze, attach_gates, ones
 from tests.helpers.models import tiny_batch, tiny_model
 
@@ -24,13 +24,16 @@ def _compact(gates=None, **options):
 
 def test_heads_are_padded_around_what_is_stored_and_computed():
     attention = _compact().bert.encoder.layer[0].attention
-    assert isinstance(attention.self.query, SpreadLinear)
-    assert isinstance(attention.output.dense, GatherLinear)
-    assert attention.self.query.weight.shape == (27, 32)
-    assert attention.self.value.weight.shape == (27, 32)
-    assert attention.output.dense.weight.shape == (32, 27)
+    for linear, shape in [
+        (attention.self.query, (27, 32)),
+        (attention.self.value, (27, 32)),
+        (attention.output.dense, (32, 27)),
+    ]:
+        assert type(linear) is torch.nn.Linear
+        assert linear.weight.shape == (linear.out_features, linear.in_features) == shape
     assert attention.self.attention_head_size == 8
-    assert attention.self.query(torch.zeros(1, 1, 32)).shape[-1] == 32
+    assert attention.self.packing.query_output.width == 32
+    assert attention.output.packing.dense_input.width == 32
 
 
 def test_the_scale_stays_that_of_the_dense_head():
@@ -88,7 +91,8 @@ def test_what_has_no_weights_is_not_stored():
         return gates
 
     first, second = _compact(hollow).bert.encoder.layer
-    assert isinstance(first.attention.self.query, Zeros)
+    assert not hasattr(first.attention.self, "query")
+    assert first.attention.self.packing.absent == {"query": 32, "key": 32}
     assert isinstance(second.attention.output.dense, Constant)
     assert isinstance(second.output.dense, Constant)
     names = [name for name, _ in second.named_parameters()]

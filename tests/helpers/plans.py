@@ -5,7 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 from dsprune.methods import Plan, method_class
-from dsprune.structure import Structure, block_budget, budget_for
+from dsprune.structure import Budget, Structure, block_budget, budget_for
+from dsprune.structure.latency import LatencyCost, speedup_budget
+from tests.speed.formula import formula_table
 
 
 def plan_for(
@@ -19,8 +21,12 @@ def plan_for(
     length: int = 16,
     **options: Any,
 ) -> Plan:
-    """The plan of a method by name; `options` are the plan's own."""
-    budget = budget_for(structure, target, of=of, empty=method_class(method).empty, length=length)
+    """The plan of a method by name; `options` are the plan's own. Of "time" it counts by a table made by hand."""
+    empty = method_class(method).empty
+    if of == "time":
+        budget: Budget = speedup_budget(LatencyCost(structure, formula_table(structure), empty=empty), 1 / (1 - target))
+    else:
+        budget = budget_for(structure, target, of=of, empty=empty, length=length)
     return Plan(budget, total, per_epoch, options.pop("seed", 0), **options)
 
 

@@ -90,6 +90,8 @@ class Setup(Setting):
     task: str = "sst2"
     teacher_model: str = ""
     """A model of `tests.helpers.models` that teaches, where that is not one of the family."""
+    of: str = "encoder"
+    """What the target is a share of."""
     frozen: bool = False
     """Whether the embeddings stay as they were."""
     betas: tuple[float, float] = (0.9, 0.999)
@@ -209,7 +211,7 @@ def build_trainer(setup: Setup, *, dropout: bool = False, steps: int | None = No
         model = without_some_units(model).train()
         method, gating = block_pruning(row.options, row.target, model, total=total)
     else:
-        method, gating = pruning(row.name, row.options, row.target, model, total=total)
+        method, gating = pruning(row.name, row.options, row.target, model, total=total, of=setup.of)
     student = Student(
         model,
         task,

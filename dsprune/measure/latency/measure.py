@@ -28,7 +28,9 @@ __all__ = ["Setting", "Stopwatch", "measure_table"]
 
 RUNTIMES = ("torch", "compile")
 MANY = 100_000
-LEAST_ROUNDS, MOST_ROUNDS = 3, 15
+LEAST_ROUNDS, GOOD_ROUNDS, MOST_ROUNDS = 3, 9, 60
+GOOD_NOISE = 0.01
+"""Rounds end when medians are as good as this, or the time is up; a few are made in any case."""
 DEEP_SECONDS = 0.3
 """A point is measured in as many equal sublayers as a forward pass of the dense model has in this time."""
 
@@ -185,29 +187,30 @@ def _rounds(watch: Stopwatch, models: Mapping[Any, nn.Module], progress: bool) -
     """Milliseconds of each model in each round, in a new order every time; the first round warms up."""
     samples: dict[Any, list[float]] = {key: [] for key in models}
     order, shuffle = list(models), random.Random(watch.setting.seed)
-    began = time.monotonic()
-    rounds = MOST_ROUNDS
-    with tqdm(total=(1 + rounds) * len(order), desc="latency: rounds", disable=not progress) as bar:
-        done = 0
-        while done <= rounds:
+    began, done = time.monotonic(), 0
+    with tqdm(desc="latency: rounds", disable=not progress) as bar:
+        while True:
             for key in order:
-                try:
-                    elapsed = watch.time(models[key])
-                except torch.OutOfMemoryError as error:
-                    raise ConfigError(
-                        f"batch {watch.setting.batch} x {watch.setting.length} does not fit into GPU memory: "
-                        "give a smaller one"
-                    ) from error
+                elapsed = _timed(watch, models[key])
                 if done:
                     samples[key].append(elapsed)
                 bar.update()
             shuffle.shuffle(order)
+            fitting = 60 * watch.setting.minutes / (time.monotonic() - began) * (1 + done)
+            last = max(LEAST_ROUNDS, min(MOST_ROUNDS, int(fitting) - 1))
+            bar.total = (1 + last) * len(order)
+            if done >= last or (done >= GOOD_ROUNDS and _noise(samples.values()) <= GOOD_NOISE):
+                return samples
             done += 1
-            spent = (time.monotonic() - began) / done
-            fitting = int(60 * watch.setting.minutes / spent) - 1
-            rounds = max(LEAST_ROUNDS, min(MOST_ROUNDS, fitting), done - 1)
-            bar.total = (1 + rounds) * len(order)
-    return samples
+
+
+def _timed(watch: Stopwatch, model: nn.Module) -> float:
+    setting = watch.setting
+    try:
+        return watch.time(model)
+    except torch.OutOfMemoryError as error:
+        size = f"batch {setting.batch} x {setting.length} tokens"
+        raise ConfigError(f"{size} does not fit into GPU memory: give a smaller one") from error
 
 
 def _table(

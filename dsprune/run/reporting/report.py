@@ -22,6 +22,7 @@ from dsprune.measure.summary import render_report
 from dsprune.pretrained import read_model_config
 from dsprune.run.context import RunContext
 from dsprune.run.journal import read_metrics
+from dsprune.run.preflight import bench_as_asked
 from dsprune.run.training.given_teacher import recorded_teacher
 from dsprune.run.training.settling import told
 from dsprune.run_folder import StageName
@@ -66,6 +67,21 @@ def _landing(context: RunContext) -> dict[str, Any]:
     return {"of": budget.describe(), "target": budget.target, "measured": learned["after"], "learned": learned}
 
 
+def _timed(context: RunContext, measured: float) -> dict[str, Any]:
+    """Where a speedup was asked for: what was predicted, measured when units were chosen, and measured now.
+
+    Args:
+        context: of the run.
+        measured: how many times as fast the last compact model is as the dense one that it was.
+    """
+    asked = context.config.prune.speedup
+    if asked is None:
+        return {}
+    landed = context.folder.facts("prune").get("landing", {}).get("speedup")
+    predicted = None if landed is None else landed["predicted"]
+    return {"speedup": {"asked": asked, "predicted": predicted, "measured": measured, "landed": landed}}
+
+
 def _learned(context: RunContext, stage: StageName) -> dict[str, Any]:
     """How far training brought the gates of a stage to their target, and what is to be said of it, if anything."""
     facts: dict[str, Any] = context.folder.facts(stage).get("landing", {})
@@ -94,8 +110,11 @@ def _base_model(context: RunContext) -> PreTrainedModel:
 
 def _bench(context: RunContext, kind: str, final: Path) -> BenchReport:
     """The compact model timed in turn with one of those that it stands beside."""
+    dense = (context.config.model.name, _base_model(context)) if kind == "base" else context.teacher_source
+    if context.config.prune.speedup is not None:
+        return bench_as_asked(context.config, dense, final)
     return bench_models(
-        (context.config.model.name, _base_model(context)) if kind == "base" else context.teacher_source,
+        dense,
         final,
         batch_sizes=[context.config.eval.bench_batch],
         length=context.config.eval.bench_length or context.config.task.max_length,
@@ -150,7 +169,7 @@ def _figures(
         "splits": list(context.data.evals),
         "lower_is_better": context.task.lower_is_better,
         "notes": list(context.data.notes),
-        "landing": _landing(context),
+        "landing": _landing(context) | _timed(context, rows[next(reversed(rows))].speedup),
         "blocks": _block_landing(context, sizes["encoder"], base.encoder),
         "given_teacher": asdict(given) if given is not None else None,
         **models,
@@ -173,5 +192,5 @@ def _plot(context: RunContext, final: Path) -> None:
         context.folder.picture,
         metric=context.task.primary,
         title=f"{context.config.model.name} on {context.task.name}: {context.config.method.name}, "
-        f"target {context.findings.budget.target:.0%} of {context.findings.budget.describe()}",
+        f"target {context.findings.budget.goal}",
     )

@@ -87,6 +87,7 @@ class PruneStage(TrainingStage):
             context.findings.structure,
             total_steps=self.total_steps,
             steps_per_epoch=context.batches.steps_per_epoch,
+            table=context.findings.latency,
         )
 
     def _check_head(self, model: PreTrainedModel) -> None:

@@ -42,6 +42,8 @@ def settle(
     landing = Landing(**{k: v for k, v in figures["landing"].items() if k != "gap_points"})
     missed = landing.missed(epsilon)
     facts = {**landing.to_dict(), "epsilon": epsilon, "missed": missed}
+    if "speedup" in figures:
+        facts["speedup"] = figures["speedup"]
     if missed and checkpoint.name == checkpoint_name(trainer.total_steps):
         method = trainer.replica.method
         after = evaluate(method.select().gates)

@@ -16,14 +16,19 @@ from dsprune.consolidate import verify
 from dsprune.engine.checkpoints.store import Snapshot, save_verification_batch
 from dsprune.engine.learning.trainer import Trainer
 from dsprune.engine.models.side_files import copy_side_files
+from dsprune.engine.ranks.pulse import pulse
 from dsprune.engine.zero.config import engine_precision
 from dsprune.files import write_json
+from dsprune.measure.latency.models import DenseModel
 from dsprune.methods.tracking import landing_of
 from dsprune.pretrained import resolve_source
 from dsprune.run.context import RunContext
+from dsprune.run.preflight import dense_model, measure_speedup
 from dsprune.run.training.given_teacher import recorded_teacher
 from dsprune.run.training.scoring import model_logits
+from dsprune.run.training.timed_landing import TimedLanding, land_on_speedup
 from dsprune.run_folder import DESCRIPTION, FIGURES, SELECTION, VERIFICATION, StageName
+from dsprune.structure import Selection
 from dsprune.tasks import TextTask
 
 __all__ = ["Origin", "Snapshots"]
@@ -62,6 +67,7 @@ class Snapshots:
         self.stage = stage
         self.trainer = trainer
         self.origin = origin
+        self._dense: DenseModel | None = None
 
     def trained_with(self) -> dict[str, Any]:
         """What must not change between a checkpoint and the run that goes on from it."""
@@ -84,11 +90,13 @@ class Snapshots:
         method = trainer.replica.method if trainer.replica else None
         distances = trainer.matcher.distances if trainer.matcher else None
         batch = self._verification_batch()
-        selection = method.select() if method is not None else None
+        to_be_exported = done == trainer.total_steps or score is not None
+        selection, timed = (None, None) if method is None else self._select(method, to_be_exported)
         gates = None if selection is None else selection.gates
         logits = model_logits(trainer, batch, gates)
         landing = None if method is None or gates is None else landing_of(method, done, gates)
         figures = self._figures(scores) | ({} if landing is None else {"landing": landing.to_dict()})
+        figures |= {} if timed is None else {"speedup": timed.to_dict()}
 
         def describe(folder: Path) -> None:
             self._describe_model(folder / DESCRIPTION, trainer.engine.module.model)
@@ -106,6 +114,25 @@ class Snapshots:
             describe=describe,
             provenance=self.context.provenance.facts,
         )
+
+    def _select(self, method: Any, to_be_exported: bool) -> tuple[Any, TimedLanding | None]:
+        """A method's choice; where it may be exported and a speedup was asked for, landed on that as measured."""
+        context, world = self.context, self.context.world
+        if not to_be_exported or self.stage != "prune" or context.config.prune.speedup is None:
+            return method.select(), None
+
+        def measure(selection: Selection) -> float:
+            measured = 0.0
+            with world.together("measuring the choice of units"):
+                if world.is_main:
+                    self._dense = self._dense or dense_model(context.config, context.task)
+                    measured = measure_speedup(context.config, self._dense, selection)
+            return world.broadcast(measured, "sharing the measured speedup")
+
+        pulse.at(phase="measuring the choice of units")
+        selection, timed = land_on_speedup(method.budget, method.select_at, measure)
+        context.journal.say(f"{'warning: ' if timed.missed else ''}{self.stage}: {timed.describe()}")
+        return selection, timed
 
     def _verification_batch(self) -> dict[str, Tensor]:
         """Real evaluation examples, as arguments of the model."""

@@ -24,9 +24,7 @@ class _Site:
 def _forward(gating: BlockGating, module: Any, site: _Site, block: tuple[int, int], x: Tensor) -> Tensor:
     if site.gate is None:
         return type(module).forward(module, x)  # type: ignore[no-any-return]
-    y = block_gated_linear(x, module.weight, module.bias, site.gate, block, frozen=gating.frozen)
-    spread = getattr(module, "spread", None)
-    return y if spread is None else spread(y)  # type: ignore[no-any-return]
+    return block_gated_linear(x, module.weight, module.bias, site.gate, block, frozen=gating.frozen)
 
 
 class BlockGating:

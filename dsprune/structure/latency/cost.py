@@ -9,12 +9,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from dsprune.structure.expected import expected_alive, expected_heads, expected_rows, expected_writes
 from dsprune.structure.gating import Gates, by_head, complete
-from dsprune.structure.latency.curves import monotone, piecewise
+from dsprune.structure.latency.curves import Matrix, monotone, piecewise
 from dsprune.structure.latency.identity import parts_of
 from dsprune.structure.latency.sublayers import AttentionSizes, AttentionTime, SublayerTime
 from dsprune.structure.latency.table import LatencyTable
@@ -116,8 +117,8 @@ class LatencyCost:
         return {kind: self.price(kind) for kind in kinds}
 
 
-def _clipped(times: tuple[float, ...]) -> list[float]:
-    return [max(0.0, time) for time in times]
+def _clipped(times: tuple[float, ...]) -> Matrix:
+    return np.asarray(times, dtype=np.float64).clip(min=0)
 
 
 def _written_share(structure: Structure, sublayer: Sublayer) -> float:

@@ -78,7 +78,8 @@ def _at_no_unit(units: Sequence[int], times: Matrix) -> Matrix:
     slope = (times[1] - first) / (units[1] - units[0])
     line = (first - units[0] * slope).clip(0, first)
     rises = np.diff(line).clip(0, np.diff(times, axis=1).min(0))
-    return np.minimum(np.concatenate([line[:1], line[0] + np.cumsum(rises)]), first)
+    raised: Matrix = np.minimum(np.concatenate([line[:1], line[0] + np.cumsum(rises)]), first)
+    return raised
 
 
 class AttentionTime(SublayerTime):
@@ -142,7 +143,7 @@ class AttentionTime(SublayerTime):
         """What a measured attention takes beside its products, by head."""
         kept = torch.tensor(self.split * one.queries + (1 - self.split) * one.values, dtype=torch.float64)
         width = torch.tensor(self.hidden[-1])
-        return (one.ms - self.base[-1] - float(self._products(kept, width))) / one.heads
+        return float(one.ms - self.base[-1] - float(self._products(kept, width))) / one.heads
 
     def _scores_by_size(self, points: Sequence[WidthTime], least: float) -> tuple[Matrix, Matrix]:
         """Sizes of the widest head, and what the scores of one head take there.

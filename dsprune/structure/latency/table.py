@@ -16,7 +16,7 @@ from dsprune.structure.spaces import Structure
 
 __all__ = ["Conditions", "LatencyTable", "PartTimes", "WidthTime", "matrix"]
 
-FORMAT = 1
+FORMAT: Literal[1] = 1
 SIGNIFICANT = 3.0
 """A fall by more than so many times the noise is told; a smaller one is smoothed and not worth a line."""
 MEND = "measure one here (dsprune latency), or set latency.allow_foreign=true to use it knowingly"
