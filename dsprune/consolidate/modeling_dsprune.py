@@ -1026,7 +1026,9 @@ def _resized(module: Any, sizes: list[int | None]) -> nn.Module:
     shape = [old if new is None else new for old, new in zip(_dense_shape(module), sizes, strict=True)]
     options = {"device": module.weight.device, "dtype": module.weight.dtype}
     if isinstance(module, nn.Linear):
-        return nn.Linear(shape[1], shape[0], bias=module.bias is not None, **options)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Initializing zero-element tensors")  # of a sublayer that is gone
+            return nn.Linear(shape[1], shape[0], bias=module.bias is not None, **options)
     if isinstance(module, Conv1D):
         convolution: nn.Module = Conv1D(shape[1], shape[0])
         return convolution.to(**options)
