@@ -4,9 +4,10 @@
 #   sbatch slurm/glue.sh sst2 cofi 0.95                                   one node with four GPUs
 #   sbatch --nodes=2 --gpus-per-node=8 --ntasks-per-node=8 slurm/glue.sh mnli grain 0.9 deepspeed.student=zero3
 #
-# Arguments: task, method, sparsity, then any key=value of the recipe METHOD_TASK (dsprune/recipes). As many tasks a
-# node as it has GPUs. Every #SBATCH line can be overridden on the command line. What a site has to say (modules,
-# virtual environment, container) stands in DSPRUNE_ACTIVATE: see lib.sh.
+# Arguments: task, method, sparsity (or a speedup, 10x: over the dense model as measured in the job), then any key=value
+# of the recipe METHOD_TASK (dsprune/recipes). As many tasks a node as it has GPUs. Every #SBATCH line can be overridden
+# on the command line. What a site has to say (modules, virtual environment, container) stands in DSPRUNE_ACTIVATE: see
+# lib.sh.
 #
 # Five minutes before its time is up the job saves, stops and requeues itself. The three phases are jobs of their own,
 # each submitted by the one before when that has succeeded.

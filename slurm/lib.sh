@@ -123,6 +123,15 @@ requeue() {
     fi
 }
 
+# The key that a target on a script's command line sets: 0.95 is a sparsity, 10x a speedup, whose table of milliseconds
+# the run itself measures, on a device of this job.
+aim() {
+    case $1 in
+        *x) echo "prune.speedup=${1%x}" ;;
+        *) echo "prune.target=$1" ;;
+    esac
+}
+
 # Options of sbatch that give another job what this one has.
 like_this_job() {
     local -A given=(
@@ -149,14 +158,14 @@ need_checkout() {
 
 # The phase of a run that this job is, and then the job of the next one.
 #
-#   three_phases SCRIPT TASK METHOD SPARSITY key=value...
+#   three_phases SCRIPT TASK METHOD TARGET key=value...
 #
 # RECIPE=path stands in for the shipped recipe METHOD_TASK.
 three_phases() {
     local script=$1 task=$2 method=$3 target=$4
     shift 4
     local folder=${RUN:-$DSPRUNE_RUNS/$method-$task-$target}
-    local recipe=${RECIPE:-${method}_$task} settings=(prune.target="$target" "$@")
+    local recipe=${RECIPE:-${method}_$task} settings=("$(aim "$target")" "$@")
     export RUN=$folder RECIPE=$recipe
     case ${DSPRUNE_PHASE:-train} in
         train)

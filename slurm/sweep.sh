@@ -4,10 +4,10 @@
 #   slurm/sweep.sh "sst2 mrpc" cofi "0.6 0.8 0.95"                        submits, on a login node
 #   slurm/sweep.sh sst2 "cofi grain" "0.9" --partition=gpu --time=12:00:00 -- prune.lr=3e-5
 #
-# Arguments: tasks, methods, sparsities; options of sbatch; after `--`, any key=value of the recipes. One array job
-# fine-tunes a teacher for each task, a second prunes, consolidates and recovers, and when all have ended, well or not,
-# a third collects: DSPRUNE_RUNS/sweep-NAME/table.txt and pareto.png (NAME: SWEEP, by default the date). Variables as for
-# glue.sh.
+# Arguments: tasks, methods, sparsities (or speedups: 10x); options of sbatch; after `--`, any key=value of the recipes.
+# One array job fine-tunes a teacher for each task, a second prunes, consolidates and recovers, and when all have ended,
+# well or not, a third collects: DSPRUNE_RUNS/sweep-NAME/table.txt and pareto.png (NAME: SWEEP, by default the date).
+# Variables as for glue.sh.
 
 #SBATCH --job-name=dsprune-sweep
 #SBATCH --nodes=1
@@ -62,7 +62,7 @@ prune() {
     index=$((index / ${#targets[@]}))
     method=${methods[$((index % ${#methods[@]}))]}
     task=${tasks[$((index / ${#methods[@]}))]}
-    train "$SWEEP_FOLDER/$method-$task-$target" "${RECIPE:-${method}_$task}" prune.target="$target" \
+    train "$SWEEP_FOLDER/$method-$task-$target" "${RECIPE:-${method}_$task}" "$(aim "$target")" \
         teacher.path="$SWEEP_FOLDER/teacher-$task/teacher/model" "$@"
 }
 

@@ -188,6 +188,12 @@ sys.exit(guarded(lambda: start_world(0.1)))
 """
 
 
+@pytest.mark.parametrize(("target", "key"), [("0.95", "prune.target=0.95"), ("10x", "prune.speedup=10")])
+def test_job_scripts_take_sparsities_and_speedups(target, key):
+    words = ["bash", "-c", f"source {ROOT}/slurm/lib.sh; aim {target}"]
+    assert subprocess.run(words, capture_output=True, text=True, check=True).stdout == f"{key}\n"
+
+
 @pytest.mark.faults
 def test_f32_port_taken():
     with socket.socket() as taken:

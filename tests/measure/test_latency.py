@@ -51,8 +51,8 @@ def test_the_command_writes_what_it_measured(table, folder):
     assert table.rounds == 3
     assert table.conditions.torch == torch.__version__
     cost = LatencyCost(dense.structure, table)
-    assert 0 < cost.dense < 1000
-    assert float(cost.milliseconds({"ffn": torch.zeros(2)})) < cost.dense
+    assert cost.dense == table.whole > 0
+    assert float(cost.milliseconds({"ffn": torch.zeros(2)})) < float(cost.milliseconds({}))
 
 
 def test_a_table_that_is_there_is_checked(table, folder, capsys):
