@@ -83,7 +83,7 @@ def check_files(checkpoint: Path, manifest: dict[str, Any], *, hashes: bool, sha
 
     Args:
         checkpoint: the folder.
-        manifest: of it.
+        manifest: what `read_manifest` made of its manifest file.
         hashes: read and hash the files, too.
         share: (i, n) looks at every n-th file from the i-th on, for n processes that check together.
 

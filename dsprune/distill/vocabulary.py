@@ -134,7 +134,7 @@ def divergence(student: Tensor, log_teacher: Tensor) -> Tensor:
 
     Args:
         student: [rows, outcomes] log-probabilities.
-        log_teacher: [rows, outcomes] likewise; -inf where an outcome cannot be.
+        log_teacher: [rows, outcomes] log-probabilities; -inf where an outcome cannot be.
     """
     impossible = log_teacher == -torch.inf
     surprise = (log_teacher - student).masked_fill(impossible, 0.0)

@@ -54,8 +54,8 @@ class Scenario:
     Attributes:
         student: source of the model.
         teacher: source of the teacher.
-        student_ds: checked DeepSpeed configuration.
-        teacher_ds: likewise.
+        student_ds: checked DeepSpeed configuration of the student's engine.
+        teacher_ds: checked DeepSpeed configuration of the teacher's engine.
         ranks: number of ranks.
         batch: sequences of a micro-batch.
         length: tokens of each.
@@ -85,7 +85,7 @@ class Forecast:
         plan: which layers of the teacher teach which of the student.
         teaching: the teacher's forward pass.
         activations: the student's pass with the task's loss alone; the second number with checkpointing.
-        distilling: what distillation adds to that; likewise.
+        distilling: what distillation adds to `activations`; the second number with checkpointing.
     """
 
     parameters: tuple[int, int]

@@ -98,8 +98,9 @@ class Selection:
             `heads` (or groups of them) and `ffn_dim`. Where heads are gone, `kept_heads`; where a kept head lost
             dimensions, `qk_dims` and `vo_dims`, one number a kept head; where those are rotary pairs, `qk_pairs`
             as well: a bit for each pair of a head, as a hexadecimal number. Where a sublayer writes only some of
-            the kept hidden dimensions, `attn_rows` or `ffn_rows`: a bit for each of those, likewise. What a layer has
-            beside its first attention and its FFN (cross attention) stands in a table by its name.
+            the kept hidden dimensions, `attn_rows` or `ffn_rows`: a bit for each of those, as a hexadecimal
+            number. What a layer has beside its first attention and its FFN (cross attention) stands in a table by its
+            name.
         """
         by_layer: list[dict[str, Any]] = [{} for _ in range(structure.sizes.num_layers)]
         hidden = self.kept(structure.hidden)

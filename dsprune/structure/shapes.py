@@ -131,7 +131,7 @@ def find_shape(structure: Structure, budget: Budget, wanted: Mapping[str, float]
 
     Args:
         structure: of the dense model.
-        budget: of it, with the sparsity to land on.
+        budget: what that model's units cost, with the sparsity to land on.
         wanted: share to keep of `hidden`, `ffn` and `heads`; a size that is not named stays.
 
     Returns:

@@ -30,8 +30,8 @@ class MicroBatch:
         token_index: [tokens] positions of real tokens in the flattened [batch * length].
         target_index: [targets] positions of what is predicted in the flattened labels; empty for labels of examples.
         num_tokens: [] real tokens of a mean micro-batch of this step, over all ranks and accumulation steps.
-        num_targets: [] what is predicted (examples, or labelled tokens) in a mean micro-batch, likewise.
-        num_pairs: [] pairs of real tokens (squared lengths) in a mean micro-batch, likewise.
+        num_targets: [] what is predicted (examples, or labelled tokens) in a mean micro-batch of this step.
+        num_pairs: [] pairs of real tokens (squared lengths) in a mean micro-batch of this step.
     """
 
     inputs: dict[str, Tensor]

@@ -42,7 +42,7 @@ class Teacher:
 
     Attributes:
         layer_stacks: for each layer, which stack it stands in.
-        stacks: likewise for the layers that teach.
+        stacks: for each layer that teaches, which stack it stands in.
 
     Raises:
         ArchitectureError: the model's labels are not the task's, or weights of it are missing.

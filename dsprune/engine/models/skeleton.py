@@ -68,8 +68,8 @@ def check_quantization(what: str, source: str, config: PretrainedConfig) -> None
 
     Args:
         what: "model" or "teacher".
-        source: of it.
-        config: of it.
+        source: folder or hub id, for the message.
+        config: the model's configuration.
 
     Raises:
         ArchitectureError: naming the kind of quantization.
