@@ -110,7 +110,7 @@ def test_every_method_prunes_a_language_model_the_same_way_everywhere(model, met
     sharded = setup.at(stage=3, teacher="teacher_zero3", activation_checkpointing=True)
     reference = _reference(setup)
     _assert_same(run_world(language_losses, 2, sharded)[0], reference)
-    assert reference[-1]["layers"] > 0
+    assert reference[-1]["layers" if ROWS[method].trains else "labels"] > 0
 
 
 def _of_all_models():

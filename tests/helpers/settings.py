@@ -17,6 +17,8 @@ class MethodRow:
     steps: int = 6
     distill: dict[str, Any] = field(default_factory=dict)
     teacher_layers: tuple[int, ...] | None = (1, 2)
+    trains: bool = True
+    """Whether weights train beside the gates."""
 
 
 BLOCKS = MethodRow("blocks", {"scores_lr": 0.3, "init": 2.0, "penalty": 200.0}, distill={"match": "fixed"})
@@ -40,5 +42,7 @@ ROWS = [
         distill={"match": "fixed", "projection": "none", "attentions": 0.9},
         teacher_layers=(0, 1, 2),
     ),
-    MethodRow("fisher", steps=3),
+    MethodRow("fisher", steps=3, trains=False),
 ]
+TRAINED = [row for row in ROWS if row.trains]
+"""Rows of methods that train weights."""

@@ -190,7 +190,7 @@ def build_trainer(setup: Setup, *, dropout: bool = False, steps: int | None = No
     task = build_task(TaskConfig(name=setup.task, stride=16), DataConfig(), seed=0)
     batch, ds_config = setup.plan(world)
     row = setup.row
-    if row.name != "blocks" and not method_class(row.name).trains_weights:
+    if not row.trains:
         return _calibrating(setup, task, world)
     lecturer = without_dropout(tiny_model(setup.teacher_model or setup.family, seed=7))
     distill = DistillConfig(labels=0.3, teacher_layers=row.teacher_layers, **row.distill)

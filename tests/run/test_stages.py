@@ -55,8 +55,12 @@ def finished(finish):
     return finish("cofi")
 
 
-# GRAIN has no stage of its own: its whole launch is a slow test, its parts are in the others.
-@pytest.fixture(params=[pytest.param(name, marks=[pytest.mark.slow] * (name == "grain")) for name in METHODS])
+# GRAIN has no stage of its own: its whole launch is a slow test, its parts are in the others. So is that of a method
+# which trains nothing (`test_untrained.py`).
+SLOW = ("grain", "fisher")
+
+
+@pytest.fixture(params=[pytest.param(name, marks=[pytest.mark.slow] * (name in SLOW)) for name in METHODS])
 def finished_by(finish, request):
     return finish(request.param)
 
