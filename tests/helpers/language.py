@@ -114,7 +114,7 @@ def build_language_trainer(setup: Language, *, steps: int = 4) -> Any:
     """A trainer that distils a decoder, or a T5. Collective; call inside a rank of `run_world`."""
     from dsprune.engine.learning.batches import Batches
     from dsprune.engine.learning.replica import Replica
-    from dsprune.engine.learning.student import Student, build_calibrated_engine, build_student_engine
+    from dsprune.engine.learning.student import Student, build_student_engine
     from dsprune.engine.learning.trainer import LayerMatcher, Trainer
     from dsprune.engine.models.load import checkpoint_activations
     from dsprune.engine.ranks.world import start_world
@@ -126,13 +126,12 @@ def build_language_trainer(setup: Language, *, steps: int = 4) -> Any:
     batch, ds_config = setup.plan(world)
     build = {**DECODERS, "t5": tiny_t5, "t5-spans": tiny_t5}[setup.model]
     row = None if setup.method is None else ROWS[setup.method]
-    taught = setup.taught and (row is None or row.trains)
     layers = row.teacher_layers if row else ()
     rows = dict(row.distill) if row else {}
     if row and setup.model in TASKS:  # a decoder's layers follow the encoder's, and no maps are compared
         layers, rows = (*layers, 3, 4), rows | {"attentions": 0.0}
     distill = DistillConfig(**{"layers": 0.9 if row else 0.0, **dict(setup.distill), **rows})
-    teacher = setup.build_teacher(drawn(build(), 7), task, world, layers=layers) if taught else None
+    teacher = setup.build_teacher(drawn(build(), 7), task, world, layers=layers) if setup.taught else None
     model = drawn(build(), 3)
     if setup.activation_checkpointing:
         checkpoint_activations(model)
@@ -140,13 +139,9 @@ def build_language_trainer(setup: Language, *, steps: int = 4) -> Any:
     if row:
         method, gating = pruning(row.name, row.options, row.target, model, total=row.steps)
     student = Student(
-        model, task, distill=distill if taught else None, teacher=(32, layers) if row else None, gating=gating
+        model, task, distill=distill if setup.taught else None, teacher=(32, layers) if row else None, gating=gating
     )
-    engine = (
-        build_student_engine(student, ds_config, lr=1e-3, weight_decay=0.01)
-        if row is None or row.trains
-        else build_calibrated_engine(student, ds_config)
-    )
+    engine = build_student_engine(student, ds_config, lr=1e-3, weight_decay=0.01)
     return Trainer(
         stage="prune",
         engine=engine,

@@ -45,4 +45,4 @@ ROWS = [
     MethodRow("fisher", steps=3, trains=False),
 ]
 TRAINED = [row for row in ROWS if row.trains]
-"""Rows of methods that train weights."""
+"""Rows of methods that train weights; they come first in `ROWS`, so that places in one are places in the other."""

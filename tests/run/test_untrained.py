@@ -74,7 +74,9 @@ def test_a_checkpoint_holds_the_weights_as_they_were_given(place):
     weights = open_checkpoint(_last(place / "run"))
     given = load_file(place / "dense" / "model.safetensors")
     for name in weights.names():
-        assert torch.equal(weights.read(name), given[name.removeprefix("model.")].float()), name
+        value, original = weights.read(name), given[name.removeprefix("model.")].float()
+        # The rows of the head are in the task's order of labels, which is not that of the folder.
+        assert torch.equal(value, original.flip(0) if ".classifier." in name else original), name
 
 
 @pytest.mark.parametrize(("ranks", "student"), [(1, "zero0"), (2, "zero2")])
@@ -89,9 +91,10 @@ def test_it_goes_on_from_a_checkpoint(place):
     run = place / "resumed"
     assert _launch(place, "resumed", 1, "zero0", 'stages=["prune"]') == [0]
     reference = load_file(_last(run) / "selection.safetensors")
+    begun = (run / "prune" / "checkpoints" / "step-00000002" / "MANIFEST.json").stat().st_mtime_ns
     shutil.rmtree(_last(run))
     (run / "prune" / "done.json").unlink()
     assert _launch(place, "resumed", 1, "zero0", 'stages=["prune"]') == [0]
-    assert "going on from step 2" in (run / "log.txt").read_text()
+    assert (run / "prune" / "checkpoints" / "step-00000002" / "MANIFEST.json").stat().st_mtime_ns == begun
     again = load_file(_last(run) / "selection.safetensors")
     assert all(torch.equal(gate, again[kind]) for kind, gate in reference.items())
