@@ -25,6 +25,7 @@ from pydantic import (
     model_validator,
 )
 
+from dsprune import dtypes
 from dsprune.errors import ConfigError
 from dsprune.files import did_you_mean
 from dsprune.run_folder import STAGES, StageName
@@ -395,7 +396,7 @@ class LatencyConfig(Section):
     """Sequences of a forward pass; by default `eval.bench_batch`."""
     length: int | None = Field(None, ge=8)
     """Tokens of a sequence; by default `eval.bench_length`."""
-    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    dtype: dtypes.Name = "float32"
     """What the weights are when the model serves."""
     device: str | None = None
     """`cpu` or `cuda[:N]`; by default a GPU if there is one."""

@@ -8,8 +8,10 @@ from typing import TYPE_CHECKING, Literal, NamedTuple
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["DTYPES", "PRECISIONS", "Precision", "names", "torch_dtype"]
+__all__ = ["DTYPES", "PRECISIONS", "Name", "Precision", "names", "torch_dtype"]
 
+Name = Literal["float32", "bfloat16", "float16"]
+"""A format in torch's words."""
 Precision = Literal["fp32", "bf16", "fp16"]
 """A format in DeepSpeed's words."""
 

@@ -499,7 +499,7 @@ def use_calibration(model: nn.Module, table: Sequence[dict[str, Any]]) -> None:
 
 def _mix(module: nn.Module, mixin: type) -> None:
     """Let a stock module be of a class of ours as well, in place: its own class, with the mixin's methods first."""
-    module.__class__ = _mixed(mixin, type(module))
+    module.__class__ = _mixed(mixin, type(module))  # type: ignore[arg-type]
 
 
 @functools.cache
@@ -510,7 +510,7 @@ def _mixed(mixin: type, stock: type) -> type:
 
 def _remake(mixin: type, stock: type) -> Any:
     made = _mixed(mixin, stock)
-    return made.__new__(made)
+    return made.__new__(made)  # type: ignore[call-overload]
 
 
 class Mixed:
@@ -652,7 +652,7 @@ def _is_serving(module: nn.Module, x: Any) -> bool:
         # Not a fake, traced or quantized one.
         and type(x) is torch.Tensor
         and not torch.compiler.is_compiling()
-        and not torch.jit.is_tracing()
+        and not torch.jit.is_tracing()  # type: ignore[no-untyped-call]
         and not torch.is_autocast_enabled(x.device.type)
         and torch._C._len_torch_dispatch_stack() == 0
     )
@@ -691,7 +691,7 @@ def _one_dnn() -> Any:
             ]
         # No part of torch's public face: another version may have it otherwise, or not at all.
         except (AttributeError, RuntimeError, TypeError) as error:
-            _warn_once(f"linears run without oneDNN, which is slower on some CPUs: {str(error).splitlines()[0]}")
+            _warn_once(f"linears run without oneDNN, which is slower on some CPUs: {str(error).partition(chr(10))[0]}")
             return None
         right = zip(given, (nn.functional.gelu(expected), expected + expected), strict=True)
         return operator if all(torch.allclose(ours, theirs, atol=1e-5) for ours, theirs in right) else None
@@ -724,14 +724,14 @@ def _linear(linear: Any, x: torch.Tensor, activation: Any = None, residual: torc
     """
     plain = _is_plain(linear)
     weight, bias = (linear._parameters["weight"], linear._parameters["bias"]) if plain else (None, None)
-    operator = _product(x, weight) if plain else None
+    operator = _product(x, weight) if plain else None  # type: ignore[arg-type]
     fused = None if activation is None else _fused_name(activation)
     if operator is not None and residual is not None:
         return operator.binary(x, residual, weight, bias, "add")  # type: ignore[no-any-return]
     if operator is not None:
         y = operator.default(x, weight, bias, *((fused[0], [], fused[1]) if fused else ("none", [], "")))
     else:
-        y = nn.functional.linear(x, weight, bias) if plain else linear(x)
+        y = nn.functional.linear(x, weight, bias) if plain else linear(x)  # type: ignore[arg-type]
     if activation is not None and (operator is None or fused is None):
         y = activation(y)
     return y if residual is None else y + residual  # type: ignore[no-any-return]
@@ -790,7 +790,7 @@ class Merge(Places):
             if operator is None
             else operator.default(x, weight, bias, "none", [], "")
         )
-        return (y.index_select(-1, self.index) if self.is_padded else y).split(self.widths, -1)
+        return (y.index_select(-1, self.index) if self.is_padded else y).split(self.widths, -1)  # type: ignore[no-any-return]
 
 
 Path = tuple[str, ...]
@@ -856,7 +856,7 @@ class PostNormLayer(Mixed):
         x = hidden_states
         for sublayer, (output, norm) in parts.outputs.items():
             if sublayer == "ffn":
-                inner = x if parts.ffn is None else _linear(_at(self, parts.ffn), x, _at(self, parts.activation))
+                inner = x if parts.ffn is None else _linear(_at(self, parts.ffn), x, _at(self, parts.activation))  # type: ignore[arg-type]
             else:
                 inner = x if parts.attention is None else self._attend(x, attention_mask)
             x = _at(self, norm)(self._write(output, inner, x))
@@ -949,7 +949,7 @@ def _sequences_at_once(model: Any, args: Any, inputs: dict[str, Any]) -> int | N
     step = ENCODER_CHUNK * torch.get_num_threads() // max(1, x.shape[1] * model.config.hidden_size)
     if len(x) <= max(1, step) or not _nobody_listens(model):
         return None
-    return -(-len(x) // -(-len(x) // max(1, step)))
+    return -(-len(x) // -(-len(x) // max(1, step)))  # type: ignore[no-any-return]
 
 
 def _nobody_listens(model: nn.Module) -> bool:
@@ -985,7 +985,7 @@ def _in_parts(stock: Any) -> Any:
         step = _sequences_at_once(self, args, kwargs)
         if step is None:
             return stock(self, *args, **kwargs)
-        size = len(args[0] if args else kwargs.get("input_ids", kwargs.get("inputs_embeds")))
+        size = len(args[0] if args else kwargs.get("input_ids", kwargs.get("inputs_embeds")))  # type: ignore[arg-type]
 
         def part(value: Any, start: int) -> Any:
             whole = not isinstance(value, torch.Tensor) or value.dim() == 0 or len(value) != size
@@ -1026,7 +1026,9 @@ def _resized(module: Any, sizes: list[int | None]) -> nn.Module:
     shape = [old if new is None else new for old, new in zip(_dense_shape(module), sizes, strict=True)]
     options = {"device": module.weight.device, "dtype": module.weight.dtype}
     if isinstance(module, nn.Linear):
-        return nn.Linear(shape[1], shape[0], bias=module.bias is not None, **options)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Initializing zero-element tensors")  # of a sublayer that is gone
+            return nn.Linear(shape[1], shape[0], bias=module.bias is not None, **options)
     if isinstance(module, Conv1D):
         convolution: nn.Module = Conv1D(shape[1], shape[0])
         return convolution.to(**options)
@@ -1147,7 +1149,7 @@ def _packing_of(owner: nn.Module) -> Packing:
     if not isinstance(owner, Packed):
         _mix(owner, Packed)
         owner.packing = Packing()
-    packing: Packing = owner.packing
+    packing: Packing = owner.packing  # type: ignore[assignment]
     return packing
 
 

@@ -30,6 +30,11 @@ UNSORTED = (PACKAGE / "methods",)
 NAMESAKES = {
     "base": "what the others of the folder derive from",
     "config": "dsprune's own, and DeepSpeed's",
+    "budget": "of any cost, and of milliseconds",
+    "cost": "by count, and by clock",
+    "check": "of DeepSpeed's configuration, and of a latency table",
+    "evidence": "what a method wants to see, and who shows it",
+    "models": "of a run, and those that are timed",
     "cofi": "the method, and its authors' models",
     "grain": "the method, and its authors' models",
     "mlpruning": "the method, and its authors' models",

@@ -14,8 +14,28 @@ from tests.helpers.world import run_world
 pytestmark = pytest.mark.dist
 
 
+GOLDEN = {
+    "cofi": [0.587412, 0.572514, 0.445647, 0.389559, 0.415232, 0.364717],
+    "grain": [0.689797, 0.666340, 0.644862, 0.612597, 0.610400, 0.603881],
+    "mlpruning": [0.703689, 0.670607, 0.655227, 0.589773, 0.607689, 0.582197],
+    "fisher": [0.661399, 0.663747, 0.733617],
+    "blocks": [0.623569, 0.590192, 0.570479, 0.517833, 0.516508, 0.508909],
+}
+"""Losses of the first steps of every row: a change of these is a change of what is trained, and is to be meant."""
+CALIBRATED = {"importance.head": 0.016351, "importance.ffn_dim": 0.111027}
+"""Of a method that trains nothing, whose losses say nothing of it: sums of its scores."""
+
+
 def test_every_method_has_a_row():
-    assert {row.name for row in ROWS} == set(METHODS)
+    assert {row.name for row in ROWS} == set(METHODS) == set(GOLDEN) - {"blocks"}
+
+
+@pytest.mark.parametrize("row_index", range(len(ROWS)), ids=[row.name for row in ROWS])
+def test_losses_are_those_that_they_were(row_index):
+    result = _reference(row_index, "bert")
+    assert [losses["total"] for losses in result["losses"]] == pytest.approx(GOLDEN[ROWS[row_index].name], rel=1e-4)
+    if ROWS[row_index].name == "fisher":
+        assert {name: value.sum() for name, value in result["state"].items()} == pytest.approx(CALIBRATED, rel=1e-3)
 
 
 @cache
@@ -114,6 +134,7 @@ def test_layers_that_do_not_teach_in_a_step_leave_their_projections_alone(stage)
 
 def test_blocks_follow_one_trajectory_too():
     reference = run_world(trajectory, 1, Setup(BLOCKS))[0]
+    assert [losses["total"] for losses in reference["losses"]] == pytest.approx(GOLDEN["blocks"], rel=1e-4)
     for changes in ({"stage": 2}, {"stage": 3, "accumulation": 2}):
         results = run_world(trajectory, 2, Setup(BLOCKS).at(**changes))
         assert len({result["fingerprint"] for result in results}) == 1

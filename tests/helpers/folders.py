@@ -72,6 +72,11 @@ lr = 0.1
 [distill]
 labels = 0.1
 """,
+    "fisher": """
+start = "teacher"
+[method]
+name = "fisher"
+""",
     "grain": """
 embedding_rank = 8
 [method]

@@ -6,8 +6,8 @@ from typing import Any
 
 from dsprune.methods import Plan, method_class
 from dsprune.structure import Budget, Structure, block_budget, budget_for
-from dsprune.structure.latency import speedup_budget
-from tests.helpers.latency import formula_table
+from dsprune.structure.latency import LatencyCost, speedup_budget
+from tests.speed.formula import formula_table
 
 
 def plan_for(
@@ -24,7 +24,7 @@ def plan_for(
     """The plan of a method by name; `options` are the plan's own. Of "time" it counts by a table made by hand."""
     empty = method_class(method).empty
     if of == "time":
-        budget: Budget = speedup_budget(structure, formula_table(structure), 1 / (1 - target), empty=empty)
+        budget: Budget = speedup_budget(LatencyCost(structure, formula_table(structure), empty=empty), 1 / (1 - target))
     else:
         budget = budget_for(structure, target, of=of, empty=empty, length=length)
     return Plan(budget, total, per_epoch, options.pop("seed", 0), **options)

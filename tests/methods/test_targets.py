@@ -8,6 +8,7 @@ from transformers import BertConfig, BertForSequenceClassification
 
 from dsprune.consolidate import apply_selection
 from dsprune.measure.bench import count_macs
+from dsprune.methods import state_of
 from dsprune.methods.parts import Learned
 from dsprune.methods.support import VARIANTS, refusal
 from dsprune.structure import CostModel
@@ -66,11 +67,11 @@ def test_what_is_exported_meets_the_target(variant, of):
 def test_another_target_can_be_landed_on_at_the_end(variant, target):
     """Less than what training went for, or more, where measuring the choice says so: training's own stays."""
     method = _moved(variant, _fine_model(), 0.45, "time", 0)
-    state = method.state_dict()
+    state = state_of(method)
     selection = method.select_at(target)
     assert target - 1e-12 <= method.budget.removed(selection.hard()) <= target + ROOM
     assert method.budget.target == pytest.approx(0.45)
-    assert all(torch.equal(value, state[name]) for name, value in method.state_dict().items())
+    assert all(torch.equal(value, state[name]) for name, value in state_of(method).items())
     ours, theirs = selection.hard(), method.select().hard()
     if variant.method == "grain":  # what is left stays while others come back, what is gone while others go
         more, less = (ours, theirs) if target < 0.45 else (theirs, ours)

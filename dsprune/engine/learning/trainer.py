@@ -26,7 +26,7 @@ from dsprune.engine.ranks.pulse import pulse
 from dsprune.engine.ranks.stop import Stop, describe
 from dsprune.engine.ranks.world import World
 from dsprune.engine.zero.engines import complete_gradients
-from dsprune.engine.zero.gather import whole
+from dsprune.engine.zero.gather import let_go, whole
 from dsprune.engine.zero.refusals import refusals
 from dsprune.methods import Evidence
 from dsprune.methods.noise import stable_seed
@@ -250,6 +250,7 @@ class Trainer:
         found = {f"gate.{name}": value for name, value in seen.sums.items()}
         accumulation = self.batches.plan.accumulation
         if not self.trains_weights:
+            let_go(self.engine)
             parts = torch.zeros(len(PARTS)) if seen.parts is None else seen.parts
             return {"losses": parts / accumulation, **found}
         torch.manual_seed(seed)

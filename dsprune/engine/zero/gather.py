@@ -16,7 +16,7 @@ from dsprune.engine.zero.refusals import refusals
 from dsprune.engine.zero.requirements import quiet_import
 from dsprune.engine.zero.teardown import forget_engine
 
-__all__ = ["gathered", "partitioned_loading", "register_external", "release", "whole"]
+__all__ = ["gathered", "let_go", "partitioned_loading", "register_external", "release", "whole"]
 
 
 @contextmanager
@@ -60,6 +60,16 @@ def whole(model: nn.Module, name: str) -> Tensor:
     with gathered(param):
         value: Tensor = param.detach().float().cpu().clone()
     return value
+
+
+def let_go(engine: Any) -> None:
+    """Partition what a backward pass that stopped at the gates left whole, where no training pass follows.
+
+    DeepSpeed lets go of a module's weights when the gradient of its input is there. The first gated module has an
+    input that nobody asks a gradient of, and its weights would never be let go of.
+    """
+    if engine.zero_optimization_stage() == 3:
+        getattr(engine.optimizer, "parameter_offload", engine.optimizer).partition_all_parameters()
 
 
 def register_external(reader: nn.Module, weight: Tensor) -> None:

@@ -12,8 +12,8 @@ from tqdm import tqdm
 
 from dsprune.dtypes import torch_dtype
 from dsprune.measure.bench import limit_threads
-from dsprune.measure.latency.measure import Setting, Stopwatch, check_length, compiling
 from dsprune.measure.latency.models import DenseModel
+from dsprune.measure.latency.setting import Setting, Stopwatch, check_length, compiling
 from dsprune.measure.tables import render_table
 from dsprune.structure import CostModel, Empty, Selection, Structure, by_head, gate_shapes, ones
 from dsprune.structure.latency import LatencyCost, LatencyTable
@@ -21,6 +21,9 @@ from dsprune.structure.latency import LatencyCost, LatencyTable
 __all__ = ["Case", "CheckReport", "check_table", "draw_gates"]
 
 DENSITIES = (0.05, 0.8)
+CASE_SECONDS = 5.0
+LEAST_ROUNDS, MOST_ROUNDS = 3, 60
+"""How long each selection is measured beside the dense model, in rounds of both; the median of their ratios counts."""
 STYLES: dict[str, Empty] = {"units": "identity", "ragged": "bias"}
 """What is drawn in turn, and what an empty sublayer leaves: whole heads, neurons, sublayers and hidden dimensions, as
 CoFi prunes; or query, value and FFN dimensions, as GRAIN does."""
@@ -129,7 +132,6 @@ def check_table(
     setting: Setting,
     *,
     cases: int = 30,
-    rounds: int = 5,
     progress: bool = False,
 ) -> CheckReport:
     """Predict and measure random selections of 5 to 80% density, both kinds in turn.
@@ -142,7 +144,6 @@ def check_table(
         table: measured for the setting.
         setting: where and on what.
         cases: how many selections.
-        rounds: timed forward passes of each; the median of their ratios counts.
         progress: show a bar on stderr.
     """
     device, structure = setting.place(), dense.structure
@@ -161,7 +162,7 @@ def check_table(
                 cost = LatencyCost(structure, table, empty=STYLES[style])
                 kept = 1 - float(CostModel(structure, empty=STYLES[style]).sparsity(gates))
                 model = watch.ready(dense.compact(selection, device, torch_dtype(setting.dtype)))
-                measured = float(np.median(list(_ratios(watch, model, whole, rounds))))
+                measured = float(np.median(list(_ratios(watch, model, whole))))
                 found.append(Case(style, kept, float(cost.milliseconds(gates)) / cost.dense, measured))
                 bar.update()
     return CheckReport(tuple(found))
@@ -172,9 +173,14 @@ def _has(structure: Structure, style: str) -> bool:
     return structure.family.refusal(kinds) is None
 
 
-def _ratios(watch: Stopwatch, model: nn.Module, whole: nn.Module, rounds: int) -> Iterator[float]:
-    """Time of a model as a share of the dense one's, in each round after the first."""
-    for round_ in range(1 + rounds):
-        ratio = watch.time(model) / watch.time(whole)
+def _ratios(watch: Stopwatch, model: nn.Module, whole: nn.Module) -> Iterator[float]:
+    """Time of a model as a share of the dense one's, in each round after the first; fast models have more rounds."""
+    rounds = LEAST_ROUNDS
+    for round_ in range(1 + MOST_ROUNDS):
+        ours, theirs = watch.time(model), watch.time(whole)
         if round_:
-            yield ratio
+            yield ours / theirs
+        else:
+            rounds = max(LEAST_ROUNDS, int(1e3 * CASE_SECONDS / (ours + theirs)))
+        if round_ >= rounds:
+            return

@@ -4,122 +4,31 @@ from __future__ import annotations
 
 import random
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 from tqdm import tqdm
 
 from dsprune.consolidate.compact import HEAD_MULTIPLE
-from dsprune.consolidate.modeling_dsprune import device_name
 from dsprune.dtypes import torch_dtype
 from dsprune.errors import ConfigError
-from dsprune.measure.bench import check_options, limit_threads, num_positions, random_inputs, wait
+from dsprune.measure.bench import limit_threads
 from dsprune.measure.latency.models import DenseModel
 from dsprune.measure.latency.points import Point, make_selection, plan_points
+from dsprune.measure.latency.setting import Setting, Stopwatch, check_length, compiling
 from dsprune.structure import Selection, Structure, ones
 from dsprune.structure.latency import Conditions, LatencyTable, ModelIdentity, PartTimes, WidthTime, parts_of
 
-__all__ = ["Setting", "Stopwatch", "measure_table"]
+__all__ = ["measure_table"]
 
-RUNTIMES = ("torch", "compile")
-MANY = 100_000
-LEAST_ROUNDS, MOST_ROUNDS = 3, 15
+LEAST_ROUNDS, GOOD_ROUNDS, MOST_ROUNDS = 3, 9, 60
+GOOD_NOISE = 0.01
+"""Rounds end when medians are as good as this, or the time is up; a few are made in any case."""
 DEEP_SECONDS = 0.3
 """A point is measured in as many equal sublayers as a forward pass of the dense model has in this time."""
-
-
-@dataclass(frozen=True)
-class Setting:
-    """Where and on what to measure.
-
-    Attributes:
-        batch: sequences of a forward pass.
-        length: tokens of a sequence.
-        dtype: float32, bfloat16 or float16.
-        device: `cpu` or `cuda[:N]`; by default a GPU if there is one.
-        threads: CPU threads of torch; by default as many as it has now.
-        runtime: torch or compile.
-        minutes: how long the rounds may take; a few are made in any case.
-        seed: of the token ids and of the order of the points.
-    """
-
-    batch: int = 32
-    length: int = 128
-    dtype: str = "float32"
-    device: str | None = None
-    threads: int | None = None
-    runtime: str = "torch"
-    minutes: float = 3.0
-    seed: int = 0
-
-    def place(self) -> torch.device:
-        """The device, once everything that needs no model is known to be right.
-
-        Raises:
-            ConfigError: what is not, all of it.
-        """
-        mistakes = []
-        if self.runtime not in RUNTIMES:
-            mistakes.append(f"no runtime '{self.runtime}' to measure with: there are {', '.join(RUNTIMES)}")
-        if self.minutes <= 0:
-            mistakes.append(f"minutes is {self.minutes:g}: it must be more than 0")
-        try:
-            device = check_options([self.batch], self.length, self.dtype, self.device, 1, 0, self.threads)
-        except ConfigError as error:
-            raise ConfigError(*mistakes, *error.mistakes) from error
-        if mistakes:
-            raise ConfigError(*mistakes)
-        return device
-
-    def conditions(self, device: torch.device) -> Conditions:
-        """What a table measured now holds for."""
-        return Conditions(
-            device=device_name(device),
-            dtype=self.dtype,
-            batch=self.batch,
-            length=self.length,
-            threads=(self.threads or torch.get_num_threads()) if device.type == "cpu" else 0,
-            runtime=self.runtime,
-            torch=torch.__version__,
-        )
-
-
-class Stopwatch:
-    """Times forward passes of models, each in turn, on the same input.
-
-    On one CPU thread the clock is that of the thread itself, which stands still while a neighbour has the core.
-
-    Args:
-        setting: where and on what.
-        device: of it.
-        model: any of the models, for the vocabulary.
-    """
-
-    def __init__(self, setting: Setting, device: torch.device, model: nn.Module) -> None:
-        self.device, self.setting = device, setting
-        self.inputs: dict[str, Tensor] = random_inputs(model, setting.batch, setting.length, setting.seed, device)
-        alone = device.type == "cpu" and torch.get_num_threads() == 1
-        self.clock: Callable[[], float] = time.thread_time if alone else time.perf_counter
-
-    def ready(self, model: nn.Module) -> nn.Module:
-        """A model as the runtime runs it."""
-        if self.setting.runtime == "torch":
-            return model
-        compiled: nn.Module = torch.compile(model, dynamic=False)  # type: ignore[assignment]
-        return compiled
-
-    def time(self, model: nn.Module) -> float:
-        """Milliseconds of one forward pass, until its last kernel is done."""
-        wait(self.device)
-        start = self.clock()
-        model(**self.inputs)
-        wait(self.device)
-        return 1e3 * (self.clock() - start)
 
 
 def measure_table(dense: DenseModel, setting: Setting, *, progress: bool = False) -> LatencyTable:
@@ -152,27 +61,6 @@ def measure_table(dense: DenseModel, setting: Setting, *, progress: bool = False
         return _table(dense, setting.conditions(device), samples, depth)
 
 
-def check_length(model: nn.Module, length: int) -> None:
-    """Refuse a length that a model has no positions for.
-
-    Raises:
-        ConfigError: it has not so many.
-    """
-    positions = num_positions(model)
-    if positions is not None and length > positions:
-        raise ConfigError(f"length {length} is more than the {positions} positions of the model: give a smaller one")
-
-
-def compiling(setting: Setting) -> AbstractContextManager[Any]:
-    """Let as many models be compiled as there are points: by default torch gives up after a few of one class."""
-    if setting.runtime != "compile":
-        return nullcontext()
-    import torch._dynamo.config as config
-
-    patched: AbstractContextManager[Any] = config.patch(recompile_limit=MANY, accumulated_recompile_limit=MANY)
-    return patched
-
-
 def _depth(dense: DenseModel, watch: Stopwatch, whole: nn.Module) -> int:
     """In how many sublayers at once a point is measured: in many of a small model, whose layers take no time alone."""
     shortest = min(len(stack.layers) for stack in dense.structure.stacks)
@@ -185,29 +73,30 @@ def _rounds(watch: Stopwatch, models: Mapping[Any, nn.Module], progress: bool) -
     """Milliseconds of each model in each round, in a new order every time; the first round warms up."""
     samples: dict[Any, list[float]] = {key: [] for key in models}
     order, shuffle = list(models), random.Random(watch.setting.seed)
-    began = time.monotonic()
-    rounds = MOST_ROUNDS
-    with tqdm(total=(1 + rounds) * len(order), desc="latency: rounds", disable=not progress) as bar:
-        done = 0
-        while done <= rounds:
+    began, done = time.monotonic(), 0
+    with tqdm(desc="latency: rounds", disable=not progress) as bar:
+        while True:
             for key in order:
-                try:
-                    elapsed = watch.time(models[key])
-                except torch.OutOfMemoryError as error:
-                    raise ConfigError(
-                        f"batch {watch.setting.batch} x {watch.setting.length} does not fit into GPU memory: "
-                        "give a smaller one"
-                    ) from error
+                elapsed = _timed(watch, models[key])
                 if done:
                     samples[key].append(elapsed)
                 bar.update()
             shuffle.shuffle(order)
+            fitting = 60 * watch.setting.minutes / (time.monotonic() - began) * (1 + done)
+            last = max(LEAST_ROUNDS, min(MOST_ROUNDS, int(fitting) - 1))
+            bar.total = (1 + last) * len(order)
+            if done >= last or (done >= GOOD_ROUNDS and _noise(samples.values()) <= GOOD_NOISE):
+                return samples
             done += 1
-            spent = (time.monotonic() - began) / done
-            fitting = int(60 * watch.setting.minutes / spent) - 1
-            rounds = max(LEAST_ROUNDS, min(MOST_ROUNDS, fitting), done - 1)
-            bar.total = (1 + rounds) * len(order)
-    return samples
+
+
+def _timed(watch: Stopwatch, model: nn.Module) -> float:
+    setting = watch.setting
+    try:
+        return watch.time(model)
+    except torch.OutOfMemoryError as error:
+        size = f"batch {setting.batch} x {setting.length} tokens"
+        raise ConfigError(f"{size} does not fit into GPU memory: give a smaller one") from error
 
 
 def _table(

@@ -6,8 +6,9 @@ import logging
 from pathlib import Path
 
 from dsprune.config import RunConfig
-from dsprune.measure.latency.measure import Setting, measure_table
+from dsprune.measure.latency.measure import measure_table
 from dsprune.measure.latency.models import DenseModel
+from dsprune.measure.latency.setting import Setting
 from dsprune.structure.latency import Conditions, LatencyTable, ModelIdentity
 
 __all__ = ["obtain_table", "setting_of"]

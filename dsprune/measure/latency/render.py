@@ -23,7 +23,7 @@ def render_latency(table: LatencyTable, structure: Structure) -> str:
         table: of the model.
         structure: of the model.
     """
-    total = LatencyCost(structure, table).dense
+    total = float(LatencyCost(structure, table).milliseconds({}))
     counts = {name: len(sublayers) for name, sublayers in parts_of(structure).items()}
     rows = [["all else", "1", "", f"{table.stays[-1]:.3f}", f"{table.stays[-1] / total:.1%}"]]
     for name, part in table.parts.items():
@@ -35,7 +35,7 @@ def render_latency(table: LatencyTable, structure: Structure) -> str:
         "",
         render_table(["part", "how many", "of", "ms each", "of the whole"], rows, align="<><>>"),
         "",
-        f"the dense model: {table.whole:.2f} ms measured, {total:.2f} ms as the sum of its parts",
+        f"the dense model: {table.whole:.2f} ms in its own class, {total:.2f} ms as parts of compact ones",
         f"medians of {table.rounds} rounds, good to {table.noise:.1%}",
         "",
         *(line for name, part in table.parts.items() for line in _curves(name, part, table)),

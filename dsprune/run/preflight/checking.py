@@ -28,14 +28,15 @@ from dsprune.engine.zero.config import (
 )
 from dsprune.engine.zero.torch_autocast import check_autocast
 from dsprune.errors import ArchitectureError, ConfigError, OutputError
-from dsprune.methods import Method, Plan, method_class
+from dsprune.methods import Evidence, Method, Plan, method_class
+from dsprune.methods.parts import gates_from
 from dsprune.methods.size_constraints import aimed
 from dsprune.pretrained import resolve_source
 from dsprune.run.preflight.teacher_fit import check_positions, check_start, check_teacher
 from dsprune.run.preflight.teaching import plan_teaching, teacher_shape
 from dsprune.run_folder import RunFolder
 from dsprune.structure import Budget, Empty, Selection, Structure, analyze, block_grid, budget_for, shape_gates
-from dsprune.structure.latency import LatencyTable, speedup_budget
+from dsprune.structure.latency import LatencyCost, LatencyTable, speedup_budget
 from dsprune.tasks import Task, build_task
 
 __all__ = ["Preflight", "check_output", "dense_skeleton", "preflight"]
@@ -59,6 +60,10 @@ class Preflight:
     vocab_size: int
     budget: Budget
     """What pruning is held to: what was asked for, or what the shape implies that was given instead."""
+    trains_weights: bool
+    """Whether the pruning stage trains weights, or only looks at those of the fine-tuned dense model."""
+    evidence: Evidence
+    """What the method wants to see of a step."""
     latency: LatencyTable | None = None
     """Milliseconds that a speedup is counted in, once the session has them."""
 
@@ -170,6 +175,16 @@ def _check_blocks(config: RunConfig, structure: Structure) -> None:
             raise ConfigError(f"blocks.shape: {param.name}: {error}") from error
 
 
+def _check_untrained(config: RunConfig) -> None:
+    """A method that trains no weights chooses among the units of a model that knows the task already."""
+    if method_class(config.method.name).trains_weights or config.prune.start == "teacher":
+        return
+    raise ConfigError(
+        f"prune.start = '{config.prune.start}': method '{config.method.name}' trains no weights, and what it chooses "
+        "from is the fine-tuned dense model: set prune.start = 'teacher'"
+    )
+
+
 def _check_stock(config: RunConfig, model: PreTrainedModel, method: Method[Structure]) -> None:
     """A shape that is given is given for a stock model."""
     gates = shape_gates(method.structure, config.shape.sizes)
@@ -182,7 +197,7 @@ def _asked(config: RunConfig, structure: Structure, empty: Empty, table: Latency
     """What the recipe asks of pruning."""
     prune = config.prune
     if prune.speedup is not None and table is not None:
-        return speedup_budget(structure, table, prune.speedup, empty=empty)
+        return speedup_budget(LatencyCost(structure, table, empty=empty), prune.speedup)
     # Nothing is known to be out of a speedup's reach before there is a table.
     target = prune.target if prune.speedup is None else 0.0
     return budget_for(structure, target, of=prune.target_of, empty=empty, length=config.task.max_length)
@@ -236,13 +251,13 @@ def _student_ds(config: RunConfig, read: DsConfig, batch: BatchPlan) -> DsConfig
     return filled[0]
 
 
-def preflight(config: RunConfig, world_size: int) -> Preflight:
-    """Check the whole configuration against model, task, DeepSpeed and machine. No weights, no collective.
-
-    Of the data nothing is read but the training examples of a task that finds its labels in them.
+def _check_configuration(
+    config: RunConfig, world_size: int
+) -> tuple[Task, PreTrainedTokenizerBase, BatchPlan, DsConfig, DsConfig]:
+    """What is known of a run before its model is looked at: task, tokenizer, batch, and both DeepSpeed configurations.
 
     Raises:
-        ConfigError: with all mistakes of configuration together; other errors as found.
+        ConfigError: with all mistakes together.
     """
     mistakes: list[str] = []
 
@@ -263,10 +278,23 @@ def preflight(config: RunConfig, world_size: int) -> Preflight:
     teacher_ds = collect(teacher_config, teacher, world_size) if teacher is not None else None
     task = collect(build_task, config.task, config.data, seed=config.seed)
     tokenizer = collect(load_tokenizer, config.model.name, config.model.revision)
+    collect(_check_untrained, config)
     if mistakes:
         raise ConfigError(*mistakes)
     assert student_ds is not None
     assert teacher_ds is not None
+    return task, tokenizer, batch, student_ds, teacher_ds
+
+
+def preflight(config: RunConfig, world_size: int) -> Preflight:
+    """Check the whole configuration against model, task, DeepSpeed and machine. No weights, no collective.
+
+    Of the data nothing is read but the training examples of a task that finds its labels in them.
+
+    Raises:
+        ConfigError: with all mistakes of configuration together; other errors as found.
+    """
+    task, tokenizer, batch, student_ds, teacher_ds = _check_configuration(config, world_size)
     check_output(Path(config.output))
     model = skeleton(config.model.name, task, config.model.revision)
     analyze(model)
@@ -286,4 +314,16 @@ def preflight(config: RunConfig, world_size: int) -> Preflight:
     teaching = plan_teaching(config, structure, teacher_shape(config, task, structure), method.kinds)
     _check_stock(config, model, method)
     _check_blocks(config, structure)
-    return Preflight(task, tokenizer, batch, structure, student_ds, teacher_ds, teaching, vocab_size, method.budget)
+    return Preflight(
+        task,
+        tokenizer,
+        batch,
+        structure,
+        student_ds,
+        teacher_ds,
+        teaching,
+        vocab_size,
+        method.budget,
+        method.trains_weights,
+        method.evidence(gates_from(method)),
+    )

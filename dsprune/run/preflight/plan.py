@@ -9,9 +9,10 @@ from pathlib import Path
 from dsprune.config import RunConfig
 from dsprune.engine.checkpoints.store import BYTES_PER_PARAMETER, free_bytes
 from dsprune.engine.models.count import count_teacher
-from dsprune.engine.zero.config import precision, zero_stage
+from dsprune.engine.zero.config import calibration_config, precision, zero_stage
 from dsprune.measure.inspection import describe_spaces
 from dsprune.measure.tables import render_table
+from dsprune.methods.evidence import cost_of
 from dsprune.planning.forecast import GIB, STATE_HEADERS, state_cells
 from dsprune.planning.states import engine_states
 from dsprune.run.preflight import Preflight
@@ -37,7 +38,9 @@ def _batch_lines(config: RunConfig, findings: Preflight) -> list[str]:
 def _memory_table(config: RunConfig, findings: Preflight, world_size: int) -> str:
     student = [math.prod(param.shape) for param in findings.structure.params.values()]
     teacher = [math.prod(shape) for shape in count_teacher(config, findings.task).shapes.values()]
-    engines = (("student", student, findings.student_ds, True), ("teacher", teacher, findings.teacher_ds, False))
+    engines = [("student", student, findings.student_ds, True), ("teacher", teacher, findings.teacher_ds, False)]
+    if not findings.trains_weights:
+        engines.insert(1, ("student, pruned untrained", student, calibration_config(findings.student_ds), False))
     rows = []
     for name, sizes, ds_config, trained in engines:
         states = engine_states(sizes, ds_config, world_size, trained=trained)
@@ -47,6 +50,17 @@ def _memory_table(config: RunConfig, findings: Preflight, world_size: int) -> st
     if config.teacher.path is not None:
         lines.append(f"student: {config.model.name}; teacher: {config.teacher.path}")
     return "\n".join(lines)
+
+
+def _step_lines(config: RunConfig, findings: Preflight) -> list[str]:
+    """What a step of the pruning stage is made of."""
+    evidence, trains = findings.evidence, findings.trains_weights
+    passes = "a training pass and what the method sees" if trains else "what the method sees, and nothing else"
+    return [
+        f"a step of '{config.method.name}': {passes}; it sees '{evidence}', which takes "
+        f"{cost_of(evidence, trains_weights=trains)}",
+        f"target: {findings.budget.target:.1%} of {findings.budget.describe()}",
+    ]
 
 
 def _disk_lines(config: RunConfig, findings: Preflight) -> list[str]:
@@ -68,6 +82,7 @@ def describe_plan(config: RunConfig, findings: Preflight, world_size: int) -> st
         "configuration": json.dumps(config.model_dump(mode="json"), indent=2),
         "prunable spaces": describe_spaces(findings.structure),
         "batch": "\n".join(_batch_lines(config, findings)),
+        "pruning": "\n".join(_step_lines(config, findings)),
         "checkpoints": "\n".join(_disk_lines(config, findings)),
         f"memory on {world_size} rank(s), activations apart": _memory_table(config, findings, world_size),
         "rehearsal": REHEARSAL,

@@ -1,13 +1,12 @@
-"""A budget of measured milliseconds: what a method is held to where a speedup is asked for."""
+"""A speedup as a budget of milliseconds: what methods that prune for time are held to."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
+from dsprune.errors import ConfigError
 from dsprune.structure.budget import Budget
 from dsprune.structure.latency.cost import LatencyCost
-from dsprune.structure.latency.table import LatencyTable
-from dsprune.structure.spaces import Empty, Structure
 
 __all__ = ["SpeedupBudget", "speedup_budget"]
 
@@ -30,29 +29,25 @@ class SpeedupBudget(Budget):
         return f"{self.speedup:g}x in {self.words}"
 
     def reach(self, share: float) -> str:
-        fastest = f"{1 / (1 - share):.1f}x" if share < 1 else "no end of speed"
-        return f"{share:.4f}, which makes it {fastest} as fast,"
+        fastest = f"{1 / (1 - share):.1f}x" if share < 1 else "any number of times"
+        return f"{share:.4f}, {fastest} as fast"
 
 
-def speedup_budget(structure: Structure, table: LatencyTable, speedup: float, *, empty: Empty) -> SpeedupBudget:
-    """The budget of a speedup: of the dense model's milliseconds, 1 / `speedup` may be left.
+def speedup_budget(cost: LatencyCost, speedup: float, *, setting: str = "prune.speedup") -> SpeedupBudget:
+    """The budget under which a model is so many times as fast as the dense one.
 
     Args:
-        structure: of the dense model.
-        table: of it.
-        speedup: above 1.
-        empty: what a sublayer without units computes.
+        cost: of the model, in milliseconds.
+        speedup: time of the dense model over that of the pruned one.
+        setting: what the user set it by.
 
     Raises:
-        ConfigError: the table is of a model of other sizes.
+        ConfigError: a speedup below 1.
     """
-    cost, conditions = LatencyCost(structure, table, empty=empty), table.conditions
-    return SpeedupBudget(
-        target=1 - 1 / speedup,
-        cost=cost.milliseconds,
-        dense=cost.dense,
-        words=f"the milliseconds of a batch of {conditions.batch} at length {conditions.length}",
-        shapes=cost.shapes,
-        setting="prune.speedup",
-        price=cost.price,
-    )
+    if speedup < 1:
+        raise ConfigError(
+            f"{setting} = {speedup:g}: a speedup is 1 or more, the dense model's time over the pruned one's"
+        )
+    where = cost.table.conditions
+    words = f"the milliseconds of a batch of {where.batch} at length {where.length} on {where.device} ({where.dtype})"
+    return SpeedupBudget(1 - 1 / speedup, cost.milliseconds, cost.dense, words, cost.shapes, setting, cost.price)

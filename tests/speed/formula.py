@@ -36,6 +36,13 @@ def attention(heads: float, queries: float, values: float, widest: float, width:
     return base(width) + kept * width / 8 + heads * (0.5 + widest / head_dim)
 
 
+def _whole(structure: Structure) -> float:
+    sizes = structure.sizes
+    dims, heads = sizes.head_dim, sizes.num_groups
+    one = attention(heads, heads * dims, heads * dims, dims, sizes.hidden, dims)
+    return stays(sizes.hidden) + sizes.num_attn * one + sizes.num_ffn * neurons(sizes.ffn_dim, sizes.hidden)
+
+
 def formula_table(structure: Structure) -> LatencyTable:
     """The table that measuring those formulas would give."""
     return _table(structure, lambda value: value)
@@ -84,7 +91,7 @@ def _table(structure, seen) -> LatencyTable:
         model=ModelIdentity.of(structure),
         rounds=9,
         noise=0.01,
-        whole=1.0,
+        whole=_whole(structure),
         hidden=hidden,
         stays=tuple(seen(stays(d)) for d in hidden),
         idle=tuple(seen(idle(d)) for d in hidden),

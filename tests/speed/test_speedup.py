@@ -11,11 +11,11 @@ from dsprune.config import load_config
 from dsprune.errors import ConfigError
 from dsprune.methods import method_options
 from dsprune.structure import analyze
-from tests.helpers.latency import formula_table
 from tests.helpers.runs import execute, ground, words
 from tests.helpers.settings import ROWS
 from tests.helpers.training import Setup, build_trainer
 from tests.helpers.world import run_world
+from tests.speed.formula import formula_table
 
 pytestmark = pytest.mark.dist
 
@@ -42,7 +42,7 @@ def test_a_run_is_held_to_a_speedup_and_says_what_it_measured(place, ranks):
     run = place / f"run{ranks}"
     report = json.loads((run / "report.json").read_text())["landing"]
     speedup, landed = report["speedup"], report["speedup"]["landed"]
-    assert report["of"] == "the milliseconds of a batch of 4 at length 16"
+    assert report["of"] == "the milliseconds of a batch of 4 at length 16 on a device (float32)"
     assert speedup["asked"] == landed["asked"] == 1.5
     assert speedup["predicted"] == landed["predicted"] == pytest.approx(1 / (1 - report["measured"]))
     assert landed["measured"] in [measured for _, measured in landed["tried"]]
@@ -63,8 +63,11 @@ def test_a_run_is_held_to_a_speedup_and_says_what_it_measured(place, ranks):
 def test_a_speedup_out_of_reach_names_the_one_that_is_not(place):
     assert run_world(execute, 2, *_words(place, "far", 4000)) == [64, 64]
     said = (place / "far" / "failures" / "rank0.json").read_text()
-    assert "prune.speedup = 4000 in the milliseconds of a batch of 4 at length 16 is out of reach" in said
-    assert "x as fast" in said
+    assert (
+        "prune.speedup = 4000 in the milliseconds of a batch of 4 at length 16 on a device (float32) is out of reach"
+        in said
+    )
+    assert ", 60.0x as fast" in said
     assert not (place / "far" / "prune").exists()
 
 
