@@ -659,13 +659,25 @@ def _is_serving(module: nn.Module, x: Any) -> bool:
 
 
 def _is_untouched(module: nn.Module) -> bool:
-    """Whether a module has its own forward, and no hooks."""
-    return not (module._forward_hooks or module._forward_pre_hooks or "forward" in module.__dict__)
+    """Whether a module has its own forward, and nobody listens to it.
+
+    The hooks with which transformers collects outputs do not count: sdpa attention has no maps to give, and hidden
+    states are those of whole layers.
+    """
+    if module._forward_hooks or module._forward_pre_hooks:
+        hooks = (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
+        if any(getattr(hook, "__module__", "") != "transformers.utils.output_capturing" for hook in hooks):
+            return False
+    return "forward" not in module.__dict__
 
 
 def _is_plain(module: Any) -> bool:
     """Whether a module is a linear and no more than that: not one that a tool has wrapped, quantized or listens to."""
-    return type(module) is nn.Linear and type(module._parameters["weight"]) is nn.Parameter and _is_untouched(module)
+    if type(module) is not nn.Linear or not _is_untouched(module):
+        return False
+    weight = module._parameters["weight"]
+    # Under ZeRO-3 it is not there before the linear is called.
+    return type(weight) is nn.Parameter and not hasattr(weight, "ds_id")
 
 
 ONE_DNN_WORK = 1 << 20
@@ -947,22 +959,10 @@ def _sequences_at_once(model: Any, args: Any, inputs: dict[str, Any]) -> int | N
     if any(inputs.get(name) is not None for name in ("labels", "start_positions", "end_positions")):
         return None
     step = ENCODER_CHUNK * torch.get_num_threads() // max(1, x.shape[1] * model.config.hidden_size)
-    if len(x) <= max(1, step) or not _nobody_listens(model):
+    # Whoever listens would be told of a part of the batch at a time.
+    if len(x) <= max(1, step) or not all(map(_is_untouched, model.modules())):
         return None
     return -(-len(x) // -(-len(x) // max(1, step)))  # type: ignore[no-any-return]
-
-
-def _nobody_listens(model: nn.Module) -> bool:
-    """Whether no module has hooks, which would be told of a part of the batch at a time.
-
-    Those with which transformers collects hidden states are told, and forget, in each call.
-    """
-    hooks = (
-        hook
-        for module in model.modules()
-        for hook in (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
-    )
-    return all(getattr(hook, "__module__", "") == "transformers.utils.output_capturing" for hook in hooks)
 
 
 def _joined(parts: Sequence[Any]) -> Any:
@@ -1290,7 +1290,9 @@ def _resize_layer(
                 kept["qk_dim"] *= layout.copies
             if path == stack[name]["output"]:
                 kept["vo_dim"] *= layout.copies
-        _resize(layer, path, axes, kept)
+        # A linear without weights is taken out, not made.
+        if 0 not in (_width(axis, kept) for axis in axes):
+            _resize(layer, path, axes, kept)
 
 
 def _tell_sizes(layer: nn.Module, spec: dict[str, Any], known: dict[str, int]) -> None:
