@@ -34,19 +34,20 @@ POINTS = {
     "before the first tensor": ("_Export._run_cut", None),
     "amid the tensors": ("SafetensorsStream.write", 5),
     "before the comparison": ("_Export._verify_cut", None),
-    "before the configuration": ("_Export._write_config", None),
+    "before the configuration": ("write_side_files", None),
     "before the rename": ("os.fsync", None),
 }
 
 
 def _killed_export(run, out, point):
     target, count = POINTS[point]
+    *owner, name = target.split(".")
+    scope = getattr(export, owner[0]) if owner else export
+    # Before the fork: a child that fails here would go on as a second pytest.
+    real, calls = getattr(scope, name), []
     pid = os.fork()
     if pid:
         return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
-    owner, name = target.split(".")
-    scope = getattr(export, owner)
-    real, calls = getattr(scope, name), []
 
     def maybe(*args, **kwargs):
         calls.append(None)
