@@ -113,17 +113,17 @@ def _skipping(overflows, *words):
 
     applied, after, step = [], Trainer._after, Replica.step
 
-    def skip(self, number, reduced, was_applied):
+    def skip(self, number, reduced, was_applied, *seen):
         if self.stage != "prune":
-            after(self, number, reduced, was_applied)
+            after(self, number, reduced, was_applied, *seen)
             applied.clear()  # those of the rehearsal
         elif number in overflows:
             before = self.replica.fingerprint()
             self.skipped -= 1  # the budget of fp32 is none
-            after(self, number, reduced, False)
+            after(self, number, reduced, False, *seen)
             assert self.replica.fingerprint() == before, "the gates moved in a step that was skipped"
         else:
-            after(self, number, reduced, was_applied)
+            after(self, number, reduced, was_applied, *seen)
 
     Trainer._after = skip
     Replica.step = lambda self, number, grads: (applied.append(number), step(self, number, grads))[1]
