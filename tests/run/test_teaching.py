@@ -183,6 +183,6 @@ def test_every_way_of_running_is_one_trajectory_under_a_deeper_and_wider_teacher
     results = run_world(trajectory, 2, Setup(row, stage=3, accumulation=2, teacher="teacher_zero3", **DEEP))
     assert len({result["fingerprint"] for result in results}) == 1
     # In a step whose drawn layers have lost their FFN, nobody learns from them.
-    assert sum(losses["layers"] > 0 for losses in reference["losses"]) >= len(reference["losses"]) - 1
+    assert sum(losses["layers"] > 0 for losses in reference["losses"]) > len(reference["losses"]) / 2
     for ours, theirs in zip(results[0]["losses"], reference["losses"], strict=True):
         assert ours == {part: pytest.approx(value, rel=2e-5, abs=1e-6) for part, value in theirs.items()}
