@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Literal, NamedTuple
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["DTYPES", "PRECISIONS", "Name", "Precision", "names", "torch_dtype"]
+__all__ = ["DTYPES", "NAMES", "PRECISIONS", "Name", "Precision", "names", "torch_dtype"]
 
 Name = Literal["float32", "bfloat16", "float16"]
 """A format in torch's words."""
@@ -35,9 +35,10 @@ DTYPES: Mapping[str, Dtype] = {
 }
 """By torch's names, which are those of the command line."""
 
-PRECISIONS: Mapping[str, Precision] = {
-    word: dtype.precision for name, dtype in DTYPES.items() for word in (dtype.precision, name)
-}
+NAMES: Mapping[str, str] = {word: name for name, dtype in DTYPES.items() for word in (dtype.precision, name)}
+"""Torch's name by every word for it that DeepSpeed reads: `NAMES["bf16"] == NAMES["bfloat16"] == "bfloat16"`."""
+
+PRECISIONS: Mapping[str, Precision] = {word: DTYPES[name].precision for word, name in NAMES.items()}
 """By every word for it that DeepSpeed reads: `PRECISIONS["bfloat16"] == PRECISIONS["bf16"] == "bf16"`."""
 
 
@@ -49,8 +50,7 @@ def torch_dtype(word: str) -> torch.dtype:
     """
     import torch  # here, for the command line reads the names and need not wait for it
 
-    name = next(name for name, dtype in DTYPES.items() if dtype.precision == PRECISIONS[word])
-    found: torch.dtype = getattr(torch, name)
+    found: torch.dtype = getattr(torch, NAMES[word])
     return found
 
 

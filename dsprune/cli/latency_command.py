@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 from dsprune.cli.parsing import Commands, add_command
-from dsprune.dtypes import DTYPES
+from dsprune.dtypes import NAMES
 
 __all__ = ["add_latency"]
 
@@ -22,7 +22,7 @@ def _latency(options: argparse.Namespace) -> int:
     setting = Setting(
         batch=options.batch,
         length=options.length,
-        dtype=_dtype(options.dtype),
+        dtype=NAMES.get(options.dtype, options.dtype),
         device=options.device,
         threads=options.threads,
         runtime=options.runtime,
@@ -43,11 +43,6 @@ def _latency(options: argparse.Namespace) -> int:
     if options.check is not None:
         print(f"\n{check_table(dense, table, setting, cases=options.check, progress=progress).render()}")
     return 0
-
-
-def _dtype(word: str) -> str:
-    """Torch's name of a number format, also of DeepSpeed's word for it; any other word as it is."""
-    return next((name for name, dtype in DTYPES.items() if dtype.precision == word), word)
 
 
 def _count(text: str) -> int:

@@ -15,7 +15,7 @@ from dsprune.measure.bench import limit_threads
 from dsprune.measure.latency.models import DenseModel
 from dsprune.measure.latency.setting import Setting, Stopwatch, check_length, compiling
 from dsprune.measure.tables import render_table
-from dsprune.structure import CostModel, Empty, Selection, Structure, by_head, gate_shapes, ones
+from dsprune.structure import CostModel, Empty, Selection, Structure, by_head, gate_shapes
 from dsprune.structure.latency import LatencyCost, LatencyTable
 
 __all__ = ["Case", "CheckReport", "check_table", "draw_gates"]
@@ -149,7 +149,7 @@ def check_table(
     device, structure = setting.place(), dense.structure
     kinds = [style for style in STYLES if _has(structure, style)]
     with limit_threads(setting.threads), torch.inference_mode(), compiling(setting):
-        whole = dense.compact(Selection.from_gates(structure, ones(structure)), device, torch_dtype(setting.dtype))
+        whole = dense.whole(device, torch_dtype(setting.dtype))
         check_length(whole, setting.length)
         watch = Stopwatch(setting, device, whole)
         whole = watch.ready(whole)

@@ -19,7 +19,7 @@ from dsprune.measure.bench import limit_threads
 from dsprune.measure.latency.models import DenseModel
 from dsprune.measure.latency.points import Point, make_selection, plan_points
 from dsprune.measure.latency.setting import Setting, Stopwatch, check_length, compiling
-from dsprune.structure import Selection, Structure, ones
+from dsprune.structure import Structure
 from dsprune.structure.latency import Conditions, LatencyTable, ModelIdentity, PartTimes, WidthTime, parts_of
 
 __all__ = ["measure_table"]
@@ -45,7 +45,7 @@ def measure_table(dense: DenseModel, setting: Setting, *, progress: bool = False
     """
     device, structure = setting.place(), dense.structure
     with limit_threads(setting.threads), torch.inference_mode(), compiling(setting):
-        whole = dense.compact(Selection.from_gates(structure, ones(structure)), device, torch_dtype(setting.dtype))
+        whole = dense.whole(device, torch_dtype(setting.dtype))
         check_length(whole, setting.length)
         watch = Stopwatch(setting, device, whole)
         whole = watch.ready(whole)

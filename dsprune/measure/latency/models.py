@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from dsprune.consolidate.compact import compact_config, without_weights
 from dsprune.errors import ConfigError
 from dsprune.pretrained import read_model_config
-from dsprune.structure import Selection, Structure, analyze
+from dsprune.structure import Selection, Structure, analyze, ones
 
 __all__ = ["DenseModel"]
 
@@ -62,6 +62,10 @@ class DenseModel:
             ArchitectureError: no family covers it.
         """
         return cls(config, analyze(without_weights(config)))
+
+    def whole(self, device: torch.device, dtype: torch.dtype) -> nn.Module:
+        """What compact ones are timed beside: nothing is taken, so that it is the stock class."""
+        return self.compact(Selection.from_gates(self.structure, ones(self.structure)), device, dtype)
 
     def compact(self, selection: Selection, device: torch.device, dtype: torch.dtype) -> nn.Module:
         """The model that would be exported, with random weights, in eval mode.

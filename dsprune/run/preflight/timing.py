@@ -12,7 +12,7 @@ from dsprune.measure.latency.models import DenseModel
 from dsprune.measure.latency.obtain import obtain_table, setting_of
 from dsprune.run.preflight.checking import Preflight, build_method, dense_skeleton
 from dsprune.run_folder import RunFolder
-from dsprune.structure import Selection, ones
+from dsprune.structure import Selection
 from dsprune.structure.latency import LatencyTable
 from dsprune.tasks import Task
 
@@ -78,7 +78,6 @@ def measure_speedup(config: RunConfig, dense: DenseModel, selection: Selection) 
     Both have random weights, which time does not depend on.
     """
     setting = setting_of(config)
-    whole = Selection.from_gates(dense.structure, ones(dense.structure), empty=selection.empty)
-    models = [dense.compact(choice, setting.place(), torch_dtype(setting.dtype)) for choice in (whole, selection)]
-    report = bench_as_asked(config, ("dense", models[0]), ("candidate", models[1]))
+    place = setting.place(), torch_dtype(setting.dtype)
+    report = bench_as_asked(config, ("dense", dense.whole(*place)), ("candidate", dense.compact(selection, *place)))
     return report.rows[0].speedup
