@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-__all__ = ["Ranking", "UnitGroups", "prune_lowest"]
+__all__ = ["Ranking", "UnitGroups"]
 
 
 @dataclass(frozen=True)
@@ -129,20 +129,3 @@ def _first(holds: Callable[[int], bool], guess: int, least: int, most: int) -> i
         middle = (lacks + enough) // 2
         lacks, enough = (lacks, middle) if holds(middle) else (middle, enough)
     return enough
-
-
-def prune_lowest(
-    groups: Mapping[str, UnitGroups], budget: float, *, tied: tuple[str, str] | None = None
-) -> dict[str, Tensor]:
-    """Masks that leave out the lowest-scored packs of units until units of a price of `budget` are gone.
-
-    Args:
-        groups: by kind.
-        budget: price to remove, that of units that are gone already included.
-        tied: see `Ranking`.
-
-    Returns:
-        New masks by kind, [groups, units] fp32.
-    """
-    ranking = Ranking(groups, tied=tied)
-    return ranking.masks(ranking.prefix(budget))

@@ -3,13 +3,18 @@
 import pytest
 import torch
 
-from dsprune.methods.ranking import UnitGroups, prune_lowest
+from dsprune.methods.ranking import Ranking, UnitGroups
 
 
 def _group(score, price=1.0, mask=None, round_to=1):
     score = torch.tensor(score, dtype=torch.float32)
     mask = torch.ones_like(score) if mask is None else torch.tensor(mask, dtype=torch.float32)
     return UnitGroups(score, mask, torch.full(score.shape, price, dtype=torch.float64), round_to)
+
+
+def prune_lowest(groups, budget, *, tied=None):
+    ranking = Ranking(groups, tied=tied)
+    return ranking.masks(ranking.prefix(budget))
 
 
 def test_the_shortest_prefix_that_meets_the_budget_goes():

@@ -89,18 +89,6 @@ class LatencyCost:
                 total = total + ((1 - there) * piecewise(self.table.hidden, self._idle, width)).sum()
         return total
 
-    def spent(self, gates: Gates) -> Tensor:
-        """`milliseconds`, by the name that every cost has."""
-        return self.milliseconds(gates)
-
-    def sparsity(self, gates: Gates) -> Tensor:
-        """Share of the dense model's time that is gone: [] float64."""
-        return 1 - self.milliseconds(gates) / self.dense
-
-    def speedup(self, gates: Gates) -> Tensor:
-        """How many times as fast as the dense model: [] float64."""
-        return self.dense / self.milliseconds(gates)
-
     def price(self, kind: str) -> Tensor:
         """Milliseconds that a unit of a kind is worth, all other kinds kept: of the shape of its gates, float64.
 
@@ -117,10 +105,6 @@ class LatencyCost:
                 (slope,) = torch.autograd.grad(self.milliseconds({kind: gate}), gate, materialize_grads=True)
             price += slope / PRICE_STEPS
         return price
-
-    def prices(self, kinds: tuple[str, ...]) -> dict[str, Tensor]:
-        """`price` of each kind."""
-        return {kind: self.price(kind) for kind in kinds}
 
 
 def _clipped(times: tuple[float, ...]) -> Matrix:
