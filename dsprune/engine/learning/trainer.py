@@ -25,7 +25,6 @@ from dsprune.engine.learning.teacher import Teacher
 from dsprune.engine.ranks.pulse import pulse
 from dsprune.engine.ranks.stop import Stop, describe
 from dsprune.engine.ranks.world import World
-from dsprune.engine.zero.engines import complete_gradients
 from dsprune.engine.zero.gather import let_go, whole
 from dsprune.engine.zero.refusals import refusals
 from dsprune.methods import Evidence
@@ -226,7 +225,6 @@ class Trainer:
     def _step_weights(self, where: str, scale: float) -> bool:
         """Let the engine step; whether it applied the step."""
         pulse.at(phase="engine step")
-        complete_gradients(self.engine)
         self.engine.step()
         if scale == 1.0:
             guard.check_norm(where, self.engine.get_global_grad_norm())

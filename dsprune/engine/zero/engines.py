@@ -15,7 +15,7 @@ from dsprune.engine.zero.torch_autocast import forget_autocast
 
 deepspeed = quiet_import()
 
-__all__ = ["adamw", "answering_engine", "complete_gradients", "training_engine"]
+__all__ = ["adamw", "answering_engine", "training_engine"]
 
 
 def adamw(
@@ -98,19 +98,6 @@ def training_engine(module: nn.Module, optimizer: torch.optim.Optimizer, ds_conf
         _scale_after_step(engine.optimizer)
     engine.checked_config = ds_config  # with its file's name; the engine's own copy goes into every checkpoint
     return engine
-
-
-def complete_gradients(engine: Any) -> None:
-    """Give what no loss reached in a step a gradient of zero, as every stage of ZeRO and every world but one does.
-
-    A plain optimizer leaves a parameter without a gradient alone, where these let moments and weight decay go on: a
-    layer's projection, in a step in which nobody teaches that layer.
-    """
-    if engine.zero_optimization_stage() > 0:
-        return
-    for parameter in engine.module.parameters():
-        if parameter.requires_grad and parameter.grad is None:
-            parameter.grad = torch.zeros_like(parameter)
 
 
 def answering_engine(module: nn.Module, ds_config: Mapping[str, Any]) -> Any:
